@@ -1,0 +1,123 @@
+"""Log events: every change of a broker's state that is not a message. The broker's tables are the fold of these and the batches.
+
+An event is the payload of an entry of kind 2: a MessagePack array whose first element is the tag below. Fields are only ever
+appended. Events carry their outcome, not their reason (offsets found, epochs given), so that folding needs no clock and no luck.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from zrmq.errors import InvalidFrameError
+from zrmq.message import FlushMode
+
+PERMISSION_READ = 4
+PERMISSION_WRITE = 2
+
+
+class TopicConfig(msgspec.Struct, array_like=True, frozen=True):
+    """What can be set for a topic at one broker. None of the retention bounds given: the store's own apply."""
+
+    topic: str
+    queue_count: int = 4
+    permission: int = PERMISSION_READ | PERMISSION_WRITE  # RocketMQ's perm: 4 read, 2 write
+    flush_mode: FlushMode = FlushMode.SYNC
+    retention_ms: int | None = None
+    retention_bytes: int | None = None
+
+
+class Event(msgspec.Struct, array_like=True, frozen=True):
+    """Base of all events; never written itself."""
+
+
+class BrokerStarted(Event, tag=1):
+    """A broker opened this log; `boot` counts the openings. Lease epochs given from here on start with it."""
+
+    boot: int
+
+
+class TopicPut(Event, tag=2):
+    """A topic was created, or its configuration replaced; queues are only ever added."""
+
+    topic_id: int
+    config: TopicConfig
+
+
+class TopicDeleted(Event, tag=3):
+    """The topic, its queues and all groups' offsets on it are gone. Ids are never used again."""
+
+    topic_id: int
+
+
+class GroupSubscribed(Event, tag=4):
+    """A group subscribed to a topic for the first time, at `since_ms`.
+
+    `starts` has (queue id, offset) for the queues that existed; a queue that appears later starts at 0. The topic may not
+    exist yet: it is named, not numbered.
+    """
+
+    group: str
+    topic: str
+    since_ms: int
+    starts: list[tuple[int, int]]
+
+
+class OffsetsCommitted(Event, tag=5):
+    """Consumer offsets: the next queue offset the group wants, as (topic id, queue id, offset).
+
+    `instance_name` is empty for clustering groups; each broadcasting instance has offsets of its own.
+    """
+
+    group: str
+    instance_name: str
+    offsets: list[tuple[int, int, int]]
+
+
+class LeaseGranted(Event, tag=6):
+    """The right to read a queue for a group went to a client."""
+
+    group: str
+    topic_id: int
+    queue_id: int
+    client_id: str
+    lease_epoch: int
+
+
+class LeaseReleased(Event, tag=7):
+    """The holder gave the queue back, or went silent for longer than the session timeout."""
+
+    group: str
+    topic_id: int
+    queue_id: int
+    lease_epoch: int
+
+
+class BrokerStopped(Event, tag=8):
+    """A clean end: everything before it was flushed, every lease was released."""
+
+
+class GroupDeleted(Event, tag=9):
+    """The group's subscriptions and offsets are gone."""
+
+    group: str
+
+
+AnyEvent = (
+    BrokerStarted | TopicPut | TopicDeleted | GroupSubscribed | OffsetsCommitted | LeaseGranted | LeaseReleased | BrokerStopped
+    | GroupDeleted
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(AnyEvent)
+
+
+def encode_event(event: AnyEvent) -> bytes:
+    return _encoder.encode(event)
+
+
+def decode_event(payload: bytes | bytearray | memoryview) -> AnyEvent:
+    """Raises `InvalidFrameError` for bytes that are no event of this or an older version."""
+    try:
+        return _decoder.decode(payload)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise InvalidFrameError(f"A log event cannot be read: {error}.") from error

@@ -1,0 +1,163 @@
+"""Every bound of the protocol, and the checks of what users name things. RocketMQ's numbers where it has one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from zrmq.errors import Code, InvalidArgumentError, PayloadTooLargeError
+
+PROTOCOL_VERSION = 1
+
+BODY_BYTES_MAX = 4 * 1024 * 1024  # RocketMQ's maxMessageSize
+PROPERTIES_BYTES_MAX = 16 * 1024  # user properties, tag and keys together, as RocketMQ 5's proxy counts them
+PROPERTY_COUNT_MAX = 128
+KEY_COUNT_MAX = 64
+TOPIC_CHARS_MAX = 127
+GROUP_CHARS_MAX = 120
+MESSAGE_GROUP_BYTES_MAX = 64
+CLIENT_ID_CHARS_MAX = 255
+BATCH_RECORDS_MAX = 65_536  # bounds what one batch can unpack to in objects
+BATCH_BYTES_MAX = BODY_BYTES_MAX + 128 * 1024  # one record of the largest kind always fits
+RECORDS_BYTES_MAX = 32 * 1024 * 1024  # unpacked size of a compressed batch
+HEADER_BYTES_MAX = 1024 * 1024  # a request's header frame: a NameServer registration of 10,000 topics fits
+FRAME_COUNT_MAX = 1026  # header and as many payload frames as one pwritev or pull may have
+MESSAGE_BYTES_MAX = 32 * 1024 * 1024  # ZMQ_MAXMSGSIZE: beyond it libzmq cuts the connection without a word
+PULL_BYTES_MAX = 8 * 1024 * 1024
+PULL_WAIT_MS_MAX = 60_000
+QUEUES_PER_TOPIC_MAX = 1024
+TOPICS_MAX = 10_000
+GROUPS_MAX = 10_000
+SUBSCRIPTIONS_MAX = 256  # topics one group subscribes to
+SESSIONS_MAX = 10_000
+INFLIGHT_BATCHES_MAX = 32  # unacknowledged batches one producer may have on one queue; the dedup window is as long
+
+_NAME = re.compile(r"[%|a-zA-Z0-9_-]+\Z")
+_WRONG_NAME_CHARACTER = re.compile(r"[^%|a-zA-Z0-9_-]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+
+
+def _check_name(name: str, what: str, chars_max: int, code: Code) -> None:
+    if not isinstance(name, str) or not name:
+        raise InvalidArgumentError(f"A {what} needs a name; give at least one character.", code=code, name=name)
+    if len(name) > chars_max:
+        raise InvalidArgumentError(
+            f"The {what} name {name[:40]!r}... has {len(name)} characters; use at most {chars_max}.",
+            code=code, name=name, limit_chars=chars_max,
+        )
+    if not _NAME.match(name):
+        wrong = _WRONG_NAME_CHARACTER.search(name)
+        assert wrong is not None
+        raise InvalidArgumentError(
+            f"The {what} name {name!r} contains {wrong.group()!r}; use letters, digits, '-', '_', '%' or '|'.",
+            code=code, name=name, character=wrong.group(),
+        )
+
+
+def check_topic(topic: str) -> None:
+    """Raise `InvalidArgumentError` unless `topic` can be a topic's name."""
+    _check_name(topic, "topic", TOPIC_CHARS_MAX, Code.ILLEGAL_TOPIC)
+
+
+def check_group(group: str) -> None:
+    """Raise `InvalidArgumentError` unless `group` can be a producer's or consumer's group."""
+    _check_name(group, "group", GROUP_CHARS_MAX, Code.ILLEGAL_CONSUMER_GROUP)
+
+
+def check_text(text: str, what: str, code: Code) -> None:
+    """Raise unless `text` is non-empty, has no control character and can be written as UTF-8."""
+    if not isinstance(text, str) or not text.strip():
+        raise InvalidArgumentError(f"A {what} must be text and not blank; leave it out instead.", code=code)
+    if _CONTROL.search(text) or _SURROGATE.search(text):
+        raise InvalidArgumentError(f"The {what} {text[:40]!r} contains a control character; remove it.", code=code)
+
+
+def check_tag(tag: str) -> None:
+    """Raise unless `tag` can be a message's tag: text without `|`, which separates tags in a filter."""
+    check_text(tag, "tag", Code.ILLEGAL_MESSAGE_TAG)
+    if "|" in tag:
+        raise InvalidArgumentError(
+            f"The tag {tag!r} contains '|'; a message has one tag without it.", code=Code.ILLEGAL_MESSAGE_TAG, tag=tag
+        )
+
+
+def check_record(
+    body: bytes,
+    tag: str | None,
+    keys: Sequence[str],
+    message_group: str | None,
+    properties: dict[str, str] | None,
+) -> int:
+    """Raise unless the parts can be one message; return its size in bytes as the limits count it.
+
+    Raises `InvalidArgumentError` for wrong types or characters, `PayloadTooLargeError` beyond a limit.
+    """
+    size = len(body)
+    if size > BODY_BYTES_MAX:
+        raise PayloadTooLargeError(
+            f"The body has {size} bytes; the limit is {BODY_BYTES_MAX}. Split it, or send a reference to it.",
+            code=Code.MESSAGE_BODY_TOO_LARGE, size_bytes=size, limit_bytes=BODY_BYTES_MAX,
+        )
+    if tag is None and not keys and message_group is None and properties is None:
+        return size
+    return size + _check_properties(tag, keys, message_group, properties)
+
+
+def _check_properties(
+    tag: str | None, keys: Sequence[str], message_group: str | None, properties: dict[str, str] | None
+) -> int:
+    size = 0
+    if tag is not None:
+        check_tag(tag)
+        size += len(tag.encode())
+    if keys:
+        size += _check_keys(keys)
+    if message_group is not None:
+        check_text(message_group, "message group", Code.ILLEGAL_MESSAGE_GROUP)
+        group_bytes = len(message_group.encode())
+        if group_bytes > MESSAGE_GROUP_BYTES_MAX:
+            raise InvalidArgumentError(
+                f"The message group has {group_bytes} bytes; use at most {MESSAGE_GROUP_BYTES_MAX}.",
+                code=Code.ILLEGAL_MESSAGE_GROUP, size_bytes=group_bytes, limit_bytes=MESSAGE_GROUP_BYTES_MAX,
+            )
+        size += group_bytes
+    if properties:
+        size += _check_property_map(properties)
+    if size > PROPERTIES_BYTES_MAX:
+        raise PayloadTooLargeError(
+            f"Tag, keys and properties have {size} bytes together; the limit is {PROPERTIES_BYTES_MAX}. Put data into the body.",
+            code=Code.MESSAGE_PROPERTIES_TOO_LARGE, size_bytes=size, limit_bytes=PROPERTIES_BYTES_MAX,
+        )
+    return size
+
+
+def _check_keys(keys: Sequence[str]) -> int:
+    if isinstance(keys, str):
+        raise InvalidArgumentError(
+            f"keys={keys!r} is one string; give a list: keys=[{keys!r}].", code=Code.ILLEGAL_MESSAGE_KEY
+        )
+    if len(keys) > KEY_COUNT_MAX:
+        raise InvalidArgumentError(
+            f"The message has {len(keys)} keys; use at most {KEY_COUNT_MAX}.", code=Code.ILLEGAL_MESSAGE_KEY
+        )
+    for key in keys:
+        check_text(key, "key", Code.ILLEGAL_MESSAGE_KEY)
+    return sum(len(key.encode()) for key in keys)
+
+
+def _check_property_map(properties: dict[str, str]) -> int:
+    if len(properties) > PROPERTY_COUNT_MAX:
+        raise InvalidArgumentError(
+            f"The message has {len(properties)} properties; use at most {PROPERTY_COUNT_MAX}.",
+            code=Code.ILLEGAL_MESSAGE_PROPERTY_KEY,
+        )
+    size = 0
+    for key, value in properties.items():
+        check_text(key, "property name", Code.ILLEGAL_MESSAGE_PROPERTY_KEY)
+        if not isinstance(value, str) or _SURROGATE.search(value):
+            raise InvalidArgumentError(
+                f"The property {key!r} has the value {value!r}; give a str.", code=Code.ILLEGAL_MESSAGE_PROPERTY_KEY
+            )
+        size += len(key.encode()) + len(value.encode())
+    return size

@@ -1,0 +1,499 @@
+"""Requests, replies and notices: the header frame of every message on the wire.
+
+A message is `[header][payload...]`. The header is one MessagePack array: `[tag, number, ...fields]`. Requests carry the time
+the client still waits (`timeout_ms`, 0: as long as the server likes), so that a server never works for nobody. A reply has its
+request's number. Notices come from a server unasked, with number 0. Fields are only ever appended; unknown trailing fields are
+ignored. Only `Send` has a request payload (one batch), only `Pulled` a reply payload (whole batches, a few to a frame).
+
+Who answers what:  N NameServer, B broker, * both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Any
+
+import msgspec
+
+from zrmq.errors import Code, InvalidFrameError
+from zrmq.message import ConsumeFrom, FlushMode, MessageModel
+from zrmq.protocol.events import TopicConfig
+from zrmq.protocol.limits import HEADER_BYTES_MAX
+
+OFFSET_EARLIEST = -2
+OFFSET_LATEST = -1
+
+
+class Request(msgspec.Struct, array_like=True, frozen=True):
+    """Base of all requests; `number` is unique within a connection and never 0, except in one-way sends."""
+
+    number: int
+    timeout_ms: int
+
+
+class Reply(msgspec.Struct, array_like=True, frozen=True):
+    """Base of all replies and notices."""
+
+    number: int
+
+
+# --- values inside --------------------------------------------------------------------------------------------------
+
+
+class Limits(msgspec.Struct, array_like=True, frozen=True):
+    """What the server accepts; told in WELCOME so that clients refuse early, with a good sentence."""
+
+    body_bytes_max: int
+    batch_bytes_max: int
+    batch_records_max: int
+    inflight_batches_max: int
+    pull_bytes_max: int
+
+
+class BrokerInfo(msgspec.Struct, array_like=True, frozen=True):
+    """One broker as it registers itself."""
+
+    cluster: str
+    broker_name: str
+    broker_id: int  # 0 is the master
+    role: str  # MASTER, SLAVE, LEARNER
+    epoch: int  # counts the starts of this broker; a registration with a smaller one is stale
+    address: str  # of the ROUTER, as clients reach it
+    ingest_address: str  # of the PULL for one-way sends; empty: none
+    suspect: bool = False  # set by the NameServer: silent for more than 3 s
+
+
+class TopicRoute(msgspec.Struct, array_like=True, frozen=True):
+    """The queues of one topic at one broker name."""
+
+    topic: str
+    broker_name: str
+    queue_count: int
+    permission: int
+
+
+class QueueState(msgspec.Struct, array_like=True, frozen=True):
+    queue_id: int
+    min_offset: int
+    max_offset: int  # what the next message gets; consumers may see less until it is flushed
+
+
+class TopicInfo(msgspec.Struct, array_like=True, frozen=True):
+    config: TopicConfig
+    topic_id: int
+    queues: list[QueueState]
+
+
+class Subscription(msgspec.Struct, array_like=True, frozen=True):
+    topic: str
+    expression: str = "*"  # canonical: see protocol/tags.py
+
+
+class QueueOffset(msgspec.Struct, array_like=True, frozen=True):
+    """A queue of this broker and an offset in it; `lease_epoch` 0 where no lease is held (broadcasting, plain readers)."""
+
+    topic: str
+    queue_id: int
+    offset: int
+    lease_epoch: int = 0
+
+
+class MemberInfo(msgspec.Struct, array_like=True, frozen=True):
+    client_id: str
+    instance_name: str
+    idle_ms: int
+
+
+class LeaseInfo(msgspec.Struct, array_like=True, frozen=True):
+    topic: str
+    queue_id: int
+    client_id: str
+    lease_epoch: int
+
+
+class GroupInfo(msgspec.Struct, array_like=True, frozen=True):
+    group: str
+    message_model: MessageModel | None  # None: no member is here and none was since the broker started
+    subscriptions: list[Subscription]
+    members: list[MemberInfo]
+    leases: list[LeaseInfo]
+    offsets: list[tuple[str, str, int, int, int]]  # instance name, topic, queue id, committed offset, max offset
+
+
+# --- requests: * ----------------------------------------------------------------------------------------------------
+
+
+class Hello(Request, tag=1):
+    """* Open a session on this connection. Answered by `Welcome`.
+
+    A newer `session_epoch` of the same client id takes the session over: the old connection gets NO_SESSION from then on.
+    An older one is refused. Everything else sent without a session is answered NO_SESSION.
+    """
+
+    protocol_version: int  # PROTOCOL_VERSION
+    client_id: str
+    session_epoch: int
+    role: str  # producer, consumer, admin, broker
+    group: str = ""
+    instance_name: str = ""
+    language: str = "python"
+    credentials: bytes | None = None
+
+
+class Heartbeat(Request, tag=2):
+    """* I live. Answered by `Alive`. Any request counts as a sign of life too."""
+
+
+class Bye(Request, tag=3):
+    """* Close the session at once, with its leases and memberships. Answered by `Done`."""
+
+
+# --- requests: NameServer -------------------------------------------------------------------------------------------
+
+
+class RegisterBroker(Request, tag=10):
+    """N A broker's registration and, once a second, its heartbeat. Answered by `Registered`.
+
+    `topics` is None in a heartbeat: the NameServer keeps the table it has if `topics_version` equals that table's, else it
+    asks for it by `Registered.wants_topics`.
+    """
+
+    broker: BrokerInfo
+    topics_version: int
+    topics: list[TopicRoute] | None = None
+
+
+class UnregisterBroker(Request, tag=11):
+    """N The broker leaves now. Answered by `Done`."""
+
+    broker_name: str
+    broker_id: int
+    epoch: int
+
+
+class QueryRoute(Request, tag=12):
+    """N Routes of `topics` (`["*"]`: all) and all live brokers. Answered by `Route`.
+
+    With the `version` of an earlier answer it is a watch: the answer waits until something in it changes, or for `timeout_ms`
+    less a margin, and then repeats the same version. A version is a digest of the answer's content, so it means the same at
+    every NameServer. During start-up grace an unknown topic is answered NOT_READY.
+    """
+
+    topics: list[str]
+    version: int = 0
+
+
+# --- requests: broker, topics ---------------------------------------------------------------------------------------
+
+
+class PutTopic(Request, tag=20):
+    """B Create the topic or change its configuration. Answered by `Topics` with the one as it is now.
+
+    `create_only`: an existing topic is left as it is (what producers and consumers send before first use: refused with
+    TOPIC_NOT_FOUND where the broker's auto-create is off and `auto_create` is set). Queues cannot be taken away.
+    """
+
+    config: TopicConfig
+    create_only: bool = False
+    auto_create: bool = False
+
+
+class DeleteTopic(Request, tag=21):
+    """B Delete the topic with its messages and offsets. Answered by `Done`."""
+
+    topic: str
+
+
+class DescribeTopics(Request, tag=22):
+    """B Answered by `Topics`: those named, or all. TOPIC_NOT_FOUND when one named does not exist."""
+
+    topics: list[str] = []
+
+
+class DescribeBroker(Request, tag=23):
+    """B Answered by `BrokerState`."""
+
+
+# --- requests: broker, messages -------------------------------------------------------------------------------------
+
+
+class Send(Request, tag=30):
+    """B Store one batch (the payload). Answered by `Sent`, once it is as safe as the topic's flush mode says.
+
+    `follows`: last sequence of the batch this producer sent to this queue just before and has no answer for yet, 0 for none.
+    If the broker has not stored that one, this is refused OUT_OF_ORDER and the client sends both again. A batch whose
+    (producer id, first sequence) the queue has is not stored again: `Sent.duplicate`.
+    On the ingest port (number 0) nothing is answered.
+    """
+
+    topic: str
+    queue_id: int
+    follows: int = 0
+
+
+class Pull(Request, tag=31):
+    """B Batches of one queue from `offset` on. Answered by `Pulled`.
+
+    Waits up to `wait_ms` while there is nothing visible. `tag_mask` (0: all) skips batches without a wanted tag. With a
+    `group` the lease epoch is checked first (FENCED); without one anybody may read. An offset below the queue's first is
+    answered with status MOVED and where to go on; beyond its end too.
+    """
+
+    topic: str
+    queue_id: int
+    offset: int
+    bytes_max: int
+    wait_ms: int
+    tag_mask: int = 0
+    group: str = ""
+    lease_epoch: int = 0
+
+
+class QueryOffsets(Request, tag=32):
+    """B For each queue id of the topic (empty: all) the first offset stored at or after `timestamp_ms`, or OFFSET_EARLIEST /
+    OFFSET_LATEST for the first and the next. Answered by `Offsets`."""
+
+    topic: str
+    queue_ids: list[int] = []
+    timestamp_ms: int = OFFSET_LATEST
+
+
+# --- requests: broker, consumer groups ------------------------------------------------------------------------------
+
+
+class JoinGroup(Request, tag=40):
+    """B Become a member of the session's group, or renew it. Answered by `Joined`; `GroupChanged` notices follow.
+
+    All live members must give the same model and subscriptions, else SUBSCRIPTION_MISMATCH. Broadcasting members need
+    distinct instance names (INSTANCE_NAME_TAKEN). On a first subscription the broker fixes each existing queue's start by
+    `consume_from` (`since_ms` > 0: the group subscribed elsewhere at that time, and LATEST means then). A topic may not exist.
+    """
+
+    message_model: MessageModel
+    subscriptions: list[Subscription]
+    consume_from: ConsumeFrom = ConsumeFrom.LATEST
+    consume_timestamp_ms: int = 0
+    since_ms: int = 0
+
+
+class LeaveGroup(Request, tag=41):
+    """B End the membership and release its leases. Answered by `Done`."""
+
+
+class AcquireLease(Request, tag=42):
+    """B The right to read a queue for the session's group. Answered by `Leased`, at once for the holder itself.
+
+    Waits up to `timeout_ms` less a margin while another member holds it, then LEASE_HELD. First come, first served.
+    """
+
+    topic: str
+    queue_id: int
+
+
+class ReleaseLease(Request, tag=43):
+    """B Give a queue back, committing `offset` on the way unless it is negative. Answered by `Done`, FENCED if not the holder."""
+
+    topic: str
+    queue_id: int
+    lease_epoch: int
+    offset: int = -1
+
+
+class CommitOffsets(Request, tag=44):
+    """B Commit offsets for the session's group (and instance when broadcasting). Answered by `Committed`.
+
+    An offset smaller than the committed one is ignored unless `reset`. Clustering: those without a valid lease epoch come
+    back in `Committed.fenced` and the rest is committed; epoch 0 commits only while no lease is held by anybody.
+    """
+
+    offsets: list[QueueOffset]
+    reset: bool = False
+
+
+class QueryCommitted(Request, tag=45):
+    """B Committed offset of each queue of the topic for the session's group (and instance). Answered by `Offsets`: where a
+    group that has none would begin; OFFSET_LATEST (-1) when it never subscribed."""
+
+    topic: str
+
+
+class DescribeGroups(Request, tag=46):
+    """B Answered by `Groups`: those named, or all. CONSUMER_GROUP_NOT_FOUND when one named does not exist."""
+
+    groups: list[str] = []
+
+
+# --- replies --------------------------------------------------------------------------------------------------------
+
+
+class Failed(Reply, tag=100):
+    """* The request was refused. `message` says what to do; `facts` are what it speaks of."""
+
+    code: int
+    message: str
+    facts: dict[str, Any] = {}
+
+
+class Done(Reply, tag=101):
+    """* It is done; nothing more to say."""
+
+
+class Welcome(Reply, tag=102):
+    """* The session is open. Silence of `session_timeout_ms` ends it; send a heartbeat every `heartbeat_ms`."""
+
+    protocol_version: int
+    server_id: str  # new at each start of the server
+    server_name: str
+    server_time_ms: int
+    session_timeout_ms: int
+    heartbeat_ms: int
+    limits: Limits
+
+
+class Alive(Reply, tag=103):
+    """* Answer to a heartbeat. `group_version`: of the session's group, so that a lost notice is noticed."""
+
+    server_time_ms: int
+    group_version: int = 0
+
+
+class Registered(Reply, tag=110):
+    """N `wants_topics`: register again, with the topics."""
+
+    wants_topics: bool
+
+
+class Route(Reply, tag=112):
+    """N Brokers and queues, sorted; a topic without routes does not exist as far as this NameServer knows."""
+
+    version: int
+    brokers: list[BrokerInfo]
+    topics: list[TopicRoute]
+
+
+class Topics(Reply, tag=120):
+    """B Topics as they are now."""
+
+    topics: list[TopicInfo]
+
+
+class BrokerState(Reply, tag=123):
+    """B Facts of the broker for people and metrics: names to numbers or text."""
+
+    facts: dict[str, Any]
+
+
+class Sent(Reply, tag=130):
+    """B The batch is stored from `base_offset` on, as safe as `durability` says."""
+
+    base_offset: int
+    store_timestamp_ms: int
+    durability: FlushMode
+    duplicate: bool = False
+
+
+class PullStatus(IntEnum):
+    FOUND = 0  # batches are in the payload
+    NOTHING = 1  # nothing new within wait_ms; `next_offset` may have moved past unwanted batches
+    MOVED = 2  # the offset is outside the queue; go on at `next_offset`
+    CORRUPT = 3  # the batch at the offset is damaged on disk; go on at `next_offset` behind it
+
+
+class Pulled(Reply, tag=131):
+    """B `next_offset` is what to pull next, in every case. The first batch may begin before the offset asked for."""
+
+    status: PullStatus
+    next_offset: int
+    min_offset: int
+    max_offset: int  # visible end of the queue
+
+
+class Offsets(Reply, tag=132):
+    """B (queue id, offset) pairs."""
+
+    offsets: list[tuple[int, int]]
+
+
+class Joined(Reply, tag=140):
+    """B The group's live members at this broker. `since_ms`: when it first subscribed, per subscription in the order asked."""
+
+    group_version: int
+    members: list[str]  # client ids, sorted
+    since_ms: list[int]
+
+
+class Leased(Reply, tag=142):
+    """B The lease is yours. Begin at `offset`, the committed one or the group's start."""
+
+    lease_epoch: int
+    offset: int
+
+
+class Committed(Reply, tag=144):
+    """B Done, but for the offsets at these indexes, whose lease is not yours."""
+
+    fenced: list[int]
+
+
+class Groups(Reply, tag=146):
+    """B Groups as they are now."""
+
+    groups: list[GroupInfo]
+
+
+class GroupChanged(Reply, tag=150):
+    """B Notice (number 0): members came or went."""
+
+    group: str
+    group_version: int
+    members: list[str]
+
+
+AnyRequest = (
+    Hello | Heartbeat | Bye | RegisterBroker | UnregisterBroker | QueryRoute | PutTopic | DeleteTopic | DescribeTopics
+    | DescribeBroker | Send | Pull | QueryOffsets | JoinGroup | LeaveGroup | AcquireLease | ReleaseLease | CommitOffsets
+    | QueryCommitted | DescribeGroups
+)
+AnyReply = (
+    Failed | Done | Welcome | Alive | Registered | Route | Topics | BrokerState | Sent | Pulled | Offsets | Joined | Leased
+    | Committed | Groups | GroupChanged
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_request_decoder = msgspec.msgpack.Decoder(AnyRequest)
+_reply_decoder = msgspec.msgpack.Decoder(AnyReply)
+
+
+def encode(header: Request | Reply) -> bytes:
+    """The header frame."""
+    return _encoder.encode(header)
+
+
+def decode_request(frame: bytes) -> AnyRequest:
+    """Raises `InvalidFrameError` for anything that is not a request; never anything else."""
+    return _decode(_request_decoder, frame)  # type: ignore[no-any-return]
+
+
+def decode_reply(frame: bytes) -> AnyReply:
+    """Raises `InvalidFrameError` for anything that is not a reply or notice; never anything else."""
+    return _decode(_reply_decoder, frame)  # type: ignore[no-any-return]
+
+
+def _decode(decoder: Any, frame: bytes) -> Any:
+    if len(frame) > HEADER_BYTES_MAX:
+        raise InvalidFrameError(f"A header has {len(frame)} bytes; the limit is {HEADER_BYTES_MAX}.", code=Code.PAYLOAD_TOO_LARGE)
+    try:
+        return decoder.decode(frame)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError, OverflowError) as error:
+        raise InvalidFrameError(f"A header cannot be read: {error}.") from error
+
+
+def peek_number(frame: bytes) -> int:
+    """The number of a request that could not be decoded, so that the refusal finds its asker; 0 when there is none."""
+    try:
+        head: Sequence[Any] = msgspec.msgpack.decode(frame)
+        number = head[1] if isinstance(head, list) and len(head) > 1 else 0
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError, OverflowError):
+        return 0
+    return number if isinstance(number, int) and 0 < number < 1 << 63 else 0
