@@ -279,5 +279,7 @@ def refused(code: int, message: str, facts: dict[str, object] | None = None) -> 
     try:
         known = Code(code)
     except ValueError:
-        return RequestRefusedError(message, code=Code.INTERNAL_ERROR, **{**details, "unknown_code": code})
-    return _BY_CODE.get(known, RequestRefusedError)(message, code=known, **details)
+        known, details["unknown_code"] = Code.INTERNAL_ERROR, code
+    error = _BY_CODE.get(known, RequestRefusedError)(message, code=known)
+    error.facts = details  # not as keywords: a peer may name a fact like an argument
+    return error

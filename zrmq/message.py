@@ -8,6 +8,8 @@ from typing import Any
 
 import msgspec
 
+from zrmq.errors import InvalidFrameError
+
 
 class FlushMode(str, Enum):
     """When a broker acknowledges a batch. RocketMQ: flushDiskType."""
@@ -112,10 +114,16 @@ class Message(msgspec.Struct, gc=False):
         return self.properties_or_none or {}
 
     def value(self) -> Any:
-        """The body unpacked from MessagePack: what `send(..., value=...)` packed."""
+        """The body unpacked from MessagePack: what `send(..., value=...)` packed.
+
+        Raises `InvalidFrameError` when the body is something else; `body` has it as it came.
+        """
         import msgpack
 
-        return msgpack.unpackb(self.body, strict_map_key=False)
+        try:
+            return msgpack.unpackb(self.body, strict_map_key=False)
+        except (ValueError, TypeError) as error:
+            raise InvalidFrameError(f"The body is not one MessagePack value ({error}); read message.body instead.") from error
 
 
 class SendReceipt(msgspec.Struct, frozen=True, gc=False):

@@ -41,7 +41,7 @@ import struct
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count, repeat
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 from zlib import crc32
 
 import msgspec
@@ -139,14 +139,17 @@ class BatchHeader(NamedTuple):
         return self.base_offset + self.record_count
 
 
+_COLUMN = msgspec.Meta(max_length=limits.BATCH_RECORDS_MAX)  # checked before anything is built of what a peer sent
+
+
 class Columns(msgspec.Struct, array_like=True, gc=False):
     """The records of a batch, one list per field; None for a field that no record uses."""
 
-    bodies: list[bytes]
-    tags: list[str | None] | None = None
-    keys: list[list[str]] | None = None
-    properties: list[dict[str, str] | None] | None = None
-    message_groups: list[str | None] | None = None
+    bodies: Annotated[list[bytes], _COLUMN]
+    tags: Annotated[list[str | None], _COLUMN] | None = None
+    keys: Annotated[list[list[str]], _COLUMN] | None = None
+    properties: Annotated[list[dict[str, str] | None], _COLUMN] | None = None
+    message_groups: Annotated[list[str | None], _COLUMN] | None = None
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -161,25 +164,21 @@ def encode_batch(
 ) -> bytes:
     """One batch of the records in `columns`, ready to send. `compress` packs the records with zlib where that helps.
 
-    Raises `PayloadTooLargeError` when the result exceeds `limits.BATCH_BYTES_MAX`.
+    Raises `PayloadTooLargeError` when the result, or what it unpacks to, exceeds `limits.BATCH_BYTES_MAX`.
     """
-    if columns.tags is columns.keys is columns.properties is columns.message_groups is None:
-        records = _encoder.encode((columns.bodies,))
-        flags = mask = 0
-    else:
-        records = _encoder.encode(columns)
-        flags, mask = _describe(columns)
-    codec = CODEC_PLAIN
-    if compress:
-        packed = zlib.compress(records, 1)
-        if len(packed) < len(records):
-            records, codec = packed, CODEC_ZLIB
+    flags, mask = _describe(columns)
+    records = _encoder.encode(columns if flags else (columns.bodies,))
     length = BATCH_HEADER_BYTES + len(records)
     if length > limits.BATCH_BYTES_MAX:
         raise PayloadTooLargeError(
             f"The batch has {length} bytes; the limit is {limits.BATCH_BYTES_MAX}. Send fewer messages at once.",
             size_bytes=length, limit_bytes=limits.BATCH_BYTES_MAX,
         )
+    codec = CODEC_PLAIN
+    if compress:
+        packed = zlib.compress(records, 1)
+        if len(packed) < len(records):
+            records, codec, length = packed, CODEC_ZLIB, BATCH_HEADER_BYTES + len(packed)
     start = _START.pack(MAGIC, FORMAT_VERSION, KIND_BATCH, length)
     produced = _PRODUCED.pack(
         codec, flags, 0, producer_id, first_sequence, len(columns.bodies),
@@ -190,7 +189,7 @@ def encode_batch(
 
 
 def _describe(columns: Columns) -> tuple[int, int]:
-    """Flags and tag mask of a batch with more than bodies."""
+    """Flags and tag mask of a batch."""
     flags = mask = 0
     if columns.tags is not None:
         flags |= FLAG_TAGS
@@ -230,7 +229,9 @@ def open_batch(frame: Buffer) -> BatchHeader:
     if header.first_sequence + header.record_count >= 1 << 63:
         raise InvalidFrameError("The batch's sequence is beyond 2^63; start a new producer id.")
     if not batch_crc_matches(frame, header.crc):
-        raise InvalidFrameError("The batch's CRC does not match; it was damaged on the way. Send it again.", code=Code.MESSAGE_CORRUPTED)
+        raise InvalidFrameError(
+            "The batch's CRC does not match; it was damaged on the way. Send it again.", code=Code.MESSAGE_CORRUPTED
+        )
     return header
 
 
@@ -328,11 +329,13 @@ def decode_records(header: BatchHeader, batch: Buffer) -> Columns:
 def _unpack(records: Buffer) -> bytes:
     unpacker = zlib.decompressobj()
     try:
-        plain = unpacker.decompress(records, limits.RECORDS_BYTES_MAX)
+        plain = unpacker.decompress(records, limits.RECORDS_BYTES_MAX + 1)  # one more shows that there is more
     except zlib.error as error:
         raise InvalidFrameError(f"The records of a batch cannot be unpacked: {error}.", code=Code.MESSAGE_CORRUPTED) from error
-    if not unpacker.eof:
-        raise InvalidFrameError(f"The records of a batch unpack to more than {limits.RECORDS_BYTES_MAX} bytes or are cut off.")
+    if len(plain) > limits.RECORDS_BYTES_MAX:
+        raise InvalidFrameError(f"The records of a batch unpack to more than {limits.RECORDS_BYTES_MAX} bytes.")
+    if not unpacker.eof or unpacker.unused_data:
+        raise InvalidFrameError("The packed records of a batch are cut off or followed by more.", code=Code.MESSAGE_CORRUPTED)
     return plain
 
 

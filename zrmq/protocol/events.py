@@ -10,6 +10,7 @@ import msgspec
 
 from zrmq.errors import InvalidFrameError
 from zrmq.message import FlushMode
+from zrmq.protocol.limits import Name, Natural, QueueId
 
 PERMISSION_READ = 4
 PERMISSION_WRITE = 2
@@ -18,38 +19,38 @@ PERMISSION_WRITE = 2
 class TopicConfig(msgspec.Struct, array_like=True, frozen=True):
     """What can be set for a topic at one broker. None of the retention bounds given: the store's own apply."""
 
-    topic: str
-    queue_count: int = 4
-    permission: int = PERMISSION_READ | PERMISSION_WRITE  # RocketMQ's perm: 4 read, 2 write
+    topic: Name
+    queue_count: QueueId = 4
+    permission: QueueId = PERMISSION_READ | PERMISSION_WRITE  # RocketMQ's perm: 4 read, 2 write
     flush_mode: FlushMode = FlushMode.SYNC
-    retention_ms: int | None = None
-    retention_bytes: int | None = None
+    retention_ms: Natural | None = None
+    retention_bytes: Natural | None = None
 
 
 class Event(msgspec.Struct, array_like=True, frozen=True):
     """Base of all events; never written itself."""
 
 
-class BrokerStarted(Event, tag=1):
+class BrokerStarted(Event, tag=1, frozen=True):
     """A broker opened this log; `boot` counts the openings. Lease epochs given from here on start with it."""
 
     boot: int
 
 
-class TopicPut(Event, tag=2):
+class TopicPut(Event, tag=2, frozen=True):
     """A topic was created, or its configuration replaced; queues are only ever added."""
 
     topic_id: int
     config: TopicConfig
 
 
-class TopicDeleted(Event, tag=3):
+class TopicDeleted(Event, tag=3, frozen=True):
     """The topic, its queues and all groups' offsets on it are gone. Ids are never used again."""
 
     topic_id: int
 
 
-class GroupSubscribed(Event, tag=4):
+class GroupSubscribed(Event, tag=4, frozen=True):
     """A group subscribed to a topic for the first time, at `since_ms`.
 
     `starts` has (queue id, offset) for the queues that existed; a queue that appears later starts at 0. The topic may not
@@ -62,7 +63,7 @@ class GroupSubscribed(Event, tag=4):
     starts: list[tuple[int, int]]
 
 
-class OffsetsCommitted(Event, tag=5):
+class OffsetsCommitted(Event, tag=5, frozen=True):
     """Consumer offsets: the next queue offset the group wants, as (topic id, queue id, offset).
 
     `instance_name` is empty for clustering groups; each broadcasting instance has offsets of its own.
@@ -73,7 +74,7 @@ class OffsetsCommitted(Event, tag=5):
     offsets: list[tuple[int, int, int]]
 
 
-class LeaseGranted(Event, tag=6):
+class LeaseGranted(Event, tag=6, frozen=True):
     """The right to read a queue for a group went to a client."""
 
     group: str
@@ -83,7 +84,7 @@ class LeaseGranted(Event, tag=6):
     lease_epoch: int
 
 
-class LeaseReleased(Event, tag=7):
+class LeaseReleased(Event, tag=7, frozen=True):
     """The holder gave the queue back, or went silent for longer than the session timeout."""
 
     group: str
@@ -92,11 +93,11 @@ class LeaseReleased(Event, tag=7):
     lease_epoch: int
 
 
-class BrokerStopped(Event, tag=8):
+class BrokerStopped(Event, tag=8, frozen=True):
     """A clean end: everything before it was flushed, every lease was released."""
 
 
-class GroupDeleted(Event, tag=9):
+class GroupDeleted(Event, tag=9, frozen=True):
     """The group's subscriptions and offsets are gone."""
 
     group: str
@@ -112,12 +113,13 @@ _decoder = msgspec.msgpack.Decoder(AnyEvent)
 
 
 def encode_event(event: AnyEvent) -> bytes:
+    """The payload of an entry of kind 2."""
     return _encoder.encode(event)
 
 
 def decode_event(payload: bytes | bytearray | memoryview) -> AnyEvent:
-    """Raises `InvalidFrameError` for bytes that are no event of this or an older version."""
+    """The event in an entry's payload. Raises `InvalidFrameError` for bytes that are no event of this or an older version."""
     try:
-        return _decoder.decode(payload)
+        return _decoder.decode(payload)  # type: ignore[no-any-return]
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise InvalidFrameError(f"A log event cannot be read: {error}.") from error

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Annotated
+
+import msgspec
 
 from zrmq.errors import Code, InvalidArgumentError, PayloadTooLargeError
 
@@ -19,8 +22,9 @@ MESSAGE_GROUP_BYTES_MAX = 64
 CLIENT_ID_CHARS_MAX = 255
 BATCH_RECORDS_MAX = 65_536  # bounds what one batch can unpack to in objects
 BATCH_BYTES_MAX = BODY_BYTES_MAX + 128 * 1024  # one record of the largest kind always fits
-RECORDS_BYTES_MAX = 32 * 1024 * 1024  # unpacked size of a compressed batch
-HEADER_BYTES_MAX = 1024 * 1024  # a request's header frame: a NameServer registration of 10,000 topics fits
+RECORDS_BYTES_MAX = BATCH_BYTES_MAX  # of a compressed batch, unpacked: no more than a plain one may have
+HEADER_BYTES_MAX = 2 * 1024 * 1024  # a request's header frame: a registration of 10,000 topics with the longest names fits
+REPLY_HEADER_BYTES_MAX = 8 * 1024 * 1024  # a reply's: the routes of 10,000 topics at four broker names fit
 FRAME_COUNT_MAX = 1026  # header and as many payload frames as one pwritev or pull may have
 MESSAGE_BYTES_MAX = 32 * 1024 * 1024  # ZMQ_MAXMSGSIZE: beyond it libzmq cuts the connection without a word
 PULL_BYTES_MAX = 8 * 1024 * 1024
@@ -30,7 +34,14 @@ TOPICS_MAX = 10_000
 GROUPS_MAX = 10_000
 SUBSCRIPTIONS_MAX = 256  # topics one group subscribes to
 SESSIONS_MAX = 10_000
+NAME_CHARS_MAX = 255  # of any name or address in a request, before it is looked at more closely
+CREDENTIALS_BYTES_MAX = 4096
 INFLIGHT_BATCHES_MAX = 32  # unacknowledged batches one producer may have on one queue; the dedup window is as long
+
+# Types of request fields, checked while decoding, so that no handler meets a number or a name that its tables cannot hold.
+Natural = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]  # counts, offsets, times, epochs
+QueueId = Annotated[int, msgspec.Meta(ge=0, le=(1 << 32) - 1)]
+Name = Annotated[str, msgspec.Meta(max_length=NAME_CHARS_MAX)]
 
 _NAME = re.compile(r"[%|a-zA-Z0-9_-]+\Z")
 _WRONG_NAME_CHARACTER = re.compile(r"[^%|a-zA-Z0-9_-]")
@@ -70,12 +81,18 @@ def check_text(text: str, what: str, code: Code) -> None:
     if not isinstance(text, str) or not text.strip():
         raise InvalidArgumentError(f"A {what} must be text and not blank; leave it out instead.", code=code)
     if _CONTROL.search(text) or _SURROGATE.search(text):
-        raise InvalidArgumentError(f"The {what} {text[:40]!r} contains a control character; remove it.", code=code)
+        raise InvalidArgumentError(
+            f"The {what} {text[:40]!r} contains a control character or half of a surrogate pair; remove it.", code=code
+        )
 
 
 def check_tag(tag: str) -> None:
-    """Raise unless `tag` can be a message's tag: text without `|`, which separates tags in a filter."""
+    """Raise unless `tag` can be a message's tag: text that a filter can ask for, so no `|` and no blanks around it."""
     check_text(tag, "tag", Code.ILLEGAL_MESSAGE_TAG)
+    if tag != tag.strip():
+        raise InvalidArgumentError(
+            f"The tag {tag!r} begins or ends with a blank; remove it.", code=Code.ILLEGAL_MESSAGE_TAG, tag=tag
+        )
     if "|" in tag:
         raise InvalidArgumentError(
             f"The tag {tag!r} contains '|'; a message has one tag without it.", code=Code.ILLEGAL_MESSAGE_TAG, tag=tag
@@ -93,6 +110,11 @@ def check_record(
 
     Raises `InvalidArgumentError` for wrong types or characters, `PayloadTooLargeError` beyond a limit.
     """
+    if not isinstance(body, bytes):
+        raise InvalidArgumentError(
+            f"The body is of type {type(body).__name__}; give bytes, as from text.encode() or bytes(buffer).",
+            type=type(body).__name__,
+        )
     size = len(body)
     if size > BODY_BYTES_MAX:
         raise PayloadTooLargeError(
@@ -133,9 +155,9 @@ def _check_properties(
 
 
 def _check_keys(keys: Sequence[str]) -> int:
-    if isinstance(keys, str):
+    if not isinstance(keys, list | tuple):
         raise InvalidArgumentError(
-            f"keys={keys!r} is one string; give a list: keys=[{keys!r}].", code=Code.ILLEGAL_MESSAGE_KEY
+            f"keys={keys!r} is of type {type(keys).__name__}; give a list of str: keys=['dev-7'].", code=Code.ILLEGAL_MESSAGE_KEY
         )
     if len(keys) > KEY_COUNT_MAX:
         raise InvalidArgumentError(
@@ -147,6 +169,11 @@ def _check_keys(keys: Sequence[str]) -> int:
 
 
 def _check_property_map(properties: dict[str, str]) -> int:
+    if not isinstance(properties, dict):
+        raise InvalidArgumentError(
+            f"properties={properties!r} is of type {type(properties).__name__}; give a dict of str to str.",
+            code=Code.ILLEGAL_MESSAGE_PROPERTY_KEY,
+        )
     if len(properties) > PROPERTY_COUNT_MAX:
         raise InvalidArgumentError(
             f"The message has {len(properties)} properties; use at most {PROPERTY_COUNT_MAX}.",

@@ -10,16 +10,16 @@ Who answers what:  N NameServer, B broker, * both.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
 from enum import IntEnum
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from zrmq.errors import Code, InvalidFrameError
 from zrmq.message import ConsumeFrom, FlushMode, MessageModel
 from zrmq.protocol.events import TopicConfig
-from zrmq.protocol.limits import HEADER_BYTES_MAX
+from zrmq.protocol.limits import CREDENTIALS_BYTES_MAX, HEADER_BYTES_MAX, REPLY_HEADER_BYTES_MAX, Name, Natural, QueueId
 
 OFFSET_EARLIEST = -2
 OFFSET_LATEST = -1
@@ -28,8 +28,8 @@ OFFSET_LATEST = -1
 class Request(msgspec.Struct, array_like=True, frozen=True):
     """Base of all requests; `number` is unique within a connection and never 0, except in one-way sends."""
 
-    number: int
-    timeout_ms: int
+    number: Natural
+    timeout_ms: Natural
 
 
 class Reply(msgspec.Struct, array_like=True, frozen=True):
@@ -54,58 +54,68 @@ class Limits(msgspec.Struct, array_like=True, frozen=True):
 class BrokerInfo(msgspec.Struct, array_like=True, frozen=True):
     """One broker as it registers itself."""
 
-    cluster: str
-    broker_name: str
-    broker_id: int  # 0 is the master
-    role: str  # MASTER, SLAVE, LEARNER
-    epoch: int  # counts the starts of this broker; a registration with a smaller one is stale
-    address: str  # of the ROUTER, as clients reach it
-    ingest_address: str  # of the PULL for one-way sends; empty: none
+    cluster: Name
+    broker_name: Name
+    broker_id: Natural  # 0 is the master
+    role: Name  # MASTER, SLAVE, LEARNER
+    epoch: Natural  # counts the starts of this broker; a registration with a smaller one is stale
+    address: Name  # of the ROUTER, as clients reach it
+    ingest_address: Name  # of the PULL for one-way sends; empty: none
     suspect: bool = False  # set by the NameServer: silent for more than 3 s
 
 
 class TopicRoute(msgspec.Struct, array_like=True, frozen=True):
     """The queues of one topic at one broker name."""
 
-    topic: str
-    broker_name: str
-    queue_count: int
-    permission: int
+    topic: Name
+    broker_name: Name
+    queue_count: QueueId
+    permission: QueueId
 
 
 class QueueState(msgspec.Struct, array_like=True, frozen=True):
+    """What one queue holds."""
+
     queue_id: int
     min_offset: int
     max_offset: int  # what the next message gets; consumers may see less until it is flushed
 
 
 class TopicInfo(msgspec.Struct, array_like=True, frozen=True):
+    """One topic at one broker."""
+
     config: TopicConfig
     topic_id: int
     queues: list[QueueState]
 
 
 class Subscription(msgspec.Struct, array_like=True, frozen=True):
-    topic: str
+    """What a group wants of one topic."""
+
+    topic: Name
     expression: str = "*"  # canonical: see protocol/tags.py
 
 
 class QueueOffset(msgspec.Struct, array_like=True, frozen=True):
     """A queue of this broker and an offset in it; `lease_epoch` 0 where no lease is held (broadcasting, plain readers)."""
 
-    topic: str
-    queue_id: int
-    offset: int
-    lease_epoch: int = 0
+    topic: Name
+    queue_id: QueueId
+    offset: Natural
+    lease_epoch: Natural = 0
 
 
 class MemberInfo(msgspec.Struct, array_like=True, frozen=True):
+    """A live member of a group; `idle_ms` since its last sign of life."""
+
     client_id: str
     instance_name: str
     idle_ms: int
 
 
 class LeaseInfo(msgspec.Struct, array_like=True, frozen=True):
+    """Who may read a queue for the group."""
+
     topic: str
     queue_id: int
     client_id: str
@@ -113,6 +123,8 @@ class LeaseInfo(msgspec.Struct, array_like=True, frozen=True):
 
 
 class GroupInfo(msgspec.Struct, array_like=True, frozen=True):
+    """One consumer group at one broker."""
+
     group: str
     message_model: MessageModel | None  # None: no member is here and none was since the broker started
     subscriptions: list[Subscription]
@@ -124,35 +136,35 @@ class GroupInfo(msgspec.Struct, array_like=True, frozen=True):
 # --- requests: * ----------------------------------------------------------------------------------------------------
 
 
-class Hello(Request, tag=1):
+class Hello(Request, tag=1, frozen=True):
     """* Open a session on this connection. Answered by `Welcome`.
 
     A newer `session_epoch` of the same client id takes the session over: the old connection gets NO_SESSION from then on.
     An older one is refused. Everything else sent without a session is answered NO_SESSION.
     """
 
-    protocol_version: int  # PROTOCOL_VERSION
-    client_id: str
-    session_epoch: int
-    role: str  # producer, consumer, admin, broker
-    group: str = ""
-    instance_name: str = ""
-    language: str = "python"
-    credentials: bytes | None = None
+    protocol_version: Natural  # PROTOCOL_VERSION
+    client_id: Name
+    session_epoch: Natural
+    role: Name  # producer, consumer, admin, broker
+    group: Name = ""
+    instance_name: Name = ""
+    language: Name = "python"
+    credentials: Annotated[bytes, msgspec.Meta(max_length=CREDENTIALS_BYTES_MAX)] | None = None
 
 
-class Heartbeat(Request, tag=2):
+class Heartbeat(Request, tag=2, frozen=True):
     """* I live. Answered by `Alive`. Any request counts as a sign of life too."""
 
 
-class Bye(Request, tag=3):
+class Bye(Request, tag=3, frozen=True):
     """* Close the session at once, with its leases and memberships. Answered by `Done`."""
 
 
 # --- requests: NameServer -------------------------------------------------------------------------------------------
 
 
-class RegisterBroker(Request, tag=10):
+class RegisterBroker(Request, tag=10, frozen=True):
     """N A broker's registration and, once a second, its heartbeat. Answered by `Registered`.
 
     `topics` is None in a heartbeat: the NameServer keeps the table it has if `topics_version` equals that table's, else it
@@ -164,15 +176,15 @@ class RegisterBroker(Request, tag=10):
     topics: list[TopicRoute] | None = None
 
 
-class UnregisterBroker(Request, tag=11):
+class UnregisterBroker(Request, tag=11, frozen=True):
     """N The broker leaves now. Answered by `Done`."""
 
-    broker_name: str
-    broker_id: int
-    epoch: int
+    broker_name: Name
+    broker_id: Natural
+    epoch: Natural
 
 
-class QueryRoute(Request, tag=12):
+class QueryRoute(Request, tag=12, frozen=True):
     """N Routes of `topics` (`["*"]`: all) and all live brokers. Answered by `Route`.
 
     With the `version` of an earlier answer it is a watch: the answer waits until something in it changes, or for `timeout_ms`
@@ -180,14 +192,14 @@ class QueryRoute(Request, tag=12):
     every NameServer. During start-up grace an unknown topic is answered NOT_READY.
     """
 
-    topics: list[str]
+    topics: list[Name]
     version: int = 0
 
 
 # --- requests: broker, topics ---------------------------------------------------------------------------------------
 
 
-class PutTopic(Request, tag=20):
+class PutTopic(Request, tag=20, frozen=True):
     """B Create the topic or change its configuration. Answered by `Topics` with the one as it is now.
 
     `create_only`: an existing topic is left as it is (what producers and consumers send before first use: refused with
@@ -199,26 +211,26 @@ class PutTopic(Request, tag=20):
     auto_create: bool = False
 
 
-class DeleteTopic(Request, tag=21):
+class DeleteTopic(Request, tag=21, frozen=True):
     """B Delete the topic with its messages and offsets. Answered by `Done`."""
 
-    topic: str
+    topic: Name
 
 
-class DescribeTopics(Request, tag=22):
+class DescribeTopics(Request, tag=22, frozen=True):
     """B Answered by `Topics`: those named, or all. TOPIC_NOT_FOUND when one named does not exist."""
 
-    topics: list[str] = []
+    topics: list[Name] = []
 
 
-class DescribeBroker(Request, tag=23):
+class DescribeBroker(Request, tag=23, frozen=True):
     """B Answered by `BrokerState`."""
 
 
 # --- requests: broker, messages -------------------------------------------------------------------------------------
 
 
-class Send(Request, tag=30):
+class Send(Request, tag=30, frozen=True):
     """B Store one batch (the payload). Answered by `Sent`, once it is as safe as the topic's flush mode says.
 
     `follows`: last sequence of the batch this producer sent to this queue just before and has no answer for yet, 0 for none.
@@ -227,12 +239,12 @@ class Send(Request, tag=30):
     On the ingest port (number 0) nothing is answered.
     """
 
-    topic: str
-    queue_id: int
-    follows: int = 0
+    topic: Name
+    queue_id: QueueId
+    follows: Natural = 0
 
 
-class Pull(Request, tag=31):
+class Pull(Request, tag=31, frozen=True):
     """B Batches of one queue from `offset` on. Answered by `Pulled`.
 
     Waits up to `wait_ms` while there is nothing visible. `tag_mask` (0: all) skips batches without a wanted tag. With a
@@ -240,29 +252,29 @@ class Pull(Request, tag=31):
     answered with status MOVED and where to go on; beyond its end too.
     """
 
-    topic: str
-    queue_id: int
-    offset: int
-    bytes_max: int
-    wait_ms: int
-    tag_mask: int = 0
-    group: str = ""
-    lease_epoch: int = 0
+    topic: Name
+    queue_id: QueueId
+    offset: Natural
+    bytes_max: Natural
+    wait_ms: Natural
+    tag_mask: Annotated[int, msgspec.Meta(ge=0)] = 0
+    group: Name = ""
+    lease_epoch: Natural = 0
 
 
-class QueryOffsets(Request, tag=32):
+class QueryOffsets(Request, tag=32, frozen=True):
     """B For each queue id of the topic (empty: all) the first offset stored at or after `timestamp_ms`, or OFFSET_EARLIEST /
     OFFSET_LATEST for the first and the next. Answered by `Offsets`."""
 
-    topic: str
-    queue_ids: list[int] = []
-    timestamp_ms: int = OFFSET_LATEST
+    topic: Name
+    queue_ids: list[QueueId] = []
+    timestamp_ms: Annotated[int, msgspec.Meta(ge=OFFSET_EARLIEST, le=(1 << 63) - 1)] = OFFSET_LATEST
 
 
 # --- requests: broker, consumer groups ------------------------------------------------------------------------------
 
 
-class JoinGroup(Request, tag=40):
+class JoinGroup(Request, tag=40, frozen=True):
     """B Become a member of the session's group, or renew it. Answered by `Joined`; `GroupChanged` notices follow.
 
     All live members must give the same model and subscriptions, else SUBSCRIPTION_MISMATCH. Broadcasting members need
@@ -273,34 +285,34 @@ class JoinGroup(Request, tag=40):
     message_model: MessageModel
     subscriptions: list[Subscription]
     consume_from: ConsumeFrom = ConsumeFrom.LATEST
-    consume_timestamp_ms: int = 0
-    since_ms: int = 0
+    consume_timestamp_ms: Natural = 0
+    since_ms: Natural = 0
 
 
-class LeaveGroup(Request, tag=41):
+class LeaveGroup(Request, tag=41, frozen=True):
     """B End the membership and release its leases. Answered by `Done`."""
 
 
-class AcquireLease(Request, tag=42):
+class AcquireLease(Request, tag=42, frozen=True):
     """B The right to read a queue for the session's group. Answered by `Leased`, at once for the holder itself.
 
     Waits up to `timeout_ms` less a margin while another member holds it, then LEASE_HELD. First come, first served.
     """
 
-    topic: str
-    queue_id: int
+    topic: Name
+    queue_id: QueueId
 
 
-class ReleaseLease(Request, tag=43):
+class ReleaseLease(Request, tag=43, frozen=True):
     """B Give a queue back, committing `offset` on the way unless it is negative. Answered by `Done`, FENCED if not the holder."""
 
-    topic: str
-    queue_id: int
-    lease_epoch: int
-    offset: int = -1
+    topic: Name
+    queue_id: QueueId
+    lease_epoch: Natural
+    offset: Annotated[int, msgspec.Meta(ge=-1, le=(1 << 63) - 1)] = -1
 
 
-class CommitOffsets(Request, tag=44):
+class CommitOffsets(Request, tag=44, frozen=True):
     """B Commit offsets for the session's group (and instance when broadcasting). Answered by `Committed`.
 
     An offset smaller than the committed one is ignored unless `reset`. Clustering: those without a valid lease epoch come
@@ -311,23 +323,23 @@ class CommitOffsets(Request, tag=44):
     reset: bool = False
 
 
-class QueryCommitted(Request, tag=45):
+class QueryCommitted(Request, tag=45, frozen=True):
     """B Committed offset of each queue of the topic for the session's group (and instance). Answered by `Offsets`: where a
     group that has none would begin; OFFSET_LATEST (-1) when it never subscribed."""
 
-    topic: str
+    topic: Name
 
 
-class DescribeGroups(Request, tag=46):
+class DescribeGroups(Request, tag=46, frozen=True):
     """B Answered by `Groups`: those named, or all. CONSUMER_GROUP_NOT_FOUND when one named does not exist."""
 
-    groups: list[str] = []
+    groups: list[Name] = []
 
 
 # --- replies --------------------------------------------------------------------------------------------------------
 
 
-class Failed(Reply, tag=100):
+class Failed(Reply, tag=100, frozen=True):
     """* The request was refused. `message` says what to do; `facts` are what it speaks of."""
 
     code: int
@@ -335,11 +347,11 @@ class Failed(Reply, tag=100):
     facts: dict[str, Any] = {}
 
 
-class Done(Reply, tag=101):
+class Done(Reply, tag=101, frozen=True):
     """* It is done; nothing more to say."""
 
 
-class Welcome(Reply, tag=102):
+class Welcome(Reply, tag=102, frozen=True):
     """* The session is open. Silence of `session_timeout_ms` ends it; send a heartbeat every `heartbeat_ms`."""
 
     protocol_version: int
@@ -351,20 +363,20 @@ class Welcome(Reply, tag=102):
     limits: Limits
 
 
-class Alive(Reply, tag=103):
+class Alive(Reply, tag=103, frozen=True):
     """* Answer to a heartbeat. `group_version`: of the session's group, so that a lost notice is noticed."""
 
     server_time_ms: int
     group_version: int = 0
 
 
-class Registered(Reply, tag=110):
+class Registered(Reply, tag=110, frozen=True):
     """N `wants_topics`: register again, with the topics."""
 
     wants_topics: bool
 
 
-class Route(Reply, tag=112):
+class Route(Reply, tag=112, frozen=True):
     """N Brokers and queues, sorted; a topic without routes does not exist as far as this NameServer knows."""
 
     version: int
@@ -372,19 +384,19 @@ class Route(Reply, tag=112):
     topics: list[TopicRoute]
 
 
-class Topics(Reply, tag=120):
+class Topics(Reply, tag=120, frozen=True):
     """B Topics as they are now."""
 
     topics: list[TopicInfo]
 
 
-class BrokerState(Reply, tag=123):
+class BrokerState(Reply, tag=123, frozen=True):
     """B Facts of the broker for people and metrics: names to numbers or text."""
 
     facts: dict[str, Any]
 
 
-class Sent(Reply, tag=130):
+class Sent(Reply, tag=130, frozen=True):
     """B The batch is stored from `base_offset` on, as safe as `durability` says."""
 
     base_offset: int
@@ -394,13 +406,15 @@ class Sent(Reply, tag=130):
 
 
 class PullStatus(IntEnum):
+    """What a pull came to."""
+
     FOUND = 0  # batches are in the payload
     NOTHING = 1  # nothing new within wait_ms; `next_offset` may have moved past unwanted batches
     MOVED = 2  # the offset is outside the queue; go on at `next_offset`
     CORRUPT = 3  # the batch at the offset is damaged on disk; go on at `next_offset` behind it
 
 
-class Pulled(Reply, tag=131):
+class Pulled(Reply, tag=131, frozen=True):
     """B `next_offset` is what to pull next, in every case. The first batch may begin before the offset asked for."""
 
     status: PullStatus
@@ -409,13 +423,13 @@ class Pulled(Reply, tag=131):
     max_offset: int  # visible end of the queue
 
 
-class Offsets(Reply, tag=132):
+class Offsets(Reply, tag=132, frozen=True):
     """B (queue id, offset) pairs."""
 
     offsets: list[tuple[int, int]]
 
 
-class Joined(Reply, tag=140):
+class Joined(Reply, tag=140, frozen=True):
     """B The group's live members at this broker. `since_ms`: when it first subscribed, per subscription in the order asked."""
 
     group_version: int
@@ -423,26 +437,26 @@ class Joined(Reply, tag=140):
     since_ms: list[int]
 
 
-class Leased(Reply, tag=142):
+class Leased(Reply, tag=142, frozen=True):
     """B The lease is yours. Begin at `offset`, the committed one or the group's start."""
 
     lease_epoch: int
     offset: int
 
 
-class Committed(Reply, tag=144):
+class Committed(Reply, tag=144, frozen=True):
     """B Done, but for the offsets at these indexes, whose lease is not yours."""
 
     fenced: list[int]
 
 
-class Groups(Reply, tag=146):
+class Groups(Reply, tag=146, frozen=True):
     """B Groups as they are now."""
 
     groups: list[GroupInfo]
 
 
-class GroupChanged(Reply, tag=150):
+class GroupChanged(Reply, tag=150, frozen=True):
     """B Notice (number 0): members came or went."""
 
     group: str
@@ -472,28 +486,44 @@ def encode(header: Request | Reply) -> bytes:
 
 def decode_request(frame: bytes) -> AnyRequest:
     """Raises `InvalidFrameError` for anything that is not a request; never anything else."""
-    return _decode(_request_decoder, frame)  # type: ignore[no-any-return]
+    return _decode(_request_decoder, frame, HEADER_BYTES_MAX)  # type: ignore[no-any-return]
 
 
 def decode_reply(frame: bytes) -> AnyReply:
     """Raises `InvalidFrameError` for anything that is not a reply or notice; never anything else."""
-    return _decode(_reply_decoder, frame)  # type: ignore[no-any-return]
+    return _decode(_reply_decoder, frame, REPLY_HEADER_BYTES_MAX)  # type: ignore[no-any-return]
 
 
-def _decode(decoder: Any, frame: bytes) -> Any:
-    if len(frame) > HEADER_BYTES_MAX:
-        raise InvalidFrameError(f"A header has {len(frame)} bytes; the limit is {HEADER_BYTES_MAX}.", code=Code.PAYLOAD_TOO_LARGE)
+def _decode(decoder: Any, frame: bytes, bytes_max: int) -> Any:
+    if len(frame) > bytes_max:
+        raise InvalidFrameError(f"A header has {len(frame)} bytes; the limit is {bytes_max}.", code=Code.PAYLOAD_TOO_LARGE)
     try:
         return decoder.decode(frame)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError, OverflowError) as error:
         raise InvalidFrameError(f"A header cannot be read: {error}.") from error
 
 
+_ARRAY_START = re.compile(rb"[\x92-\x9f]|\xdc..|\xdd....", re.DOTALL)
+_INT_BYTES = {0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8, 0xD0: 1, 0xD1: 2, 0xD2: 4, 0xD3: 8}  # unsigned, then signed
+
+
 def peek_number(frame: bytes) -> int:
-    """The number of a request that could not be decoded, so that the refusal finds its asker; 0 when there is none."""
-    try:
-        head: Sequence[Any] = msgspec.msgpack.decode(frame)
-        number = head[1] if isinstance(head, list) and len(head) > 1 else 0
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError, OverflowError):
-        return 0
-    return number if isinstance(number, int) and 0 < number < 1 << 63 else 0
+    """The number of a request that could not be decoded, so that the refusal finds its asker; 0 when there is none.
+
+    Reads the second element of the array and nothing else: what follows is what could not be decoded, and may be anything.
+    """
+    start = _ARRAY_START.match(frame)
+    _, at = _peek_int(frame, start.end() if start else len(frame))
+    number, _ = _peek_int(frame, at)
+    return number if 0 < number < 1 << 63 else 0
+
+
+def _peek_int(frame: bytes, at: int) -> tuple[int, int]:
+    """The integer at `at` and where the next value begins; 0 and the end of the frame when there is none."""
+    if at >= len(frame):
+        return 0, len(frame)
+    kind = frame[at]
+    if kind < 0x80:
+        return kind, at + 1
+    end = at + 1 + _INT_BYTES.get(kind, len(frame))
+    return (int.from_bytes(frame[at + 1 : end], "big", signed=kind >= 0xD0), end) if end <= len(frame) else (0, len(frame))

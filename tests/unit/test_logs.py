@@ -1,0 +1,148 @@
+"""zrmq/logs.py: who gets our log lines, and what loading it costs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import structlog
+
+from zrmq.errors import ConfigError
+from zrmq.logs import configure_logging, get_logger
+
+
+@pytest.fixture(autouse=True)
+def _unconfigured() -> Iterator[None]:
+    structlog.reset_defaults()
+    yield
+    structlog.reset_defaults()
+
+
+def test_nothing_is_loaded_before_the_first_written_line() -> None:
+    program = (
+        "import sys\n"
+        "from zrmq.logs import get_logger\n"
+        "log = get_logger('store')\n"
+        "log.debug('a_thing_done'); log.info('segment_rolled', position=1)\n"
+        "assert 'structlog' not in sys.modules\n"
+        "log.warning('disk_filled')\n"
+        "assert 'structlog' in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "disk_filled" in done.stderr
+    assert "segment_rolled" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_without_configuration_only_warnings_and_errors_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    log = get_logger("store")
+    log.debug("seen_never")
+    log.info("seen_never")
+    log.warning("disk_filled", free_bytes=7)
+    log.error("disk_failed")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "seen_never" not in err
+    for part in ("disk_filled", "free_bytes=7", "store"):
+        assert part in err
+    assert "disk_failed" in err
+
+
+def test_a_program_that_configured_structlog_gets_every_level_its_own_way(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = structlog.testing.CapturingLoggerFactory()
+    structlog.configure(processors=[structlog.processors.KeyValueRenderer(sort_keys=True)], logger_factory=lines)
+    log = get_logger("routing")
+    log.debug("broker_registered", broker_name="a")
+    log.error("broker_refused")
+    rendered = [call.args[0] for call in lines.logger.calls]
+    assert rendered == [
+        "broker_name='a' event='broker_registered' logger='routing'",
+        "event='broker_refused' logger='routing'",
+    ]
+    assert capsys.readouterr().err == ""
+
+
+def test_json_lines_carry_time_level_part_and_facts(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging("json")
+    get_logger("store").info("segment_rolled", position=64, data=b"\x00")
+    get_logger("store").debug("seen_never")
+    out, err = capsys.readouterr()
+    (line,) = err.splitlines()
+    entry = json.loads(line)
+    assert out == ""
+    assert entry.pop("timestamp").endswith("Z")
+    assert entry == {"event": "segment_rolled", "level": "info", "logger": "store", "position": 64, "data": "b'\\x00'"}
+
+
+def test_the_level_is_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging("json", "error")
+    get_logger("store").warning("seen_never")
+    assert capsys.readouterr().err == ""
+    configure_logging("json", "debug")
+    get_logger("store").debug("seen_now")
+    assert "seen_now" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("log_format", ["pretty", "json"])
+def test_an_exception_is_written_without_the_values_of_variables(
+    log_format: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure_logging(log_format)  # type: ignore[arg-type]
+    body = "".join(["sec", "ret"])
+    try:
+        raise RuntimeError("it broke")
+    except RuntimeError:
+        get_logger("serving").exception("request_failed", size_bytes=len(body))
+    err = capsys.readouterr().err
+    assert "request_failed" in err
+    assert "RuntimeError: it broke" in err
+    assert body not in err
+
+
+def test_unconfigured_exceptions_show_no_variables_either(capsys: pytest.CaptureFixture[str]) -> None:
+    body = "".join(["sec", "ret"])
+    try:
+        raise RuntimeError("it broke")
+    except RuntimeError:
+        get_logger("serving").exception("request_failed", size_bytes=len(body))
+    err = capsys.readouterr().err
+    assert "RuntimeError: it broke" in err
+    assert body not in err
+
+
+def test_auto_is_json_when_stderr_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging()
+    get_logger("store").info("store_opened")
+    assert json.loads(capsys.readouterr().err)["event"] == "store_opened"
+
+
+@pytest.mark.parametrize(("log_format", "level"), [("xml", "info"), ("json", "loud")])
+def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(log_format: str, level: str) -> None:
+    with pytest.raises(ConfigError, match="use one of") as caught:
+        configure_logging(log_format, level)  # type: ignore[arg-type]
+    assert caught.value.facts["value"] in ("xml", "loud")
+    assert not structlog.is_configured()
+
+
+class _Broken:
+    def write(self, text: str) -> int:
+        raise BrokenPipeError("gone")
+
+    def flush(self) -> None:
+        raise ValueError("I/O operation on closed file")
+
+    def isatty(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("stderr", [_Broken(), None])
+@pytest.mark.parametrize("configured", [False, True])
+def test_a_stderr_that_is_gone_ends_nobody(monkeypatch: pytest.MonkeyPatch, stderr: object, configured: bool) -> None:
+    monkeypatch.setattr(sys, "stderr", stderr)
+    if configured:
+        configure_logging()
+    get_logger("store").error("disk_failed")

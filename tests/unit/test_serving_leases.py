@@ -1,0 +1,244 @@
+"""Leases: one holder at a time, told only when durable, fenced by epochs, kept over a restart for whoever comes back."""
+
+from __future__ import annotations
+
+import pytest
+from tests.unit.broker_desk import BrokerDesk, DeskClient
+
+from zrmq.errors import Code
+from zrmq.protocol.requests import (
+    AcquireLease,
+    CommitOffsets,
+    Committed,
+    DeleteTopic,
+    Done,
+    Heartbeat,
+    Leased,
+    LeaveGroup,
+    Pull,
+    QueryCommitted,
+    QueueOffset,
+    ReleaseLease,
+)
+
+
+@pytest.fixture
+def desk() -> BrokerDesk:
+    desk = BrokerDesk()
+    desk.topic("meters", queue_count=2)
+    return desk
+
+
+def member(desk: BrokerDesk, name: str, epoch: int = 1) -> DeskClient:
+    client = desk.client(name, "consumer", "readers", epoch=epoch)
+    client.join("meters")
+    return client
+
+
+def committed(client: DeskClient) -> int:
+    return int(client.ask(QueryCommitted, "meters").offsets[0][1])
+
+
+def test_a_free_queue_is_leased_after_the_flush(desk: BrokerDesk) -> None:
+    a = member(desk, "a")
+    number = a.post(AcquireLease, "meters", 0)
+    desk.turn(flush=False)
+    assert a.reply(number) is None
+    desk.turn()
+    assert isinstance(a.reply(number), Leased)
+
+
+def test_the_holder_gets_the_same_lease_again(desk: BrokerDesk) -> None:
+    a = member(desk, "a")
+    assert a.acquire("meters", 0).lease_epoch == a.acquire("meters", 0).lease_epoch
+
+
+def test_a_waiter_gets_the_queue_when_it_is_released_with_a_greater_epoch_and_the_final_offset(desk: BrokerDesk) -> None:
+    a, b = member(desk, "a"), member(desk, "b")
+    desk.client("p").send("meters", 0, [b"1", b"2", b"3"])
+    first = a.acquire("meters", 0)
+    waiting = b.post(AcquireLease, "meters", 0)
+    desk.turn()
+    assert b.reply(waiting) is None
+    assert isinstance(a.ask(ReleaseLease, "meters", 0, first.lease_epoch, 2), Done)
+    second = b.reply(waiting)
+    assert second.lease_epoch > first.lease_epoch and second.offset == 2
+
+
+def test_waiters_are_served_in_the_order_they_came(desk: BrokerDesk) -> None:
+    a, b, c = (member(desk, name) for name in "abc")
+    lease = a.acquire("meters", 0)
+    numbers = [client.post(AcquireLease, "meters", 0) for client in (c, b)]
+    a.ask(ReleaseLease, "meters", 0, lease.lease_epoch)
+    assert isinstance(c.reply(numbers[0]), Leased) and b.reply(numbers[1]) is None
+
+
+def test_a_wait_ends_before_its_client_gives_up(desk: BrokerDesk) -> None:
+    a, b = member(desk, "a"), member(desk, "b")
+    a.acquire("meters", 0)
+    number = b.post(AcquireLease, "meters", 0, timeout_ms=2000)
+    desk.pass_ms(1950, step_ms=50)
+    assert b.reply(number).code == Code.LEASE_HELD
+
+
+def test_a_former_holder_is_fenced(desk: BrokerDesk) -> None:
+    a, b = member(desk, "a"), member(desk, "b")
+    desk.client("p").send("meters", 0, [b"1", b"2"])
+    old = a.acquire("meters", 0)
+    a.ask(ReleaseLease, "meters", 0, old.lease_epoch, 1)
+    new = b.acquire("meters", 0)
+    assert a.pull("meters", 0, 0, group="readers", lease_epoch=old.lease_epoch)[0].code == Code.FENCED
+    assert a.ask(CommitOffsets, [QueueOffset("meters", 0, 2, old.lease_epoch)]) == Committed(a._number, [0])
+    assert a.ask(CommitOffsets, [QueueOffset("meters", 0, 2, 0)]).fenced == [0]
+    assert a.ask(ReleaseLease, "meters", 0, old.lease_epoch).code == Code.FENCED
+    assert committed(b) == 1
+    assert b.pull("meters", 0, 1, group="readers", lease_epoch=new.lease_epoch)[1] == [b"2"]
+
+
+def test_a_pull_that_waits_is_fenced_when_the_lease_goes(desk: BrokerDesk) -> None:
+    a, b = member(desk, "a"), member(desk, "b")
+    lease = a.acquire("meters", 0)
+    number = a.post(Pull, "meters", 0, 0, 1000, 10_000, 0, "readers", lease.lease_epoch)
+    a.ask(ReleaseLease, "meters", 0, lease.lease_epoch)
+    b.acquire("meters", 0)
+    desk.client("p").send("meters", 0, [b"x"])
+    assert a.reply(number).code == Code.FENCED
+
+
+def test_the_queues_of_a_member_that_leaves_or_dies_go_on(desk: BrokerDesk) -> None:
+    a, b = member(desk, "a"), member(desk, "b")
+    a.acquire("meters", 0)
+    a.acquire("meters", 1)
+    first = b.post(AcquireLease, "meters", 0, timeout_ms=60_000)
+    a.ask(LeaveGroup)
+    assert isinstance(b.reply(first), Leased)
+    c = member(desk, "c")
+    second = c.post(AcquireLease, "meters", 0, timeout_ms=60_000)
+    for _ in range(11):
+        desk.pass_ms(1000)
+        c.ask(Heartbeat)
+    assert isinstance(c.reply(second), Leased)
+
+
+def test_a_waiter_that_is_gone_is_passed_over(desk: BrokerDesk) -> None:
+    a, b, c = (member(desk, name) for name in "abc")
+    lease = a.acquire("meters", 0)
+    b.post(AcquireLease, "meters", 0)
+    number = c.post(AcquireLease, "meters", 0)
+    b.ask(LeaveGroup)
+    a.ask(ReleaseLease, "meters", 0, lease.lease_epoch)
+    assert isinstance(c.reply(number), Leased)
+
+
+def test_a_client_that_asks_twice_is_granted_once(desk: BrokerDesk) -> None:
+    a, b = member(desk, "a"), member(desk, "b")
+    lease = a.acquire("meters", 0)
+    first, second = b.post(AcquireLease, "meters", 0), b.post(AcquireLease, "meters", 0)
+    a.ask(ReleaseLease, "meters", 0, lease.lease_epoch)
+    assert b.reply(first) is None and isinstance(b.reply(second), Leased)
+
+
+# --- restarts ---------------------------------------------------------------------------------------------------------------
+
+
+def test_after_a_power_cut_the_holder_goes_on_with_its_lease(desk: BrokerDesk) -> None:
+    lease = member(desk, "a").acquire("meters", 0)
+    desk.crash()
+    rival = member(desk, "b")
+    waiting = rival.post(AcquireLease, "meters", 0, timeout_ms=60_000)
+    desk.pass_ms(5_000)
+    back = member(desk, "a", epoch=2)
+    assert back.acquire("meters", 0).lease_epoch == lease.lease_epoch
+    for _ in range(12):
+        desk.pass_ms(1000)
+        back.ask(Heartbeat)
+        rival.ask(Heartbeat)
+    assert rival.reply(waiting) is None
+
+
+def test_after_a_power_cut_a_holder_that_stays_away_loses_its_lease_after_the_session_timeout(desk: BrokerDesk) -> None:
+    lease = member(desk, "a").acquire("meters", 0)
+    desk.crash()
+    b = member(desk, "b")
+    number = b.post(AcquireLease, "meters", 0, timeout_ms=60_000)
+    for _ in range(9):
+        desk.pass_ms(1000)
+        b.ask(Heartbeat)
+    assert b.reply(number) is None
+    desk.pass_ms(1500)
+    assert b.reply(number).lease_epoch > lease.lease_epoch
+
+
+def test_a_holder_that_came_back_and_died_loses_its_lease_without_having_joined(desk: BrokerDesk) -> None:
+    member(desk, "a").acquire("meters", 0)
+    desk.crash()
+    desk.client("a", "consumer", "readers", epoch=2)
+    b = member(desk, "b")
+    number = b.post(AcquireLease, "meters", 0, timeout_ms=60_000)
+    for _ in range(11):
+        desk.pass_ms(1000)
+        b.ask(Heartbeat)
+    assert isinstance(b.reply(number), Leased)
+
+
+# --- commits ----------------------------------------------------------------------------------------------------------------
+
+
+def test_commits_never_go_back_but_by_reset(desk: BrokerDesk) -> None:
+    a = member(desk, "a")
+    desk.client("p").send("meters", 0, [b"x"] * 10)
+    epoch = a.acquire("meters", 0).lease_epoch
+    a.ask(CommitOffsets, [QueueOffset("meters", 0, 7, epoch)])
+    a.ask(CommitOffsets, [QueueOffset("meters", 0, 3, epoch)])
+    assert committed(a) == 7
+    a.ask(CommitOffsets, [QueueOffset("meters", 0, 3, epoch)], True)
+    assert committed(a) == 3
+
+
+def test_a_commit_survives_a_power_cut(desk: BrokerDesk) -> None:
+    a = member(desk, "a")
+    desk.client("p").send("meters", 0, [b"x"] * 10)
+    a.ask(CommitOffsets, [QueueOffset("meters", 0, 7, a.acquire("meters", 0).lease_epoch)])
+    desk.crash()
+    assert committed(member(desk, "a", epoch=2)) == 7
+
+
+def test_a_commit_beyond_the_end_is_the_end_and_a_negative_one_is_refused(desk: BrokerDesk) -> None:
+    a = member(desk, "a")
+    desk.client("p").send("meters", 0, [b"x"])
+    epoch = a.acquire("meters", 0).lease_epoch
+    a.ask(CommitOffsets, [QueueOffset("meters", 0, 99, epoch)])
+    assert committed(a) == 1
+    assert a.ask(CommitOffsets, [QueueOffset("meters", 0, -5, epoch)]).code == Code.ILLEGAL_OFFSET
+
+
+def test_a_commit_on_a_topic_that_is_gone_costs_the_others_nothing(desk: BrokerDesk) -> None:
+    a = member(desk, "a")
+    desk.client("p").send("meters", 0, [b"x"])
+    epoch = a.acquire("meters", 0).lease_epoch
+    reply = a.ask(CommitOffsets, [QueueOffset("gone", 0, 1, 5), QueueOffset("meters", 0, 1, epoch)])
+    assert reply.fenced == [0] and committed(a) == 1
+
+
+def test_a_group_reads_without_leases_where_nobody_holds_any(desk: BrokerDesk) -> None:
+    reader = desk.client("r", "consumer", "assigned")
+    desk.client("p").send("meters", 0, [b"x"])
+    assert reader.ask(CommitOffsets, [QueueOffset("meters", 0, 1)]).fenced == []
+    assert committed(reader) == 1
+
+
+def test_only_members_acquire_and_only_what_they_subscribe_to(desk: BrokerDesk) -> None:
+    desk.topic("alarms")
+    assert desk.client("x", "consumer", "readers").acquire("meters", 0).code == Code.FORBIDDEN
+    assert member(desk, "a").acquire("alarms", 0).code == Code.FORBIDDEN
+    assert member(desk, "b").acquire("meters", 9).code == Code.BAD_REQUEST
+
+
+def test_the_leases_of_a_deleted_topic_end(desk: BrokerDesk) -> None:
+    a, b = member(desk, "a"), member(desk, "b")
+    a.acquire("meters", 0)
+    number = b.post(AcquireLease, "meters", 0)
+    desk.client("admin").ask(DeleteTopic, "meters")
+    assert b.reply(number).code == Code.TOPIC_NOT_FOUND
+    desk.topic("meters", queue_count=2)
+    assert isinstance(b.acquire("meters", 0), Leased)

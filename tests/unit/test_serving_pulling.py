@@ -1,0 +1,108 @@
+"""Pull: what is served, what waits, what wakes it, and how many may wait."""
+
+from __future__ import annotations
+
+import pytest
+from tests.unit.broker_desk import BrokerDesk, DeskClient
+
+from zrmq.errors import Code
+from zrmq.protocol.requests import DeleteTopic, Failed, Pull, Pulled, PullStatus
+from zrmq.protocol.tags import filter_mask
+from zrmq.serving import pulling
+
+
+@pytest.fixture
+def desk() -> BrokerDesk:
+    desk = BrokerDesk()
+    desk.topic("meters")
+    return desk
+
+
+@pytest.fixture
+def client(desk: BrokerDesk) -> DeskClient:
+    return desk.client("c1")
+
+
+def test_a_pull_begins_at_its_offset_and_says_where_to_go_on(client: DeskClient) -> None:
+    for body in (b"a", b"b", b"c"):
+        client.send("meters", 0, [body])
+    reply, bodies = client.pull("meters", 0, 1)
+    assert bodies == [b"b", b"c"]
+    assert reply == Pulled(reply.number, PullStatus.FOUND, 3, 0, 3)
+
+
+def test_a_pull_gets_at_least_one_batch_however_small_its_bound(client: DeskClient) -> None:
+    client.send("meters", 0, [bytes(50_000)])
+    client.send("meters", 0, [b"b"])
+    assert client.pull("meters", 0, 0, bytes_max=1)[1] == [bytes(50_000)]
+
+
+def test_an_empty_pull_waits_and_is_woken_by_a_flushed_message(desk: BrokerDesk, client: DeskClient) -> None:
+    number = client.post(Pull, "meters", 0, 0, 1000, 10_000)
+    desk.turn()
+    assert client.reply(number) is None
+    desk.client("p").send("meters", 0, [b"x"])
+    assert client.bodies(number) == [b"x"]
+
+
+def test_an_empty_pull_is_answered_with_nothing_when_its_wait_ends(desk: BrokerDesk, client: DeskClient) -> None:
+    number = client.post(Pull, "meters", 0, 0, 1000, 2_000)
+    desk.pass_ms(1_500)
+    assert client.reply(number) is None
+    desk.pass_ms(1_000)
+    assert client.reply(number).status is PullStatus.NOTHING
+
+
+def test_a_message_wakes_only_its_own_queue(desk: BrokerDesk, client: DeskClient) -> None:
+    numbers = [client.post(Pull, "meters", queue_id, 0, 1000, 10_000) for queue_id in range(4)]
+    desk.client("p").send("meters", 2, [b"x"])
+    assert [client.reply(number) is not None for number in numbers] == [False, False, True, False]
+
+
+def test_unwanted_batches_are_skipped_unopened_and_the_wait_goes_on_behind_them(desk: BrokerDesk, client: DeskClient) -> None:
+    producer = desk.client("p")
+    producer.send("meters", 0, [b"k"] * 3, tag="kitchen")
+    number = client.post(Pull, "meters", 0, 0, 1000, 10_000, filter_mask("hall"))
+    producer.send("meters", 0, [b"k"], tag="kitchen")
+    assert client.reply(number) is None
+    producer.send("meters", 0, [b"h"], tag="hall")
+    assert client.bodies(number) == [b"h"]
+    assert client.reply(number).next_offset == 5
+
+
+@pytest.mark.parametrize("offset", [5, 1_000_000])
+def test_an_offset_beyond_the_end_is_told_where_to_go_on(client: DeskClient, offset: int) -> None:
+    client.send("meters", 0, [b"a"])
+    reply, _ = client.pull("meters", 0, offset, wait_ms=10_000)
+    assert (reply.status, reply.next_offset) == (PullStatus.MOVED, 1)
+
+
+def test_a_waiting_pull_learns_that_its_topic_was_deleted(desk: BrokerDesk, client: DeskClient) -> None:
+    number = client.post(Pull, "meters", 0, 0, 1000, 10_000)
+    desk.client("admin").ask(DeleteTopic, "meters")
+    assert client.reply(number).code == Code.TOPIC_NOT_FOUND
+
+
+def test_pulls_of_a_superseded_session_vanish(desk: BrokerDesk, client: DeskClient) -> None:
+    number = client.post(Pull, "meters", 0, 0, 1000, 10_000)
+    again = desk.client("c1", epoch=2)
+    again.send("meters", 0, [b"x"])
+    assert client.reply(number) is None
+    assert desk.core.pulling.held_count == 0
+
+
+def test_one_client_cannot_hold_pulls_without_bound(
+    desk: BrokerDesk, client: DeskClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pulling, "PULLS_HELD_PER_SESSION_MAX", 3)
+    replies = [client.ask(Pull, "meters", 0, 0, 1000, 10_000) for _ in range(5)]
+    assert [reply.code for reply in replies if reply] == [Code.TOO_MANY_REQUESTS] * 2
+    desk.pass_ms(11_000)
+    assert desk.core.pulling.held_count == 0
+    assert client.ask(Pull, "meters", 0, 0, 1000, 0).status is PullStatus.NOTHING
+
+
+def test_a_topic_without_read_permission_is_not_read(desk: BrokerDesk, client: DeskClient) -> None:
+    desk.topic("inbox", permission=2)
+    reply, _ = client.pull("inbox", 0, 0)
+    assert isinstance(reply, Failed) and reply.code == Code.FORBIDDEN

@@ -1,0 +1,434 @@
+"""What was handed over and is not acknowledged yet: open batches that callers fill, and the handles that point into them.
+
+    callers' threads                                  loop's thread
+    append --> open batch --full--> sealed --take_sealed--> line of a queue --> broker --> finish
+                   '-----------------------take_open--------^
+
+A batch is open while records may join it: one per topic for messages that may go to any queue, one per queue for messages bound
+to it. It is sealed when it is full, by the caller, who encodes it too, or when the loop's thread wants something to send. A handle
+is the batch and an index, so that a message costs a few list appends and one small object; receipts are made when somebody asks.
+
+Memory is bounded: `buffer_bytes` counts every record from `append` to `finish`, with what Python needs around it.
+
+One lock guards what is shared. A batch's `outcome` is read without it: it is written once, before those who wait are released.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from copy import copy
+from typing import NamedTuple, Protocol
+
+import msgspec
+
+from zrmq.clock import Clock
+from zrmq.errors import BufferFullError, InvalidArgumentError, RequestTimeoutError, ZrmqError
+from zrmq.logs import get_logger
+from zrmq.message import FlushMode, MessageQueue, SendReceipt, message_id
+from zrmq.protocol.batch import Columns, encode_batch
+
+RECORD_OVERHEAD_BYTES = 64  # of a record in memory; more than its framing in a batch takes, so that batches stay in bounds
+ITEM_OVERHEAD_BYTES = 16  # the same for each key and property
+
+log = get_logger("producer")
+
+
+class Lock(Protocol):
+    """A `threading.Lock`. Handed in: nothing in this package makes threads or what belongs to them."""
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+        """Take it, waiting up to `timeout` seconds (-1: for ever). False: not taken."""
+
+    def release(self) -> None:
+        """Give it back; any thread may."""
+
+    def __enter__(self) -> bool: ...
+
+    def __exit__(self, *exc_info: object) -> None: ...
+
+
+class OneWay(msgspec.Struct, frozen=True, gc=False):
+    """Target of messages for a topic that nobody acknowledges."""
+
+    topic: str
+
+
+Target = str | MessageQueue | OneWay  # a topic (any of its queues), one queue, or a topic one-way: what the records of a batch share
+
+
+class Extras(NamedTuple):
+    """What a record has besides its body."""
+
+    tag: str | None
+    keys: Sequence[str]
+    properties: dict[str, str] | None
+    message_group: str | None
+
+
+NO_EXTRAS = Extras(None, (), None, None)
+
+
+class Stored(msgspec.Struct, frozen=True, gc=False):
+    """Where a batch is. A one-way batch is handed over and nothing else is known: its `base_offset` is -1."""
+
+    broker_name: str
+    queue_id: int
+    base_offset: int
+    store_timestamp_ms: int
+    durability: FlushMode
+    duplicate: bool = False
+
+
+class AccumulatorConfig(msgspec.Struct, frozen=True):
+    """What a producer decides about its memory and its batches."""
+
+    producer_id: int
+    buffer_bytes: int
+    block_when_full: bool
+    batch_records_max: int
+    batch_bytes_max: int
+    compress: bool
+
+
+class Batch:
+    """Records on their way together: filled under the accumulator's lock until it is sealed, then the loop's thread's own."""
+
+    __slots__ = (
+        "accumulator", "attempts", "avoid", "bodies", "callbacks", "deadline_ms", "extras", "first_born_ms", "first_sequence",
+        "frame", "last_sequence", "opened_ms", "outcome", "records", "refusal", "sent", "sent_ms", "size_bytes", "target",
+        "timeout_ms", "waiters",
+    )
+
+    def __init__(self, accumulator: Accumulator, target: Target, first_sequence: int, timeout_ms: int) -> None:
+        self.accumulator = accumulator
+        self.target = target
+        self.first_sequence = first_sequence
+        self.timeout_ms = timeout_ms
+        self.first_born_ms = accumulator.clock.time_ms()
+        self.opened_ms = accumulator.clock.monotonic_ms()
+        self.bodies: list[bytes] = []
+        self.extras: list[Extras] | None = None
+        self.size_bytes = 0
+        self.outcome: Stored | ZrmqError | None = None
+        self.waiters: list[Lock] = []
+        self.callbacks: list[tuple[SendHandle, Callable[[SendHandle], None]]] = []
+
+    @property
+    def topic(self) -> str:
+        """The topic of its records."""
+        return self.target if isinstance(self.target, str) else self.target.topic
+
+    def add_extras(self, index: int, extras: Extras | None) -> None:
+        """Note the extras of record `index`, which is next."""
+        if self.extras is None:
+            self.extras = [NO_EXTRAS] * index
+        self.extras.append(extras or NO_EXTRAS)
+
+    def seal(self, now_ms: float) -> None:
+        """No record joins it from here on; the time its caller gave it starts to run."""
+        self.records: tuple[list[bytes], list[Extras] | None] | None = (self.bodies, self.extras)
+        self.last_sequence = self.first_sequence + len(self.bodies) - 1
+        self.deadline_ms = now_ms + self.timeout_ms
+        self.frame = b""
+        self.attempts = 0
+        self.refusal: ZrmqError | None = None  # the last one; what it ends with if it is not stored in time
+        self.avoid: frozenset[str] = frozenset()  # brokers that may have stored it and must not be asked again elsewhere
+        self.sent: tuple[object, int] | None = None
+        self.sent_ms = 0.0
+
+    @property
+    def record_count(self) -> int:
+        """Records in it, once it is sealed."""
+        return self.last_sequence - self.first_sequence + 1
+
+    def encoded(self) -> bytes:
+        """The bytes to send; made by whoever asks first. Two threads that ask at once make the same bytes."""
+        records = self.records
+        if records is None:
+            return self.frame
+        config = self.accumulator.config
+        self.frame = encode_batch(
+            _columns(*records), producer_id=config.producer_id, first_sequence=self.first_sequence,
+            first_born_ms=self.first_born_ms, last_born_ms=self.accumulator.clock.time_ms(), compress=config.compress,
+        )
+        self.records = None
+        return self.frame
+
+    def wait(self, timeout_ms: float | None) -> bool:
+        """Wait until it has an outcome. False: it has none after `timeout_ms` (None: for ever)."""
+        if self.outcome is None:
+            lock = self.accumulator.lock_for_waiting()
+            self.waiters.append(lock)  # before looking again: the outcome is set first, then those here are released
+            self.accumulator.hurry()
+            if self.outcome is None:
+                return lock.acquire(timeout=-1 if timeout_ms is None else max(timeout_ms, 0) / 1000)
+        return True
+
+
+def _columns(bodies: list[bytes], extras: list[Extras] | None) -> Columns:
+    if extras is None:
+        return Columns(bodies)
+    tags, keys, properties, groups = zip(*extras, strict=True)
+    return Columns(
+        bodies,
+        list(tags) if any(tags) else None,
+        [list(some) for some in keys] if any(keys) else None,
+        list(properties) if any(properties) else None,
+        list(groups) if any(groups) else None,
+    )
+
+
+class SendHandle(msgspec.Struct, frozen=True, eq=False, gc=False):
+    """A message handed over by `send_async`. Any thread may use it, also after the producer is closed."""
+
+    batch: Batch
+    index: int
+
+    def done(self) -> bool:
+        """Whether it is stored or has failed for good."""
+        return self.batch.outcome is not None
+
+    def result(self, timeout_ms: float | None = None) -> SendReceipt:
+        """The receipt, waiting for it if need be: at most `timeout_ms`, None as long as sending may take.
+
+        Raises what the message failed with, or `RequestTimeoutError` when it is still on its way; ask again later then. Must
+        not wait inside a callback (`InvalidArgumentError`): the thread that it runs on is the one that would answer.
+        """
+        batch = self.batch
+        if not batch.wait(timeout_ms):
+            raise RequestTimeoutError(
+                f"The message is not acknowledged after {timeout_ms} ms and is still on its way; ask its handle again.",
+                topic=batch.topic, message_id=self.message_id,
+            )
+        outcome = batch.outcome
+        if not isinstance(outcome, Stored):
+            assert outcome is not None
+            raise copy(outcome)  # every handle of the batch raises it: an error of its own, with a traceback of its own
+        return SendReceipt(
+            batch.topic, outcome.broker_name, outcome.queue_id, outcome.base_offset + self.index, self.message_id,
+            outcome.store_timestamp_ms, outcome.durability, outcome.duplicate,
+        )
+
+    def add_done_callback(self, callback: Callable[[SendHandle], None]) -> None:
+        """Call `callback(handle)` once when it is done: on the producer's I/O thread, or at once when it is done already.
+
+        A callback must be quick and must not wait; what it raises is logged.
+        """
+        if not self.batch.accumulator.add_callback(self, callback):
+            callback(self)
+
+    @property
+    def message_id(self) -> str:
+        """Known from the start: 32 hexadecimal digits, the same for every copy of the message."""
+        return message_id(self.batch.accumulator.config.producer_id, self.batch.first_sequence + self.index)
+
+
+class Accumulator:
+    """The producer's memory. `append` and what handles do: any thread; the rest as each says.
+
+    `wake` is called, from any thread and without the lock, when there is something new for the loop's thread. `check_may_wait`
+    raises in a thread that must not wait: the loop's own.
+    """
+
+    def __init__(
+        self, config: AccumulatorConfig, clock: Clock, *, new_lock: Callable[[], Lock], wake: Callable[[], None],
+        check_may_wait: Callable[[], None],
+    ) -> None:
+        self.config = config
+        self.clock = clock
+        self._new_lock = new_lock
+        self._wake = wake
+        self._check_may_wait = check_may_wait
+        self._lock = new_lock()
+        self._open: dict[Target, Batch] = {}
+        self._sealed: deque[Batch] = deque()
+        self._unfinished: dict[str, set[Batch]] = {}
+        self._buffered_bytes = 0
+        self._waiting_for_room: list[Lock] = []
+        self._next_sequence = 1  # 0 means none, in `Send.follows`
+        self._refusal: Callable[[], ZrmqError] | None = None
+        self._has_news = False
+        self._buffer_bytes = config.buffer_bytes
+        self._batch_bytes_max = config.batch_bytes_max
+        self._batch_records_max = config.batch_records_max
+
+    # --- callers' threads ---------------------------------------------------------------------------------------------
+
+    def append(self, target: Target, body: bytes, size_bytes: int, extras: Extras | None, timeout_ms: int) -> SendHandle:
+        """Add one checked record to the open batch of its target: the hot path.
+
+        Waits up to `timeout_ms` while the buffer is full. Raises `BufferFullError`, or what `refuse` said.
+        """
+        with self._lock:
+            batch = self._open.get(target)
+            if (
+                batch is None
+                or batch.size_bytes + size_bytes > self._batch_bytes_max
+                or self._buffered_bytes + size_bytes > self._buffer_bytes
+                or batch.timeout_ms != timeout_ms
+            ):
+                batch = self._start(target, size_bytes, timeout_ms)
+            bodies = batch.bodies
+            index = len(bodies)
+            if extras is not None or batch.extras is not None:
+                batch.add_extras(index, extras)
+            bodies.append(body)
+            self._buffered_bytes += size_bytes
+            batch.size_bytes = total_bytes = batch.size_bytes + size_bytes
+            is_full = index + 1 >= self._batch_records_max or total_bytes + size_bytes > self._batch_bytes_max
+            if is_full:
+                self._seal(batch)
+        if is_full:
+            batch.encoded()
+        if self._has_news:
+            self._has_news = False
+            self._wake()
+        return SendHandle(batch, index)
+
+    def _start(self, target: Target, size_bytes: int, timeout_ms: int) -> Batch:
+        """An open batch with room for a record, made if need be. With the lock, which is given up while the buffer is full."""
+        self._wait_for_room(size_bytes, timeout_ms)
+        batch = self._open.get(target)
+        if batch is not None:
+            if batch.timeout_ms == timeout_ms and batch.size_bytes + size_bytes <= self._batch_bytes_max:
+                return batch
+            self._seal(batch)
+        batch = self._open[target] = Batch(self, target, self._next_sequence, timeout_ms)
+        self._next_sequence += self.config.batch_records_max  # ids are known at once, so a batch reserves what it may need
+        self._unfinished.setdefault(batch.topic, set()).add(batch)
+        self._has_news = True
+        return batch
+
+    def _seal(self, batch: Batch) -> None:
+        del self._open[batch.target]
+        batch.seal(self.clock.monotonic_ms())
+        self._sealed.append(batch)
+        self._has_news = True
+
+    def _wait_for_room(self, size_bytes: int, timeout_ms: int) -> None:
+        deadline_ms = self.clock.monotonic_ms() + timeout_ms
+        while self._refusal is None and self._buffered_bytes and self._buffered_bytes + size_bytes > self._buffer_bytes:
+            left_ms = deadline_ms - self.clock.monotonic_ms()
+            if not self.config.block_when_full or left_ms <= 0:
+                raise BufferFullError(
+                    f"{self._buffered_bytes} bytes of messages wait for a broker and the buffer has {self._buffer_bytes}; send"
+                    " slower, wait for handles, or give the producer a larger buffer_bytes.",
+                    buffered_bytes=self._buffered_bytes, buffer_bytes=self._buffer_bytes,
+                )
+            self._check_may_wait()
+            room = self.lock_for_waiting()
+            self._waiting_for_room.append(room)
+            self._lock.release()
+            try:
+                self._wake()  # whatever lingers may go now
+                room.acquire(timeout=left_ms / 1000)
+            finally:
+                self._lock.acquire()
+        if self._refusal is not None:
+            raise self._refusal()
+
+    def lock_for_waiting(self) -> Lock:
+        """A lock that is taken: who acquires it waits until somebody releases it. Raises in the loop's thread."""
+        self._check_may_wait()
+        lock = self._new_lock()
+        lock.acquire()
+        return lock
+
+    def hurry(self) -> None:
+        """Somebody waits: what lingers goes out."""
+        self._wake()
+
+    def add_callback(self, handle: SendHandle, callback: Callable[[SendHandle], None]) -> bool:
+        """Have it called when the batch is done. False: it is done already."""
+        with self._lock:
+            if handle.batch.outcome is not None:
+                return False
+            handle.batch.callbacks.append((handle, callback))
+            return True
+
+    def is_idle(self, topic: str) -> bool:
+        """Whether nothing of the topic waits here or is on its way. For the calling thread's own messages this is exact."""
+        return not self._unfinished.get(topic)
+
+    def unfinished(self) -> list[Batch]:
+        """Every batch that has no outcome yet."""
+        with self._lock:
+            return [batch for batches in self._unfinished.values() for batch in batches]
+
+    def refuse(self, make_error: Callable[[], ZrmqError]) -> None:
+        """Take nothing more: `append` raises, also where it waits for room. What is here goes on its way."""
+        with self._lock:
+            self._refusal = make_error
+            for batch in list(self._open.values()):
+                self._seal(batch)
+            self._release_room()
+
+    def abandon_in_child(self, make_error: Callable[[], ZrmqError]) -> None:
+        """After a fork, in the child: the lock may be held by a thread that is not here any more."""
+        self._lock = self._new_lock()
+        self._open = {}
+        self._refusal = make_error
+
+    # --- loop's thread ------------------------------------------------------------------------------------------------
+
+    def take_sealed(self) -> list[Batch]:
+        """The batches that callers have filled, in the order they were sealed."""
+        with self._lock:
+            sealed = list(self._sealed)
+            self._sealed.clear()
+        return sealed
+
+    def take_open(self, is_wanted: Callable[[Batch], bool]) -> list[Batch]:
+        """Seal and take the open batches for which `is_wanted`; also those sealed since `take_sealed`, which come first."""
+        with self._lock:
+            for batch in [batch for batch in self._open.values() if is_wanted(batch)]:
+                self._seal(batch)
+            self._has_news = False
+            sealed = list(self._sealed)
+            self._sealed.clear()
+        return sealed
+
+    @property
+    def opened_ms(self) -> float | None:
+        """When the oldest open batch was begun, by the monotonic clock; None when there is none."""
+        with self._lock:
+            return min((batch.opened_ms for batch in self._open.values()), default=None)
+
+    @property
+    def is_pressed(self) -> bool:
+        """Whether somebody waits for room, or for a batch that is still open."""
+        with self._lock:
+            return bool(self._waiting_for_room) or any(batch.waiters for batch in self._open.values())
+
+    @property
+    def buffered_bytes(self) -> int:
+        """What is held at the moment, as `buffer_bytes` counts."""
+        return self._buffered_bytes
+
+    def finish(self, batch: Batch, outcome: Stored | ZrmqError) -> None:
+        """The batch's one outcome: its memory is free, who waits for it goes on, its callbacks are called."""
+        with self._lock:
+            assert batch.outcome is None
+            batch.outcome = outcome
+            callbacks, batch.callbacks = batch.callbacks, []
+            self._buffered_bytes -= batch.size_bytes
+            self._unfinished[batch.topic].discard(batch)
+            self._release_room()
+        batch.bodies, batch.extras, batch.records, batch.frame = [], None, None, b""
+        for lock in batch.waiters:
+            lock.release()
+        for handle, callback in callbacks:
+            _call(callback, handle)
+
+    def _release_room(self) -> None:
+        for lock in self._waiting_for_room:
+            lock.release()
+        self._waiting_for_room.clear()
+
+
+def _call(callback: Callable[[SendHandle], None], handle: SendHandle) -> None:
+    try:
+        callback(handle)
+    except Exception:  # the user's code; it must not end the thread that everything depends on
+        log.exception("done_callback_failed", message_id=handle.message_id)

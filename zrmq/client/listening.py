@@ -1,0 +1,101 @@
+"""How a listener is called: units sized by how long it takes, and when a message that failed comes again.
+
+A fast listener gets many messages at once, so that taking them from the inbox costs it little each; a slow one gets them one by
+one, so that they run side by side on all threads. What raises comes again: in order it stops its queue until it succeeds;
+otherwise the others go on and only the commit waits for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+
+from zrmq.client.process_queue import Unit
+from zrmq.clock import Clock
+from zrmq.message import Message
+
+UNIT_MS = 5.0  # what a unit should take: far more than handing it out, far less than anybody waits for it to end
+UNIT_MESSAGES_MAX = 256
+PACE_WEIGHT = 0.3  # of the newest unit in the average
+
+RETRY_MS_MIN = 1_000.0  # before the second attempt; doubled with each
+RETRY_MS_MAX = 60_000.0
+
+Listener = Callable[[Message], object]
+
+
+class Pace:
+    """How many messages to give a listener at once. Several threads may measure; the last one counts."""
+
+    __slots__ = ("_message_ms", "messages")
+
+    def __init__(self) -> None:
+        self.messages = 1
+        self._message_ms = 0.0
+
+    def measure(self, messages: int, elapsed_ms: float) -> None:
+        """A unit of so many messages took so long. It at most doubles, because one quick message says little."""
+        newest_ms = elapsed_ms / messages
+        self._message_ms += (newest_ms - self._message_ms) * (PACE_WEIGHT if self._message_ms else 1.0)
+        fitting = UNIT_MESSAGES_MAX if self._message_ms <= 0.0 else int(UNIT_MS / self._message_ms)
+        self.messages = max(1, min(fitting, 2 * self.messages, UNIT_MESSAGES_MAX))
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """A message its listener raised for; `unit` is what comes again, in how long."""
+
+    unit: Unit
+    error: Exception
+    retry_ms: float
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """What became of a unit. What lies from `stop_offset` on was not touched."""
+
+    failures: list[Failure]
+    stop_offset: int
+
+
+def retry_ms(delivery_attempt: int) -> float:
+    """How long to wait after this attempt failed; 1 was the first.
+
+    >>> [retry_ms(attempt) for attempt in (1, 2, 3, 7, 100)]
+    [1000.0, 2000.0, 4000.0, 60000.0, 60000.0]
+    """
+    return min(RETRY_MS_MIN * 2.0 ** min(delivery_attempt - 1, 16), RETRY_MS_MAX)
+
+
+def run_unit(unit: Unit, listener: Listener, pace: Pace, clock: Clock, *, in_order: bool) -> Outcome:
+    """Give the messages to the listener, one after the other. Ends early when the queue is given back or lost meanwhile.
+
+    Lets through what is not an `Exception` (a listener that calls `sys.exit`).
+    """
+    queue, failures, handled = unit.process_queue, [], 0
+    began_ms = clock.monotonic_ms()
+    for message in unit.messages:
+        if queue.is_draining or queue.is_dropped:
+            break
+        handled += 1
+        try:
+            listener(message)
+        except Exception as error:  # noqa: BLE001 - whatever a listener raises means: this message again
+            failures.append(_fail(unit, handled - 1, error, in_order))
+            if in_order:
+                break
+    if handled:
+        pace.measure(handled, clock.monotonic_ms() - began_ms)
+    is_whole = handled == len(unit.messages)
+    return Outcome(failures, unit.next_offset if is_whole else unit.messages[handled].queue_offset)
+
+
+def _fail(unit: Unit, index: int, error: Exception, in_order: bool) -> Failure:
+    message = unit.messages[index]
+    wait_ms = retry_ms(message.delivery_attempt)
+    message.delivery_attempt += 1
+    offset = message.queue_offset
+    if in_order:
+        rest = Unit(unit.process_queue, unit.messages[index:], offset, unit.next_offset)
+    else:
+        rest = Unit(unit.process_queue, [message], offset, offset + 1)
+    return Failure(rest, error, wait_ms)

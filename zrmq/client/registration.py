@@ -1,0 +1,104 @@
+"""A broker at its NameServers: registers at each of them, heartbeats every second, leaves when it stops."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from zrmq.client.link import Identity, Link
+from zrmq.errors import ZrmqError
+from zrmq.logs import get_logger
+from zrmq.protocol.requests import BrokerInfo, RegisterBroker, Registered, TopicRoute, UnregisterBroker
+from zrmq.transport.interface import Loop
+
+log = get_logger("broker")
+
+HEARTBEAT_MS = 1_000.0
+REQUEST_TIMEOUT_MS = 3_000
+
+Topics = tuple[int, Callable[[], list[TopicRoute]]]  # version, and how to list them
+
+
+class Registration:
+    """One broker's registrations. The NameServers do not know of each other; each gets the table when it lacks this version.
+
+    Loop thread only. `topics` is asked at each heartbeat for the table's version and how to list it.
+    """
+
+    def __init__(
+        self, loop: Loop, nameservers: Sequence[str], broker: BrokerInfo, topics: Callable[[], Topics], rng: random.Random
+    ) -> None:
+        self._loop = loop
+        self._broker = broker
+        self._topics = topics
+        identity = Identity(client_id=f"{broker.broker_name}/{broker.broker_id}@{broker.epoch}-{rng.getrandbits(32):08x}", role="broker")
+        self._links = [Link(loop, address, identity, self, rng) for address in nameservers]
+        self._known: dict[Link, int] = {}  # version of the table each NameServer has
+        self._pending: set[Link] = set()
+        self._reported: set[Link] = set()
+        self._timer = loop.call_later(HEARTBEAT_MS, self._beat)
+        for link in self._links:
+            self._register(link)
+
+    @property
+    def registered_count(self) -> int:
+        """How many NameServers know this broker with its present topics."""
+        version, _ = self._topics()
+        return sum(1 for link in self._links if link.is_open and self._known.get(link) == version)
+
+    def topics_changed(self) -> None:
+        """Tell every NameServer now, not with the next heartbeat."""
+        for link in self._links:
+            self._register(link)
+
+    def close(self) -> None:
+        """Leave every NameServer that is there, without waiting for its answer."""
+        self._timer.cancel()
+        for link in self._links:
+            if link.is_open:
+                link.request(
+                    UnregisterBroker, self._broker.broker_name, self._broker.broker_id, self._broker.epoch,
+                    timeout_ms=REQUEST_TIMEOUT_MS, on_reply=lambda reply, payload: None,
+                )
+            link.close()
+
+    def on_link_open(self, link: Link) -> None:
+        self._known.pop(link, None)
+        self._register(link)
+
+    def on_link_lost(self, link: Link) -> None:
+        log.warning("nameserver_lost", address=link.address, broker_name=self._broker.broker_name)
+
+    def on_notice(self, link: Link, notice: object) -> None:
+        """NameServers send brokers no notices."""
+
+    def _beat(self) -> None:
+        self._timer = self._loop.call_later(HEARTBEAT_MS, self._beat)
+        for link in self._links:
+            self._register(link)
+
+    def _register(self, link: Link) -> None:
+        if not link.is_open or link in self._pending:
+            return
+        version, list_topics = self._topics()
+        table = None if self._known.get(link) == version else list_topics()
+        self._pending.add(link)
+        link.request(
+            RegisterBroker, self._broker, version, table,
+            timeout_ms=REQUEST_TIMEOUT_MS, on_reply=partial(self._answered, link, version),
+        )
+
+    def _answered(self, link: Link, version: int, reply: object, payload: list[bytes]) -> None:
+        self._pending.discard(link)
+        if isinstance(reply, Registered):
+            self._reported.discard(link)
+            if reply.wants_topics:
+                self._known.pop(link, None)
+            else:
+                self._known[link] = version
+            if self._known.get(link) != self._topics()[0]:
+                self._register(link)
+        elif isinstance(reply, ZrmqError) and link not in self._reported:
+            self._reported.add(link)
+            log.warning("registration_failed", address=link.address, broker_name=self._broker.broker_name, reason=reply.message)

@@ -1,0 +1,127 @@
+"""One object for a whole program: a cluster that runs somewhere, or one inside this process, and clients of it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from zrmq.config import BrokerConfig, NameServerConfig, find_nameservers, load
+from zrmq.errors import ClosedError
+
+if TYPE_CHECKING:
+    import zmq
+
+    from zrmq.client.admin import Admin
+    from zrmq.consumer import Listener, PullConsumer, PushConsumer
+    from zrmq.producer import Producer
+    from zrmq.transport.host import Host
+
+
+class Fabric:
+    """Makes producers and consumers that know where to go. Closing it closes those it made, then, if it is embedded, the broker.
+
+    Any thread may use it. Made by `embedded` and `connect`.
+    """
+
+    def __init__(self, nameservers: Sequence[str], *, context: zmq.Context[Any] | None = None, host: Host | None = None) -> None:
+        self.nameservers = tuple(nameservers)
+        self._context = context
+        self._host = host
+        self._clients: list[Any] = []
+        self._closed = False
+
+    def producer(self, group: str = "DEFAULT_PRODUCER", **options: Any) -> Producer:
+        """A `Producer` of this fabric; options as there."""
+        from zrmq.producer import Producer
+
+        return self._made(Producer(group, **self._where(), **options))
+
+    def push_consumer(self, group: str, **options: Any) -> PushConsumer:
+        """A `PushConsumer` of this fabric; options as there. Subscribe, then start or run it."""
+        from zrmq.consumer import PushConsumer
+
+        return self._made(PushConsumer(group, **self._where(), **options))
+
+    def pull_consumer(self, group: str | None = None, *topics: str, **options: Any) -> PullConsumer:
+        """A `PullConsumer` of this fabric, subscribed to `topics`; options as there."""
+        from zrmq.consumer import PullConsumer
+
+        consumer: PullConsumer = self._made(PullConsumer(group, **self._where(), **options))
+        for topic in topics:
+            consumer.subscribe(topic)
+        return consumer
+
+    def consume(self, group: str, topic: str, listener: Listener, expression: str = "*", **options: Any) -> PushConsumer:
+        """A started `PushConsumer` that calls `listener` for each message of `topic`."""
+        consumer = self.push_consumer(group, **options)
+        consumer.subscribe(topic, expression, listener)
+        consumer.start()
+        return consumer
+
+    def admin(self) -> Admin:
+        """Topics, groups and brokers, for programs that look after them."""
+        from zrmq.client.admin import Admin
+
+        return self._made(Admin(**self._where()))
+
+    def close(self) -> None:
+        """Close what was made here, newest first, and the embedded broker last. Closing twice does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        for client in reversed(self._clients):
+            client.close()
+        if self._host is not None:
+            self._host.stop()
+
+    def __enter__(self) -> Fabric:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _where(self) -> dict[str, Any]:
+        if self._closed:
+            raise ClosedError("The fabric was closed; make a new one with zrmq.embedded() or zrmq.connect().")
+        return {"nameservers": self.nameservers, "context": self._context}
+
+    def _made(self, client: Any) -> Any:
+        self._clients.append(client)
+        return client
+
+
+def connect(nameservers: str | Sequence[str] | None = None) -> Fabric:
+    """A fabric over a running cluster. `nameservers` as everywhere: the argument, else `ZRMQ_NAMESERVERS`, else this machine's.
+
+    Connects when the first producer or consumer does. Raises `ConfigError` for addresses that cannot be any.
+    """
+    return Fabric(find_nameservers(nameservers))
+
+
+def embedded(data: str | Path = "./data", **options: Any) -> Fabric:
+    """A NameServer and a broker inside this process, its messages in the folder `data`, which is made if it is missing.
+
+    `options` are those of a broker (`default_queue_count=1`, `session_timeout_ms=3000`, ...; see `zrmq broker --help`). No port is
+    opened: clients of this fabric reach it in memory. One process at a time owns a folder.
+
+    Raises `FolderLockedError`, `FolderUnusableError`, `ConfigError`.
+    """
+    from zrmq.broker import BrokerRole
+    from zrmq.nameserver import NameServerRole
+    from zrmq.store.config import StoreConfig
+    from zrmq.transport.host import Host
+
+    name = f"{random.SystemRandom().getrandbits(64):016x}"
+    nameserver = f"inproc://zrmq-{name}-nameserver"
+    flags: Mapping[str, Any] = {"data": str(data), "nameservers": nameserver, **options}
+    config = load(BrokerConfig[StoreConfig], flags=flags)
+    host = Host(
+        NameServerRole(NameServerConfig(start_grace_ms=0), address=nameserver),
+        BrokerRole(config, address=f"inproc://zrmq-{name}-broker", ingest_address=f"inproc://zrmq-{name}-ingest"),
+        name="zrmq-embedded",
+    )
+    host.start()
+    return Fabric([nameserver], context=host.reactor.context, host=host)

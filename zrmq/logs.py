@@ -1,0 +1,139 @@
+"""Log lines: one per decision, an event's name and its facts. structlog is loaded by the first line that is written.
+
+A library must not decide where its user's logs go. So:
+
+- a program that configured structlog gets our lines, all levels, the way it asked for;
+- a program that did not gets warnings and errors on stderr, in structlog's own look, and nothing is loaded before the first;
+- the processes we own (`zrmq up`, `zrmq broker`, ...) call `configure_logging` once, at their start.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Literal
+
+from zrmq.errors import ConfigError
+
+if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger, Processor
+
+LogFormat = Literal["auto", "pretty", "json"]  # auto: pretty on a terminal, json otherwise
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+_LEVELS: dict[str, int] = {
+    "debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR,
+}
+_FORMATS = ("auto", "pretty", "json")
+
+
+class Logger:
+    """Log lines of one part of zrmq. Any thread may use it, at any time; made by `get_logger`.
+
+    An event's name is a noun and what happened to it (`segment_rolled`); everything else is a fact.
+    """
+
+    __slots__ = ("_name",)
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def debug(self, event: str, /, **facts: object) -> None:
+        """For somebody who looks for a fault in zrmq itself."""
+        if _is_configured():
+            self._target().debug(event, **facts)
+
+    def info(self, event: str, /, **facts: object) -> None:
+        """A decision that was taken in the normal course of things."""
+        if _is_configured():
+            self._target().info(event, **facts)
+
+    def warning(self, event: str, /, **facts: object) -> None:
+        """Something an operator should know of; zrmq goes on by itself."""
+        self._target().warning(event, **facts)
+
+    def error(self, event: str, /, **facts: object) -> None:
+        """Something an operator has to do something about."""
+        self._target().error(event, **facts)
+
+    def exception(self, event: str, /, **facts: object) -> None:
+        """An error with the traceback of the exception that is being handled."""
+        self._target().exception(event, **facts)
+
+    def _target(self) -> FilteringBoundLogger:
+        import structlog
+
+        target = structlog.get_logger() if structlog.is_configured() else structlog.wrap_logger(
+            structlog.WriteLogger(_stderr),  # type: ignore[arg-type]
+            processors=_processors(pretty=True),
+            wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
+        )
+        return target.bind(logger=self._name)  # type: ignore[no-any-return]
+
+
+def get_logger(name: str) -> Logger:
+    """The logger of one part of zrmq, named like its package (`store`, `routing`). Loads nothing."""
+    return Logger(name)
+
+
+def configure_logging(log_format: LogFormat = "auto", level: LogLevel = "info") -> None:
+    """Send the log lines of this process to stderr, from `level` on. Only for processes we own; a library never calls it.
+
+    Raises `ConfigError` for a format or level that does not exist.
+    """
+    import structlog
+
+    check_choice("log_format", log_format, _FORMATS)
+    check_choice("log_level", level, tuple(_LEVELS))
+    pretty = log_format == "pretty" or (log_format == "auto" and _is_terminal())
+    structlog.configure(
+        processors=_processors(pretty),
+        wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
+        logger_factory=structlog.WriteLoggerFactory(_stderr),  # type: ignore[arg-type]
+        cache_logger_on_first_use=False,
+    )
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise `ConfigError` unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ConfigError(f"{name} is {value!r}; use one of {', '.join(choices)}.", value=value, choices=choices)
+
+
+def _processors(pretty: bool) -> list[Processor]:
+    from structlog.dev import ConsoleRenderer, plain_traceback
+    from structlog.processors import JSONRenderer, TimeStamper, add_log_level, format_exc_info
+
+    steps: list[Processor] = [add_log_level, TimeStamper(fmt="iso", utc=True)]
+    if not pretty:
+        return [*steps, format_exc_info, JSONRenderer()]
+    # A plain traceback: the decorated one shows local variables, and those can be message bodies.
+    return [*steps, ConsoleRenderer(colors=_is_terminal(), exception_formatter=plain_traceback)]
+
+
+def _is_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+def _is_configured() -> bool:
+    """Whether the program, or `configure_logging`, said where log lines go. Asks without loading structlog."""
+    structlog: Any = sys.modules.get("structlog")
+    return structlog is not None and bool(structlog.is_configured())
+
+
+class _Stderr:
+    """sys.stderr as it is at each line. A line that cannot be written is lost: a closed terminal must not end a broker."""
+
+    def write(self, text: str) -> None:
+        with suppress(OSError, ValueError):
+            if sys.stderr is not None:
+                sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            if sys.stderr is not None:
+                sys.stderr.flush()
+
+
+_stderr = _Stderr()

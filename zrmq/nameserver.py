@@ -1,0 +1,90 @@
+"""The NameServer, as a program runs it: in a thread of its own, or until a signal ends it.
+
+    with zrmq.NameServer(nameserver_port=0) as nameserver:
+        print(nameserver.address)
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+from zrmq.config import NameServerConfig, load, tcp_address
+from zrmq.errors import ClosedError
+from zrmq.logs import get_logger
+from zrmq.routing.core import NameServerCore
+from zrmq.transport.host import Host
+from zrmq.transport.interface import Loop
+
+log = get_logger("nameserver")
+
+
+class NameServerRole:
+    """A NameServer as a `Host` runs it, alone or beside other roles."""
+
+    def __init__(self, config: NameServerConfig, *, address: str | None = None) -> None:
+        """`address` takes the place of the config's host and port, for one that is reached in memory only."""
+        self._config = config
+        self._where = address or tcp_address(config.host, config.nameserver_port)
+        self._core: NameServerCore | None = None
+
+    @property
+    def address(self) -> str:
+        """Where it listens, with the port that was picked for port 0. Raises `ClosedError` before it is open."""
+        if self._core is None:
+            raise ClosedError("The NameServer is not running; start it first.")
+        return self._core.address
+
+    def open(self, loop: Loop) -> None:
+        """Listen. Raises `AddressInUseError`, `InvalidArgumentError`."""
+        self._core = NameServerCore(
+            loop, self._where, random.Random(),
+            suspect_after_ms=self._config.suspect_after_ms,
+            gone_after_ms=self._config.gone_after_ms,
+            start_grace_ms=self._config.start_grace_ms,
+        )
+        log.info("nameserver_started", address=self._core.address)
+
+    def stop(self, on_stopped: Callable[[], None]) -> None:
+        """Stop listening; clients and brokers move on to another NameServer."""
+        if self._core is not None:
+            self._core.close()
+            log.info("nameserver_stopped", address=self._core.address)
+        on_stopped()
+
+
+class NameServer:
+    """One NameServer. `options` are those of `zrmq nameserver --help`; any thread may use it; it is started once.
+
+    Raises `ConfigError` for options that cannot be.
+    """
+
+    def __init__(self, config: NameServerConfig | None = None, **options: Any) -> None:
+        self._role = NameServerRole(config if config is not None else load(NameServerConfig, flags=options))
+        self._host = Host(self._role, name="zrmq-nameserver")
+
+    @property
+    def address(self) -> str:
+        """What clients and brokers connect to; `ClosedError` before the start."""
+        return self._role.address
+
+    def start(self) -> None:
+        """Listen, in a new thread. Raises `AddressInUseError`, `InvalidArgumentError`."""
+        self._host.start()
+
+    def stop(self) -> None:
+        """Stop listening and end the thread. Stopping twice does nothing."""
+        self._host.stop()
+
+    def run(self, on_open: Callable[[], None] = lambda: None) -> None:
+        """Run in the main thread until SIGINT or SIGTERM; `on_open` is called when it listens."""
+        self._host.run(on_open)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()

@@ -1,0 +1,285 @@
+"""Consumer groups: who is a member, what they subscribe to, and where a group begins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from zrmq.errors import (
+    Code,
+    ConsumerGroupNotFoundError,
+    InvalidArgumentError,
+    RequestRefusedError,
+    SubscriptionMismatchError,
+)
+from zrmq.logs import get_logger
+from zrmq.message import ConsumeFrom, MessageModel
+from zrmq.protocol import limits
+from zrmq.protocol.events import GroupSubscribed, OffsetsCommitted
+from zrmq.protocol.requests import (
+    DescribeGroups,
+    Done,
+    GroupChanged,
+    GroupInfo,
+    Groups,
+    JoinGroup,
+    Joined,
+    LeaseInfo,
+    LeaveGroup,
+    MemberInfo,
+    Subscription,
+)
+from zrmq.protocol.tags import canonical_expression
+from zrmq.serving.context import Context
+from zrmq.store.tables import Queue
+from zrmq.transport.sessions import Session
+
+log = get_logger("serving")
+
+
+class Membership(msgspec.Struct, eq=False):
+    """The live part of a consumer group at this broker: what ends with the sessions."""
+
+    group: str
+    message_model: MessageModel
+    subscriptions: dict[str, str]  # topic -> canonical expression
+    members: dict[str, Session]  # client id -> current session
+    version: int
+
+    @property
+    def member_ids(self) -> list[str]:
+        return sorted(self.members)
+
+
+class GroupDesk:
+    """Handles joining and leaving. Everybody in a group is told of every change at once.
+
+    Invariant: all members of a group have one model and one set of subscriptions, so a message never depends on who gets its queue.
+    """
+
+    def __init__(self, context: Context, release_leases: Callable[[str, str], None]) -> None:
+        self._context = context
+        self._release_leases = release_leases
+        self._live: dict[str, Membership] = {}
+        self._version = context.store.boot << 32  # so that a version means one thing over restarts
+
+    def membership(self, session: Session) -> Membership | None:
+        """The session's group with its live members, None when it has not joined."""
+        live = self._live.get(session.group)
+        return live if live is not None and session.client_id in live.members else None
+
+    def version_for(self, session: Session) -> int:
+        """Version of the session's group, 0 when it has not joined."""
+        live = self.membership(session)
+        return live.version if live is not None else 0
+
+    def join(self, session: Session, request: JoinGroup, frames: list[bytes]) -> None:
+        if session.role != "consumer" or not session.group:
+            raise InvalidArgumentError("Only a session with role 'consumer' and a group joins one; say so in HELLO.")
+        subscriptions = _read_subscriptions(request.subscriptions)
+        live = self._live.get(session.group)
+        if live is None or set(live.members) <= {session.client_id}:
+            self._check_room(session.group)
+            live = self._renew(session, request.message_model, subscriptions, live)
+        else:
+            _check_alike(session, request.message_model, subscriptions, live)
+            if request.message_model is MessageModel.BROADCASTING:
+                _check_instance_name(session, live)
+        since = [self._subscribe(session.group, topic, request) for topic in subscriptions]
+        if request.message_model is MessageModel.BROADCASTING:
+            self._start_instance(session, request, subscriptions)
+        self._enter(session, live)
+        self._context.reply_when_safe(session, Joined(request.number, live.version, live.member_ids, since))
+
+    def leave(self, session: Session, request: LeaveGroup, frames: list[bytes]) -> None:
+        self.drop(session)
+        self._context.reply_when_safe(session, Done(request.number))
+
+    def drop(self, session: Session) -> None:
+        """The session ended, or left: its membership and leases end with it."""
+        if session.group:
+            self._release_leases(session.group, session.client_id)
+        live = self.membership(session)
+        if live is None or live.members[session.client_id] is not session:
+            return
+        del live.members[session.client_id]
+        if live.members:
+            self._announce(live)
+        else:
+            del self._live[session.group]
+        log.info("member_left", group=session.group, client_id=session.client_id, members=len(live.members))
+
+    def move(self, session: Session, old: Session) -> None:
+        """A client came back on a new connection: it stays a member."""
+        live = self.membership(old)
+        if live is None or live.members[old.client_id] is not old:
+            return
+        if session.group == old.group and session.instance_name == old.instance_name:
+            live.members[session.client_id] = session
+        else:
+            self.drop(old)
+
+    def describe(self, session: Session, request: DescribeGroups, frames: list[bytes]) -> None:
+        known = self._context.store.tables.groups
+        names = request.groups or sorted(known.keys() | self._live.keys())
+        for name in names:
+            if name not in known and name not in self._live:
+                raise ConsumerGroupNotFoundError(
+                    f"Group {name!r} is unknown to broker {self._context.config.broker_name}; 'zrmq group list' shows all.", group=name
+                )
+        now_ms = self._context.clock.monotonic_ms()
+        self._context.outbox.now(session.peer, Groups(request.number, [self._describe(name, now_ms) for name in names]))
+
+    # --- joining ------------------------------------------------------------------------------------------------------
+
+    def _check_room(self, group: str) -> None:
+        known = self._context.store.tables.groups
+        if group not in known and len(known) >= limits.GROUPS_MAX:
+            raise RequestRefusedError(
+                f"Broker {self._context.config.broker_name} has {limits.GROUPS_MAX} groups, its limit.", code=Code.TOO_MANY_REQUESTS
+            )
+
+    def _renew(
+        self, session: Session, model: MessageModel, subscriptions: dict[str, str], live: Membership | None
+    ) -> Membership:
+        """The group has no other live member: it is what this one says."""
+        if live is None:
+            live = Membership(session.group, model, subscriptions, {}, self._next_version())
+            self._live[session.group] = live
+        live.message_model, live.subscriptions = model, subscriptions
+        return live
+
+    def _enter(self, session: Session, live: Membership) -> None:
+        before = live.members.get(session.client_id)
+        live.members[session.client_id] = session
+        if before is None:
+            self._announce(live, besides=session.client_id)
+            log.info("member_joined", group=session.group, client_id=session.client_id, members=len(live.members))
+
+    def _announce(self, live: Membership, besides: str = "") -> None:
+        live.version = self._next_version()
+        notice = GroupChanged(0, live.group, live.version, live.member_ids)
+        for client_id, member in live.members.items():
+            if client_id != besides:
+                self._context.outbox.now(member.peer, notice)
+
+    def _next_version(self) -> int:
+        self._version += 1
+        return self._version
+
+    def _subscribe(self, group: str, topic_name: str, request: JoinGroup) -> int:
+        """Fix where the group begins on the topic, at its first subscription; return when that was."""
+        store = self._context.store
+        known = store.tables.groups.get(group)
+        if known is not None and topic_name in known.subscriptions:
+            return known.subscriptions[topic_name].since_ms
+        topic = store.tables.topics.get(topic_name)
+        starts = [(queue.queue_id, self._start(queue, request)) for queue in topic.queues] if topic else []
+        since_ms = request.since_ms or self._context.clock.time_ms()
+        store.append_event(GroupSubscribed(group, topic_name, since_ms, starts))
+        log.info("group_subscribed", group=group, topic=topic_name, consume_from=request.consume_from.value)
+        return since_ms
+
+    def _start(self, queue: Queue, request: JoinGroup) -> int:
+        if request.consume_from is ConsumeFrom.EARLIEST:
+            return queue.min_offset
+        if request.consume_from is ConsumeFrom.TIMESTAMP:
+            return self._context.store.offset_at(queue, request.consume_timestamp_ms)
+        if request.since_ms:
+            return self._context.store.offset_at(queue, request.since_ms)
+        return queue.next_offset
+
+    def _start_instance(self, session: Session, request: JoinGroup, subscriptions: dict[str, str]) -> None:
+        """A broadcasting instance begins where it first joined, not where its group once did."""
+        tables = self._context.store.tables
+        group = tables.groups[session.group]
+        starts = [
+            (topic.topic_id, queue.queue_id, self._start(queue, request))
+            for topic in map(tables.topics.get, subscriptions)
+            if topic is not None
+            and not any((session.instance_name, topic.topic_id, queue.queue_id) in group.offsets for queue in topic.queues)
+            for queue in topic.queues
+        ]
+        if starts:
+            self._context.store.append_event(OffsetsCommitted(session.group, session.instance_name, starts))
+
+    # --- describing ---------------------------------------------------------------------------------------------------
+
+    def _describe(self, name: str, now_ms: float) -> GroupInfo:
+        live = self._live.get(name)
+        members = [] if live is None else [
+            MemberInfo(client_id, member.instance_name, round(now_ms - member.last_seen_ms))
+            for client_id, member in sorted(live.members.items())
+        ]
+        return GroupInfo(
+            name, live.message_model if live else None, self._subscriptions(name, live), members, self._leases(name), self._offsets(name)
+        )
+
+    def _subscriptions(self, name: str, live: Membership | None) -> list[Subscription]:
+        if live is not None:
+            return [Subscription(topic, expression) for topic, expression in sorted(live.subscriptions.items())]
+        return [Subscription(topic) for topic in sorted(self._context.store.tables.groups[name].subscriptions)]
+
+    def _leases(self, name: str) -> list[LeaseInfo]:
+        tables = self._context.store.tables
+        group = tables.groups.get(name)
+        return [] if group is None else [
+            LeaseInfo(tables.topics_by_id[topic_id].config.topic, queue_id, lease.client_id, lease.lease_epoch)
+            for (topic_id, queue_id), lease in sorted(group.leases.items())
+            if topic_id in tables.topics_by_id
+        ]
+
+    def _offsets(self, name: str) -> list[tuple[str, str, int, int, int]]:
+        """Every queue of every subscribed topic, with where the group stands; and each broadcasting instance's own."""
+        tables = self._context.store.tables
+        group = tables.groups.get(name)
+        if group is None:
+            return []
+        instances: list[Any] = sorted({instance for instance, _, _ in group.offsets} or {""})
+        topics = [tables.topics[topic] for topic in sorted(group.subscriptions) if topic in tables.topics]
+        return [
+            (instance, topic.config.topic, queue.queue_id, committed if committed is not None else -1, queue.next_offset)
+            for instance in instances
+            for topic in topics
+            for queue in topic.queues
+            for committed in (group.start_offset(topic, queue.queue_id, instance),)
+        ]
+
+
+def _read_subscriptions(asked: list[Subscription]) -> dict[str, str]:
+    if not 1 <= len(asked) <= limits.SUBSCRIPTIONS_MAX:
+        raise InvalidArgumentError(f"A group subscribes to 1 to {limits.SUBSCRIPTIONS_MAX} topics, not {len(asked)}.")
+    subscriptions: dict[str, str] = {}
+    for subscription in asked:
+        limits.check_topic(subscription.topic)
+        if subscription.topic in subscriptions:
+            raise InvalidArgumentError(f"The topic {subscription.topic!r} is subscribed twice; join the tags with '||'.")
+        subscriptions[subscription.topic] = canonical_expression(subscription.expression)
+    return subscriptions
+
+
+def _check_alike(session: Session, model: MessageModel, subscriptions: dict[str, str], live: Membership) -> None:
+    if model is live.message_model and subscriptions == live.subscriptions:
+        return
+    raise SubscriptionMismatchError(
+        f"Group {live.group!r} reads {_spell(live.message_model, live.subscriptions)} and this member wants"
+        f" {_spell(model, subscriptions)}; give all members of a group the same, or use another group.",
+        group=live.group, theirs=_spell(live.message_model, live.subscriptions), yours=_spell(model, subscriptions),
+    )
+
+
+def _spell(model: MessageModel, subscriptions: dict[str, str]) -> str:
+    topics = ", ".join(f"{topic} ({expression})" for topic, expression in sorted(subscriptions.items()))
+    return f"{topics} {model.value}"
+
+
+def _check_instance_name(session: Session, live: Membership) -> None:
+    for client_id, member in live.members.items():
+        if member.instance_name == session.instance_name and client_id != session.client_id:
+            raise RequestRefusedError(
+                f"An instance named {session.instance_name!r} of broadcasting group {live.group!r} is live already; give each one"
+                " a name of its own with instance_name=, so that it finds its offsets again.",
+                code=Code.INSTANCE_NAME_TAKEN, group=live.group, instance_name=session.instance_name,
+            )

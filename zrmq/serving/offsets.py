@@ -1,0 +1,100 @@
+"""Consumer offsets: committed as events in the log, looked up, and found by time."""
+
+from __future__ import annotations
+
+from zrmq.errors import Code, FencedError, InvalidArgumentError, TopicNotFoundError
+from zrmq.protocol.events import OffsetsCommitted
+from zrmq.protocol.requests import (
+    OFFSET_EARLIEST,
+    OFFSET_LATEST,
+    CommitOffsets,
+    Committed,
+    Offsets,
+    QueryCommitted,
+    QueryOffsets,
+    QueueOffset,
+)
+from zrmq.message import MessageModel
+from zrmq.serving.context import Context
+from zrmq.serving.groups import GroupDesk
+from zrmq.serving.leases import LeaseDesk
+from zrmq.store.tables import Queue
+from zrmq.transport.sessions import Session
+
+OFFSETS_PER_COMMIT_MAX = 65_536
+
+
+class OffsetDesk:
+    """Handles commits and queries. Invariant: a committed offset never goes back but by `reset`."""
+
+    def __init__(self, context: Context, groups: GroupDesk, leases: LeaseDesk) -> None:
+        self._context = context
+        self._groups = groups
+        self._leases = leases
+
+    def commit(self, session: Session, request: CommitOffsets, frames: list[bytes]) -> None:
+        if not session.group:
+            raise InvalidArgumentError("Only a session with a group commits offsets; name it in HELLO.", code=Code.ILLEGAL_CONSUMER_GROUP)
+        if len(request.offsets) > OFFSETS_PER_COMMIT_MAX:
+            raise InvalidArgumentError(f"A commit has at most {OFFSETS_PER_COMMIT_MAX} offsets; send several.")
+        instance = self._instance(session)
+        fenced: list[int] = []
+        moved: dict[tuple[int, int], int] = {}
+        for index, asked in enumerate(request.offsets):
+            try:
+                queue = self._context.queue(asked.topic, asked.queue_id)
+                self._check_holder(session, queue, asked)
+            except (FencedError, TopicNotFoundError):
+                fenced.append(index)
+                continue
+            offset = self._target(session, instance, queue, asked, request.reset)
+            if offset is not None:
+                moved[queue.topic.topic_id, queue.queue_id] = offset
+        if moved:
+            offsets = [(topic_id, queue_id, offset) for (topic_id, queue_id), offset in moved.items()]
+            self._context.store.append_event(OffsetsCommitted(session.group, instance, offsets))
+        self._context.reply_when_safe(session, Committed(request.number, fenced))
+
+    def query_committed(self, session: Session, request: QueryCommitted, frames: list[bytes]) -> None:
+        topic = self._context.topic(request.topic)
+        group = self._context.store.tables.groups.get(session.group)
+        instance = self._instance(session)
+        found = [(queue.queue_id, group.start_offset(topic, queue.queue_id, instance) if group else None) for queue in topic.queues]
+        offsets = [(queue_id, OFFSET_LATEST if offset is None else offset) for queue_id, offset in found]
+        self._context.outbox.now(session.peer, Offsets(request.number, offsets))
+
+    def query_offsets(self, session: Session, request: QueryOffsets, frames: list[bytes]) -> None:
+        topic = self._context.topic(request.topic)
+        queue_ids = request.queue_ids or range(len(topic.queues))
+        queues = [self._context.queue(request.topic, queue_id) for queue_id in queue_ids]
+        offsets = [(queue.queue_id, self._find(queue, request.timestamp_ms)) for queue in queues]
+        self._context.outbox.now(session.peer, Offsets(request.number, offsets))
+
+    def _instance(self, session: Session) -> str:
+        """The name under which the session's offsets are kept: its own when broadcasting, none when clustering."""
+        membership = self._groups.membership(session)
+        broadcasting = membership is not None and membership.message_model is MessageModel.BROADCASTING
+        return session.instance_name if broadcasting else ""
+
+    def _check_holder(self, session: Session, queue: Queue, asked: QueueOffset) -> None:
+        membership = self._groups.membership(session)
+        if membership is not None and membership.message_model is MessageModel.BROADCASTING:
+            return
+        if asked.lease_epoch or self._leases.holder(session.group, queue) is not None:
+            self._leases.check(session, queue, asked.lease_epoch)
+
+    def _target(self, session: Session, instance: str, queue: Queue, asked: QueueOffset, reset: bool) -> int | None:
+        """The offset to commit, None when the committed one is as far already."""
+        if asked.offset < 0:
+            raise InvalidArgumentError(f"The offset {asked.offset} is negative; commit the next one wanted.", code=Code.ILLEGAL_OFFSET)
+        offset = min(asked.offset, queue.next_offset)
+        group = self._context.store.tables.groups.get(session.group)
+        committed = group.start_offset(queue.topic, queue.queue_id, instance) if group else None
+        return offset if reset or committed is None or offset > committed else None
+
+    def _find(self, queue: Queue, timestamp_ms: int) -> int:
+        if timestamp_ms == OFFSET_EARLIEST:
+            return queue.min_offset
+        if timestamp_ms == OFFSET_LATEST:
+            return queue.visible_offset
+        return self._context.store.offset_at(queue, timestamp_ms)

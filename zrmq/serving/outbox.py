@@ -1,0 +1,67 @@
+"""Replies on their way out: at once, after the write, or after the flush that makes them true."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from zrmq.errors import ZrmqError
+from zrmq.protocol.requests import Failed, Reply, encode
+from zrmq.transport.interface import Frames
+
+Send = Callable[[bytes, Frames], bool]
+
+
+class Outbox:
+    """Holds each reply until what it claims is so.
+
+    Invariant: positions are added in the order of the log, so that releasing is popping from the left. A reply to a peer that is
+    gone is dropped and counted: its client asks again on a new connection, and resent writes are recognized.
+    """
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._until_written: deque[tuple[int, bytes, Reply]] = deque()
+        self._until_flushed: deque[tuple[int, bytes, Reply]] = deque()
+        self.unroutable_count = 0
+
+    def __len__(self) -> int:
+        return len(self._until_written) + len(self._until_flushed)
+
+    def now(self, peer: bytes, reply: Reply, payload: Frames = ()) -> None:
+        """Send a reply or notice that is true already."""
+        if not self._send(peer, (encode(reply), *payload)):
+            self.unroutable_count += 1
+
+    def after_write(self, position: int, peer: bytes, reply: Reply) -> None:
+        """Send when the log is written up to `position`: it then survives a crash of this process."""
+        self._until_written.append((position, peer, reply))
+
+    def after_flush(self, position: int, peer: bytes, reply: Reply) -> None:
+        """Send when the log is flushed up to `position`: it then survives a power cut."""
+        self._until_flushed.append((position, peer, reply))
+
+    def release(self, written_position: int, flushed_position: int) -> None:
+        """Send what has become true."""
+        for held, reached in ((self._until_written, written_position), (self._until_flushed, flushed_position)):
+            while held and held[0][0] <= reached:
+                _, peer, reply = held.popleft()
+                self.now(peer, reply)
+
+    def refuse_held(self, error: ZrmqError) -> None:
+        """Answer everything held with `error`: the disk failed and none of it will become true."""
+        for held in (self._until_written, self._until_flushed):
+            while held:
+                _, peer, reply = held.popleft()
+                self.now(peer, failed(reply.number, error))
+
+
+def failed(number: int, error: ZrmqError) -> Failed:
+    """The reply that refuses request `number` with `error`."""
+    return Failed(number, int(error.code), error.message, {name: _plain(fact) for name, fact in error.facts.items()})
+
+
+def _plain(fact: object) -> Any:
+    """Facts travel as MessagePack: numbers and text as they are, anything else as text."""
+    return fact if isinstance(fact, (int, float, str, bool, type(None))) else str(fact)

@@ -1,0 +1,1 @@
+"""For tests, ours and users': a clock to turn, a disk that breaks, a network in memory."""

@@ -1,0 +1,113 @@
+"""Roles on one reactor: in a thread of its own beside a program, or in the main thread until a signal ends it."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Protocol
+
+from zrmq.errors import ClosedError, RequestTimeoutError
+from zrmq.logs import get_logger
+from zrmq.transport.interface import Loop
+from zrmq.transport.reactor import Reactor
+
+log = get_logger("host")
+
+STOP_TIMEOUT_MS = 30_000  # a last flush and checkpoint on a slow card
+
+
+class Role(Protocol):
+    """What a host runs. Both are called on the reactor's thread."""
+
+    def open(self, loop: Loop) -> None:
+        """Take up work: open files, listen. What it raises is raised by `Host.start` or `Host.run`."""
+
+    def stop(self, on_stopped: Callable[[], None]) -> None:
+        """Finish what was taken, let go of files and sockets, then call `on_stopped` once, now or later."""
+
+
+class Host:
+    """Runs its roles from `start` to `stop` in a thread, or within `run` in the caller's. A host is used once."""
+
+    def __init__(self, *roles: Role, name: str = "zrmq") -> None:
+        self._roles = roles
+        self._name = name
+        self.reactor = Reactor()
+        self._thread: threading.Thread | None = None
+        self._opened = threading.Event()
+        self._error: BaseException | None = None
+        self._stopping = False
+        self._running = 0
+
+    def start(self) -> None:
+        """Open the roles in a new thread and return when all are open. Raises what the first that cannot open raises."""
+        if self._thread is not None:
+            raise ClosedError(f"{self._name} was started already; make a new one to start again.")
+        self._thread = threading.Thread(target=self._main, name=self._name, daemon=True)
+        self._thread.start()
+        self._opened.wait()
+        if self._error is not None:
+            self._thread.join()
+            raise self._error
+
+    def stop(self, timeout_ms: int = STOP_TIMEOUT_MS) -> None:
+        """Stop the roles and wait for that; from any thread but the reactor's, any number of times."""
+        if self._thread is None or not self._thread.is_alive():
+            return
+        self.reactor.call_soon_threadsafe(self._stop_roles)
+        self._thread.join(timeout_ms / 1000)
+        if self._thread.is_alive():
+            raise RequestTimeoutError(f"{self._name} did not stop within {timeout_ms} ms; see its log.", timeout_ms=timeout_ms)
+
+    def run(self, on_open: Callable[[], None] = lambda: None) -> None:
+        """Run in the calling thread, which must be the main one, until SIGINT or SIGTERM. `on_open` is called when all is open."""
+        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            self._main(on_open)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if self._error is not None:
+            raise self._error
+
+    def __enter__(self) -> Host:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        log.info("signal_received", signal=signal.Signals(number).name)
+        self.reactor.call_soon_threadsafe(self._stop_roles)
+
+    def _main(self, on_open: Callable[[], None] = lambda: None) -> None:
+        opened: list[Role] = []
+        try:
+            for role in self._roles:
+                role.open(self.reactor)
+                opened.append(role)
+                self._running += 1
+            on_open()
+            self._opened.set()
+            self.reactor.run()
+        except BaseException as error:  # handed to the thread that started us
+            self._error = error
+            for role in opened:
+                role.stop(lambda: None)
+        finally:
+            self.reactor.close()
+            self._opened.set()
+
+    def _stop_roles(self) -> None:
+        if not self._stopping:
+            self._stopping = True
+            for role in reversed(self._roles):
+                role.stop(self._role_stopped)
+
+    def _role_stopped(self) -> None:
+        self._running -= 1
+        if self._running == 0:
+            self.reactor.stop()

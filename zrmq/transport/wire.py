@@ -1,0 +1,61 @@
+"""One multipart message in, one out. The only place that moves frames between Python and libzmq."""
+
+from __future__ import annotations
+
+import zmq
+import zmq.backend
+
+from zrmq.protocol.limits import FRAME_COUNT_MAX
+from zrmq.transport.interface import Frames
+from zrmq.transport.options import Socket
+
+COPY_BYTES_MAX = 64 * 1024  # from here on handing over a reference is cheaper than a copy
+
+# Hot path: the compiled methods themselves. pyzmq's Python layer over them costs more than they do (4 us against 1 us for two
+# frames), for features we do not use.
+_send = zmq.backend.Socket.send
+_recv = zmq.backend.Socket.recv
+_MORE = zmq.DONTWAIT | zmq.SNDMORE
+_LAST = int(zmq.DONTWAIT)
+
+
+def send_message(socket: Socket, frames: Frames) -> None:
+    """Send without blocking. Raises `zmq.ZMQError`: EAGAIN when it would block, EHOSTUNREACH for an unknown peer of a ROUTER."""
+    last = len(frames) - 1
+    index = 0
+    try:
+        for index, frame in enumerate(frames):  # noqa: B007
+            _send(socket, frame, _MORE if index < last else _LAST, len(frame) < COPY_BYTES_MAX)
+    except zmq.ZMQError:
+        if 0 < index < last:
+            _end_message(socket)
+        raise
+
+
+def _end_message(socket: Socket) -> None:
+    """The peer left in the middle of a message: libzmq drops frames up to the last one, which else would be the next message's."""
+    try:
+        _send(socket, b"", _LAST)
+    except zmq.ZMQError as error:
+        if error.errno != zmq.EAGAIN:
+            raise
+
+
+def receive_message(socket: Socket, flags: int = _LAST) -> list[bytes]:
+    """Receive one message. Raises `zmq.Again` when there is none (within RCVTIMEO for flags 0).
+
+    A message of more than `FRAME_COUNT_MAX` frames and the routing id is cut off one frame later: enough to see that it is
+    too long, and no more memory than that.
+    """
+    frame = _recv(socket, flags, False)
+    frames = [frame.bytes]
+    while frame.more:
+        frame = _recv(socket, flags, False)
+        if len(frames) < FRAME_COUNT_MAX + 2:
+            frames.append(frame.bytes)
+    return frames
+
+
+def is_readable(socket: Socket) -> bool:
+    """Whether `receive_message` would give something."""
+    return bool(socket.get(zmq.EVENTS) & zmq.POLLIN)
