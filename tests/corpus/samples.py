@@ -47,7 +47,8 @@ REQUESTS: list[requests.Request] = [
     requests.Pull(12, 30_000, "meters", 5, 1_000, 262_144, 20_000, 1 << 63, "reports", (3 << 32) + 7),
     requests.QueryOffsets(13, 3_000, "meters", [0, 5], NOW_MS),
     requests.JoinGroup(
-        14, 3_000, MessageModel.BROADCASTING, [Subscription("meters", "hall || kitchen")], ConsumeFrom.TIMESTAMP, NOW_MS, NOW_MS - 1
+        14, 3_000, MessageModel.BROADCASTING, [Subscription("meters", "hall || kitchen")], ConsumeFrom.TIMESTAMP, NOW_MS,
+        NOW_MS - 1,
     ),
     requests.LeaveGroup(15, 3_000),
     requests.AcquireLease(16, 30_000, "meters", 5),
@@ -58,7 +59,7 @@ REQUESTS: list[requests.Request] = [
 ]
 
 REPLIES: list[requests.Reply] = [
-    requests.Failed(1, 40402, "Topic 'meters' does not exist.", {"topic": "meters", "limit_bytes": 5, "known": [True, None, 1.5]}),
+    requests.Failed(1, 40402, "No topic 'meters' here.", {"topic": "meters", "limit_bytes": 5, "known": [True, None, 1.5]}),
     requests.Done(2),
     requests.Welcome(3, 1, "5f0c", "broker-a", NOW_MS, 10_000, 1_000, Limits(4_194_304, 4_325_376, 65_536, 32, 8_388_608)),
     requests.Alive(4, NOW_MS, 12),

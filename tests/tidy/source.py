@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,7 +21,7 @@ def where(file: Path, line: int = 1) -> str:
     return f"{file.relative_to(ROOT)}:{line}"
 
 
-@lru_cache(maxsize=None)
+@cache
 def tree_of(file: Path) -> ast.Module:
     """The file's syntax tree."""
     return ast.parse(file.read_text(), str(file))

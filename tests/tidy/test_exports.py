@@ -63,9 +63,8 @@ def test_every_module_can_be_imported_alone() -> None:
 
 
 def loaded_by(program: str) -> set[str]:
-    done = subprocess.run(
-        [sys.executable, "-c", f"{program}\nimport sys\nprint(*sys.modules)"], capture_output=True, text=True, check=True, cwd=ROOT
-    )
+    command = [sys.executable, "-c", f"{program}\nimport sys\nprint(*sys.modules)"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     return {name.partition(".")[0] for name in done.stdout.split()}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import pickle  # noqa: TID251 - what others do to our errors
 
 import pytest
 
@@ -20,7 +20,10 @@ def test_a_code_keeps_its_number_and_becomes_its_class(code: Code) -> None:
     assert str(error) == f"The sentence. [{code:d} {code.name}]"
 
 
-@pytest.mark.parametrize("kind", [kind for kind in CLASSES if RequestRefusedError in kind.__mro__[1:]], ids=lambda kind: kind.__name__)
+REFUSALS = [kind for kind in CLASSES if RequestRefusedError in kind.__mro__[1:]]
+
+
+@pytest.mark.parametrize("kind", REFUSALS, ids=lambda kind: kind.__name__)
 def test_each_refusal_comes_back_as_what_it_was(kind: type[ZrmqError]) -> None:
     assert type(refused(kind.code, "x")) is kind
 

@@ -111,7 +111,8 @@ def test_batches(name: str) -> None:
     [(header, view)] = iter_batches(frozen)
     assert decode_records(header, view) == sample.columns
     assert sample.assigned.items() <= header._asdict().items()
-    assert (header.producer_id, header.first_sequence, header.record_count) == (0x0123_4567_89AB_CDEF, 500, len(sample.columns.bodies))
+    assert (header.producer_id, header.first_sequence) == (0x0123_4567_89AB_CDEF, 500)
+    assert header.record_count == len(sample.columns.bodies)
     assert (header.first_born_ms, header.born_span_ms) == (samples.NOW_MS - 20, 17)
     assert header.codec == (batch.CODEC_ZLIB if name == "zlib" else batch.CODEC_PLAIN)
 

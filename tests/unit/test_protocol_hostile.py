@@ -85,7 +85,9 @@ def test_valid_bytes_with_damage(name: str, data: st.DataObject) -> None:
 
 
 MESSAGEPACK = st.recursive(
-    st.none() | st.booleans() | st.integers(-(1 << 63), (1 << 64) - 1) | st.floats() | st.text(max_size=8) | st.binary(max_size=8),
+    st.one_of(
+        st.none(), st.booleans(), st.integers(-(1 << 63), (1 << 64) - 1), st.floats(), st.text(max_size=8), st.binary(max_size=8)
+    ),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4) | st.integers(0, 9), inner, max_size=3),
     max_leaves=12,
 )
@@ -118,7 +120,9 @@ def test_deep_nesting(name: str, bracket: bytes) -> None:
 
 
 @every_decoder
-@pytest.mark.parametrize("start", [b"\xdd", b"\xdf", b"\xc6", b"\xdb", b"\xc9", b"\x92\x1e\xdd", b"\x94\x0c\x01\x00\xdd", b"\x91\xdd"])
+@pytest.mark.parametrize(
+    "start", [b"\xdd", b"\xdf", b"\xc6", b"\xdb", b"\xc9", b"\x92\x1e\xdd", b"\x94\x0c\x01\x00\xdd", b"\x91\xdd"]
+)
 def test_huge_lengths(name: str, start: bytes) -> None:
     frame = start + b"\xff\xff\xff\xff" + bytes(50)
     assert peak_bytes(lambda: feed(name, frame)) < 1_000_000
@@ -164,7 +168,9 @@ def test_properties_cost_a_consumer_a_bounded_multiple() -> None:
 
 
 @pytest.mark.parametrize("filler", [b"\x90", b"\xa0", b"\x80", b"\x92\xa0\xa0", b"\x94\xa0\x00\x00\x00"])
-@pytest.mark.parametrize("head", [b"\x94\x0c\x01\x00", b"\x95\x28\x01\x00\xaaclustering", b"\x94\x2c\x01\x00", b"\x94\x16\x01\x00", b""])
+@pytest.mark.parametrize(
+    "head", [b"\x94\x0c\x01\x00", b"\x95\x28\x01\x00\xaaclustering", b"\x94\x2c\x01\x00", b"\x94\x16\x01\x00", b""]
+)
 def test_a_request_costs_a_server_a_bounded_multiple(head: bytes, filler: bytes) -> None:
     count = (limits.HEADER_BYTES_MAX - len(head) - 5) // len(filler)
     frame = head + b"\xdd" + count.to_bytes(4, "big") + filler * count

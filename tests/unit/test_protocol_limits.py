@@ -85,7 +85,8 @@ def test_tags(tag: str) -> None:
     "tag, sentence",
     [
         ("", "not blank"), ("  ", "not blank"), ("a|b", r"contains '\|'"), ("a\tb", "control character"), ("a\x9f", "control"),
-        ("\ud800", "surrogate"), (" a", "blank"), ("a ", "blank"), ("a\u2003", "blank"), (5, "must be text"), (b"a", "must be text"),
+        ("\ud800", "surrogate"), (" a", "blank"), ("a ", "blank"), ("a\u2003", "blank"), (5, "must be text"),
+        (b"a", "must be text"),
     ],
 )
 def test_what_is_no_tag(tag: Any, sentence: str) -> None:
@@ -173,7 +174,9 @@ def test_messages_at_the_edge(parts: dict[str, Any]) -> None:
     assert record(**parts) > 0
 
 
-ANYTHING = st.none() | st.booleans() | st.integers() | st.text() | st.binary() | st.lists(st.text()) | st.dictionaries(st.text(), st.text())
+ANYTHING = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.text(), st.binary(), st.lists(st.text()), st.dictionaries(st.text(), st.text())
+)
 
 
 @given(ANYTHING, ANYTHING, ANYTHING, ANYTHING, ANYTHING)

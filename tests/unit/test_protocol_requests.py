@@ -52,21 +52,26 @@ def test_sends_round_trip(number: int, timeout_ms: int, topic: str, queue_id: in
     assert decode_request(encode(request)) == request
 
 
-@given(NATURAL, st.lists(st.builds(requests.QueueOffset, NAME, st.integers(0, 1024), NATURAL, NATURAL), max_size=5), st.booleans())
+QUEUE_OFFSET = st.builds(requests.QueueOffset, NAME, st.integers(0, 1024), NATURAL, NATURAL)
+
+
+@given(NATURAL, st.lists(QUEUE_OFFSET, max_size=5), st.booleans())
 def test_commits_round_trip(number: int, offsets: list[requests.QueueOffset], reset: bool) -> None:
     request = CommitOffsets(number, 0, offsets, reset)
     assert decode_request(encode(request)) == request
 
 
-@given(
-    st.sampled_from(MessageModel), st.lists(st.builds(requests.Subscription, NAME, NAME), max_size=5), st.sampled_from(ConsumeFrom)
-)
-def test_joins_round_trip(model: MessageModel, subscriptions: list[requests.Subscription], consume_from: ConsumeFrom) -> None:
-    request = JoinGroup(1, 0, model, subscriptions, consume_from)
+SUBSCRIPTION = st.builds(requests.Subscription, NAME, NAME)
+
+
+@given(st.sampled_from(MessageModel), st.lists(SUBSCRIPTION, max_size=5), st.sampled_from(ConsumeFrom))
+def test_joins_round_trip(model: MessageModel, wanted: list[requests.Subscription], consume_from: ConsumeFrom) -> None:
+    request = JoinGroup(1, 0, model, wanted, consume_from)
     assert decode_request(encode(request)) == request
 
 
-FACTS = st.dictionaries(NAME, st.none() | st.booleans() | NATURAL | st.floats(allow_nan=False) | NAME | st.lists(NAME), max_size=5)
+FACT = st.none() | st.booleans() | NATURAL | st.floats(allow_nan=False) | NAME | st.lists(NAME)
+FACTS = st.dictionaries(NAME, FACT, max_size=5)
 
 
 @given(NATURAL, st.sampled_from(Code), st.text(), FACTS)
@@ -218,7 +223,9 @@ def test_the_number_of_any_array_is_found(tag: int, number: int, rest: list[str]
     assert peek_number(packed(tag, number, *rest)) == number
 
 
-@pytest.mark.parametrize("number", [b"\x07", b"\xcc\x07", b"\xcd\x00\x07", b"\xce\0\0\0\7", b"\xd0\7", b"\xd1\0\7", b"\xd3" + bytes(7) + b"\7"])
+@pytest.mark.parametrize(
+    "number", [b"\7", b"\xcc\7", b"\xcd\0\7", b"\xce\0\0\0\7", b"\xd0\7", b"\xd1\0\7", b"\xd3" + bytes(7) + b"\7"]
+)
 def test_a_number_may_be_written_in_more_bytes_than_it_needs(number: bytes) -> None:
     assert peek_number(b"\x92\x02" + number) == 7
 

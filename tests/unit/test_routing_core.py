@@ -492,7 +492,7 @@ headers = st.binary(max_size=40) | st.tuples(tags, values, values, values, value
 
 
 @given(st.lists(headers, max_size=8))
-@settings(max_examples=200)
+@settings(max_examples=50)
 def test_no_bytes_end_a_nameserver(messages: list[bytes]) -> None:
     network = MemoryNetwork(Random(5))
     nameserver = start(network)

@@ -5,8 +5,9 @@
                    '-----------------------take_open--------^
 
 A batch is open while records may join it: one per topic for messages that may go to any queue, one per queue for messages bound
-to it. It is sealed when it is full, by the caller, who encodes it too, or when the loop's thread wants something to send. A handle
-is the batch and an index, so that a message costs a few list appends and one small object; receipts are made when somebody asks.
+to it. It is sealed when it is full, by the caller, who encodes it too, or when the loop's thread wants something to send. A
+handle is the batch and an index, so that a message costs a few list appends and one small object; receipts are made when somebody
+asks.
 
 Memory is bounded: `buffer_bytes` counts every record from `append` to `finish`, with what Python needs around it.
 
@@ -54,7 +55,7 @@ class OneWay(msgspec.Struct, frozen=True, gc=False):
     topic: str
 
 
-Target = str | MessageQueue | OneWay  # a topic (any of its queues), one queue, or a topic one-way: what the records of a batch share
+Target = str | MessageQueue | OneWay  # what the records of a batch share: a topic (any queue of it), a queue, a topic one-way
 
 
 class Extras(NamedTuple):
@@ -88,7 +89,8 @@ class AccumulatorConfig(msgspec.Struct, frozen=True):
     block_when_full: bool
     batch_records_max: int
     batch_bytes_max: int
-    compress: bool
+    linger_ms: float = 0.0
+    compress: bool = False
 
 
 class Batch:
@@ -96,7 +98,7 @@ class Batch:
 
     __slots__ = (
         "accumulator", "attempts", "avoid", "bodies", "callbacks", "deadline_ms", "extras", "first_born_ms", "first_sequence",
-        "frame", "last_sequence", "opened_ms", "outcome", "records", "refusal", "sent", "sent_ms", "size_bytes", "target",
+        "forget", "frame", "last_sequence", "opened_ms", "outcome", "records", "refusal", "sent_ms", "size_bytes", "target",
         "timeout_ms", "waiters",
     )
 
@@ -131,11 +133,11 @@ class Batch:
         self.last_sequence = self.first_sequence + len(self.bodies) - 1
         self.deadline_ms = now_ms + self.timeout_ms
         self.frame = b""
-        self.attempts = 0
-        self.refusal: ZrmqError | None = None  # the last one; what it ends with if it is not stored in time
-        self.avoid: frozenset[str] = frozenset()  # brokers that may have stored it and must not be asked again elsewhere
-        self.sent: tuple[object, int] | None = None
+        self.attempts = 0  # that were refused or came to nothing
+        self.refusal: ZrmqError | None = None  # the last one: what it ends with if it is not stored in time
+        self.avoid: frozenset[str] = frozenset()  # names of brokers that it left and that may have stored it all the same
         self.sent_ms = 0.0
+        self.forget: Callable[[], None] = _nothing  # the request it was last sent with
 
     @property
     def record_count(self) -> int:
@@ -160,10 +162,13 @@ class Batch:
         if self.outcome is None:
             lock = self.accumulator.lock_for_waiting()
             self.waiters.append(lock)  # before looking again: the outcome is set first, then those here are released
-            self.accumulator.hurry()
             if self.outcome is None:
                 return lock.acquire(timeout=-1 if timeout_ms is None else max(timeout_ms, 0) / 1000)
         return True
+
+
+def _nothing() -> None:
+    """Of a batch that was never sent."""
 
 
 def _columns(bodies: list[bytes], extras: list[Extras] | None) -> Columns:
@@ -227,19 +232,19 @@ class SendHandle(msgspec.Struct, frozen=True, eq=False, gc=False):
 class Accumulator:
     """The producer's memory. `append` and what handles do: any thread; the rest as each says.
 
-    `wake` is called, from any thread and without the lock, when there is something new for the loop's thread. `check_may_wait`
-    raises in a thread that must not wait: the loop's own.
+    `wake` is called, from any thread and without the lock, when there is something new for the loop's thread. `may_wait` is
+    False in a thread that must not wait: the loop's own.
     """
 
     def __init__(
         self, config: AccumulatorConfig, clock: Clock, *, new_lock: Callable[[], Lock], wake: Callable[[], None],
-        check_may_wait: Callable[[], None],
+        may_wait: Callable[[], bool],
     ) -> None:
         self.config = config
         self.clock = clock
         self._new_lock = new_lock
         self._wake = wake
-        self._check_may_wait = check_may_wait
+        self._may_wait = may_wait
         self._lock = new_lock()
         self._open: dict[Target, Batch] = {}
         self._sealed: deque[Batch] = deque()
@@ -310,18 +315,16 @@ class Accumulator:
         deadline_ms = self.clock.monotonic_ms() + timeout_ms
         while self._refusal is None and self._buffered_bytes and self._buffered_bytes + size_bytes > self._buffer_bytes:
             left_ms = deadline_ms - self.clock.monotonic_ms()
-            if not self.config.block_when_full or left_ms <= 0:
+            if not self.config.block_when_full or left_ms <= 0 or not self._may_wait():
                 raise BufferFullError(
                     f"{self._buffered_bytes} bytes of messages wait for a broker and the buffer has {self._buffer_bytes}; send"
                     " slower, wait for handles, or give the producer a larger buffer_bytes.",
                     buffered_bytes=self._buffered_bytes, buffer_bytes=self._buffer_bytes,
                 )
-            self._check_may_wait()
             room = self.lock_for_waiting()
             self._waiting_for_room.append(room)
             self._lock.release()
             try:
-                self._wake()  # whatever lingers may go now
                 room.acquire(timeout=left_ms / 1000)
             finally:
                 self._lock.acquire()
@@ -329,15 +332,17 @@ class Accumulator:
             raise self._refusal()
 
     def lock_for_waiting(self) -> Lock:
-        """A lock that is taken: who acquires it waits until somebody releases it. Raises in the loop's thread."""
-        self._check_may_wait()
+        """A lock that is taken: who acquires it waits until somebody releases it. Raises where nobody may wait."""
+        if not self._may_wait():
+            raise InvalidArgumentError(
+                "Waiting inside a callback of send_async would wait for ever: the thread it runs on is the one that brings the"
+                " answer. Use another callback, or wait in a thread of your own."
+            )
+        if self.config.linger_ms:
+            self._wake()  # what lingers goes out when somebody waits
         lock = self._new_lock()
         lock.acquire()
         return lock
-
-    def hurry(self) -> None:
-        """Somebody waits: what lingers goes out."""
-        self._wake()
 
     def add_callback(self, handle: SendHandle, callback: Callable[[SendHandle], None]) -> bool:
         """Have it called when the batch is done. False: it is done already."""
@@ -372,6 +377,11 @@ class Accumulator:
 
     # --- loop's thread ------------------------------------------------------------------------------------------------
 
+    def tighten(self, batch_records_max: int, batch_bytes_max: int) -> None:
+        """A server takes no more than this in a batch."""
+        self._batch_records_max = min(self._batch_records_max, batch_records_max)
+        self._batch_bytes_max = min(self._batch_bytes_max, batch_bytes_max)
+
     def take_sealed(self) -> list[Batch]:
         """The batches that callers have filled, in the order they were sealed."""
         with self._lock:
@@ -388,12 +398,6 @@ class Accumulator:
             sealed = list(self._sealed)
             self._sealed.clear()
         return sealed
-
-    @property
-    def opened_ms(self) -> float | None:
-        """When the oldest open batch was begun, by the monotonic clock; None when there is none."""
-        with self._lock:
-            return min((batch.opened_ms for batch in self._open.values()), default=None)
 
     @property
     def is_pressed(self) -> bool:

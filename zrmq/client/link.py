@@ -39,6 +39,7 @@ from zrmq.protocol.requests import (
     encode,
 )
 from zrmq.transport.interface import Connection, Frames, Loop, Timer
+from zrmq.transport.sessions import PASSING_REFUSALS
 
 HELLO_TIMEOUT_MS = 3_000.0  # a server that stands still longer gets a newer HELLO, and answers that one
 HELLO_PAUSE_MS_MIN = 100.0  # between two HELLOs, doubled with each that did not lead to a lasting session
@@ -49,8 +50,6 @@ FULL_PAUSE_MS = 5.0  # a full pipe is tried again after
 BYE_TIMEOUT_MS = 500.0
 HEARTBEAT_MS_MIN = 50.0  # no server makes us beat faster
 OVERDUE_SLACK = 1_024  # answered requests the heap of deadlines may still name before it is rebuilt
-
-PASSING = frozenset({Code.TOO_MANY_REQUESTS, Code.NOT_READY, Code.STOPPING, Code.NO_SESSION})  # refusals of HELLO that time heals
 
 OnReply = Callable[[AnyReply | ZrmqError, list[bytes]], None]
 
@@ -311,11 +310,11 @@ class Link:
             error: ZrmqError = refused(reply.code, reply.message, reply.facts)
         else:
             error = InvalidFrameError(f"{self.address} answered HELLO with {type(reply).__name__}; is it a zrmq server?")
-        if error.code not in PASSING:
+        if error.code not in PASSING_REFUSALS:
             log.warning("session_refused", address=self.address, code=error.code.name, reason=error.message)
             self._hello_due_ms = max(self._hello_due_ms, self._now_ms() + HELLO_PAUSE_MS_MAX * self._rng.uniform(0.5, 1.0))
         self._greet()
-        if error.code not in PASSING:
+        if error.code not in PASSING_REFUSALS:
             self._fail_all(error)
 
     def _open(self, welcome: Welcome) -> None:

@@ -26,7 +26,7 @@ from zrmq.protocol.batch import BatchHeader, decode_messages, iter_batches
 
 
 class Chunk(msgspec.Struct, frozen=True, gc=False):
-    """What one pull brought: frames, still closed, with the messages from `offset` up to `next_offset`; none when there are none."""
+    """What one pull brought: frames, still closed, with the messages from `offset` up to `next_offset`; maybe none."""
 
     frames: Sequence[bytes]
     offset: int

@@ -95,7 +95,7 @@ class NameServerCore:
         self._watched_topic_count = 0
         self._changes_told = 0
         self._grace_until_ms = now_ms + start_grace_ms
-        self._versions_of_ours: set[int] | None = set()  # during the grace: versions this NameServer has answered with
+        self._versions_of_ours: set[int] | None = set()  # during the grace: those it has come to by itself
         self._closed = False
         self._handlers: dict[type[Request], Handler] = {
             Heartbeat: self._heartbeat,
@@ -199,10 +199,16 @@ class NameServerCore:
         elif self._in_grace and not self._table.knows(topics):
             raise _not_ready()
         else:
-            self._answer(session.peer, request.number, self._table.answer(topics))
+            self._answer(session.peer, request.number, self._route(topics))
+
+    def _route(self, topics: tuple[str, ...]) -> Route:
+        route = self._table.answer(topics)
+        if self._versions_of_ours is not None:
+            self._versions_of_ours.add(route.version)
+        return route
 
     def _must_wait(self, topics: tuple[str, ...], version: int) -> bool:
-        return version != 0 and (version == self._table.answer(topics).version or self._is_strange(version))
+        return version != 0 and (version == self._route(topics).version or self._is_strange(version))
 
     def _is_strange(self, version: int) -> bool:
         return self._versions_of_ours is not None and version not in self._versions_of_ours
@@ -227,15 +233,13 @@ class NameServerCore:
         watch = self._forget(key)
         if watch is None:
             return
-        route = self._table.answer(watch.topics)
+        route = self._route(watch.topics)
         if route.version != watch.version and self._is_strange(watch.version):
             self._refuse(watch.session.peer, watch.number, _not_ready())
         else:
             self._answer(watch.session.peer, watch.number, route)
 
     def _answer(self, peer: bytes, number: int, route: Route) -> None:
-        if self._versions_of_ours is not None:
-            self._versions_of_ours.add(route.version)
         self._send(peer, msgspec.structs.replace(route, number=number))
 
     def _forget(self, key: tuple[bytes, int]) -> _Watch | None:

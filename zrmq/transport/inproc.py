@@ -35,7 +35,7 @@ class Directory:
     """The inproc addresses of one context. Thread-safe."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # held while news are handed over, so that each watch gets them in order
+        self._lock = threading.Condition()  # held while news are handed over, so that each watch gets them in order
         self._up: dict[str, int] = {}
         self._count = 0
         self._watches: dict[str, list[Watch]] = {}
@@ -45,6 +45,7 @@ class Directory:
         with self._lock:
             self._count += 1
             self._up[address] = self._count
+            self._lock.notify_all()
             for watch in self._watches.get(address, ()):
                 watch.tell(True)
 
@@ -74,6 +75,11 @@ class Directory:
     def listener_number(self, address: str) -> int:
         """A number for who listens there, another one after each restart; 0: nobody."""
         return self._up.get(address, 0)
+
+    def wait_up(self, address: str, timeout_ms: float) -> None:
+        """Block until somebody listens there, or the time is over."""
+        with self._lock:
+            self._lock.wait_for(lambda: address in self._up, timeout_ms / 1000.0)
 
 
 _directories: WeakKeyDictionary[Context, Directory] = WeakKeyDictionary()

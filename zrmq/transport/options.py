@@ -27,7 +27,7 @@ BACKLOG = 1_024
 SOCKETS_MAX = 8_192  # of a context; a client's connection takes three
 TERM_TIMEOUT_MS = 3_000
 # How long a closed socket may still send what it took. A client waits for answers instead (`Link.close`).
-LINGER_MS = {zmq.ROUTER: 250, zmq.PUSH: 1_000}
+LINGER_MS: dict[int, int] = {zmq.ROUTER: 250, zmq.PUSH: 1_000}
 
 Context = zmq.Context[Any]
 Socket = zmq.Socket[Any]

@@ -24,6 +24,7 @@ from zrmq.protocol.requests import Hello
 SESSION_TIMEOUT_MS = 10_000.0  # silence that ends a session
 EXPIRE_INTERVAL_MS = 500.0  # how often `expire` is called: a dead client is noticed at most that much late
 HELLOS_PER_S_MAX = 2_000  # a HELLO costs some 50 us: a whole fleet that comes back at once may take a tenth of the thread
+PASSING_REFUSALS = frozenset({Code.TOO_MANY_REQUESTS, Code.NOT_READY, Code.STOPPING, Code.NO_SESSION})  # time heals them
 ROLES = frozenset({"producer", "consumer", "admin", "broker"})
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import cast
+
 import zmq
 import zmq.backend
 
 from zrmq.protocol.limits import FRAME_COUNT_MAX
-from zrmq.transport.interface import Frames
+from zrmq.transport.interface import Frame, Frames
 from zrmq.transport.options import Socket
 
 COPY_BYTES_MAX = 64 * 1024  # from here on handing over a reference is cheaper than a copy
 
 # Hot path: the compiled methods themselves. pyzmq's Python layer over them costs more than they do (4 us against 1 us for two
 # frames), for features we do not use.
-_send = zmq.backend.Socket.send
-_recv = zmq.backend.Socket.recv
+_send = cast("Callable[[Socket, Frame, int, bool], object]", zmq.backend.Socket.send)
+_recv = cast("Callable[[Socket, int, bool], zmq.Frame]", zmq.backend.Socket.recv)
 _MORE = zmq.DONTWAIT | zmq.SNDMORE
 _LAST = int(zmq.DONTWAIT)
 
@@ -24,7 +27,7 @@ def send_message(socket: Socket, frames: Frames) -> None:
     last = len(frames) - 1
     index = 0
     try:
-        for index, frame in enumerate(frames):  # noqa: B007
+        for index, frame in enumerate(frames):
             _send(socket, frame, _MORE if index < last else _LAST, len(frame) < COPY_BYTES_MAX)
     except zmq.ZMQError:
         if 0 < index < last:
@@ -33,9 +36,9 @@ def send_message(socket: Socket, frames: Frames) -> None:
 
 
 def _end_message(socket: Socket) -> None:
-    """The peer left in the middle of a message: libzmq drops frames up to the last one, which else would be the next message's."""
+    """The peer left in the middle of a message: libzmq drops frames up to a last one, which must not be the next message's."""
     try:
-        _send(socket, b"", _LAST)
+        _send(socket, b"", _LAST, True)
     except zmq.ZMQError as error:
         if error.errno != zmq.EAGAIN:
             raise
@@ -58,4 +61,5 @@ def receive_message(socket: Socket, flags: int = _LAST) -> list[bytes]:
 
 def is_readable(socket: Socket) -> bool:
     """Whether `receive_message` would give something."""
-    return bool(socket.get(zmq.EVENTS) & zmq.POLLIN)
+    events = socket.get(zmq.EVENTS)
+    return isinstance(events, int) and bool(events & zmq.POLLIN)

@@ -1,0 +1,508 @@
+"""Batches being filled, the memory they may take, and the handles that point into them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zrmq.client.accumulator import (
+    RECORD_OVERHEAD_BYTES,
+    Accumulator,
+    AccumulatorConfig,
+    Batch,
+    Extras,
+    OneWay,
+    SendHandle,
+    Stored,
+    Target,
+)
+from zrmq.errors import BufferFullError, ClosedError, DiskFullError, InvalidArgumentError, RequestTimeoutError, ZrmqError
+from zrmq.message import FlushMode, MessageQueue, message_id
+from zrmq.protocol import limits
+from zrmq.protocol.batch import decode_messages, open_batch, peek_batch
+from zrmq.testing.clock import ManualClock
+
+PRODUCER_ID = 0xABCD
+STORED = Stored("broker-a", 3, 100, 1_700_000_000_500, FlushMode.SYNC)
+QUEUE = MessageQueue("meters", "broker-a", 1)
+
+
+class Setup:
+    """An accumulator with a clock to turn, that counts how often it woke the loop."""
+
+    def __init__(
+        self, *, buffer_bytes: int = 1 << 20, block_when_full: bool = False, records_max: int = 4, bytes_max: int = 4096,
+        linger_ms: float = 0.0, compress: bool = False, may_wait: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self.clock = ManualClock()
+        self.wakes = 0
+        config = AccumulatorConfig(PRODUCER_ID, buffer_bytes, block_when_full, records_max, bytes_max, linger_ms, compress)
+        self.accumulator = Accumulator(config, self.clock, new_lock=threading.Lock, wake=self._wake, may_wait=may_wait)
+
+    def _wake(self) -> None:
+        self.wakes += 1
+
+    def append(
+        self, body: bytes = b"x", target: Target = "meters", extras: Extras | None = None, timeout_ms: int = 3000
+    ) -> SendHandle:
+        return self.accumulator.append(target, body, len(body) + RECORD_OVERHEAD_BYTES, extras, timeout_ms)
+
+    def take(self) -> list[Batch]:
+        """Everything, open or sealed."""
+        return self.accumulator.take_open(lambda _: True)
+
+
+def bodies_of(batch: Batch) -> list[bytes]:
+    frame = batch.encoded()
+    return [message.body for message in decode_messages(open_batch(frame), frame, topic=batch.topic, broker_name="b")]
+
+
+# --- batches --------------------------------------------------------------------------------------------------------------
+
+
+def test_records_of_one_topic_share_a_batch() -> None:
+    setup = Setup()
+    handles = [setup.append(body) for body in (b"a", b"b", b"c")]
+    (batch,) = setup.take()
+    assert bodies_of(batch) == [b"a", b"b", b"c"]
+    assert [(handle.batch, handle.index) for handle in handles] == [(batch, 0), (batch, 1), (batch, 2)]
+
+
+def test_targets_have_batches_of_their_own() -> None:
+    setup = Setup()
+    targets: list[Target] = ["meters", QUEUE, OneWay("meters"), "alarms", "meters"]
+    for target in targets:
+        setup.append(target.encode() if isinstance(target, str) else b"-", target)
+    assert [(batch.target, batch.topic) for batch in setup.take()] == [
+        ("meters", "meters"), (QUEUE, "meters"), (OneWay("meters"), "meters"), ("alarms", "alarms")
+    ]
+
+
+def test_a_batch_is_sealed_and_encoded_by_the_caller_when_it_has_enough_records() -> None:
+    setup = Setup(records_max=2)
+    for body in (b"a", b"b", b"c"):
+        setup.append(body)
+    (full,) = setup.accumulator.take_sealed()
+    assert full.records is None
+    assert bodies_of(full) == [b"a", b"b"]
+    assert [bodies_of(batch) for batch in setup.take()] == [[b"c"]]
+
+
+def test_a_batch_is_sealed_when_another_record_of_that_size_would_not_fit() -> None:
+    setup = Setup(bytes_max=1000, records_max=100)
+    for _ in range(4):
+        setup.append(bytes(300))
+    assert [len(bodies_of(batch)) for batch in setup.accumulator.take_sealed()] == [2, 2]
+
+
+def test_a_larger_record_starts_a_new_batch() -> None:
+    setup = Setup(bytes_max=1000, records_max=100)
+    setup.append(b"a")
+    setup.append(bytes(900))
+    assert [len(bodies_of(batch)) for batch in setup.take()] == [1, 1]
+
+
+def test_the_largest_record_fits_a_batch_of_its_own() -> None:
+    setup = Setup(buffer_bytes=1)
+    setup.append(b"a")
+    setup.accumulator.finish(setup.take()[0], STORED)
+    setup.append(bytes(limits.BODY_BYTES_MAX))
+    (batch,) = setup.take()
+    assert len(batch.encoded()) <= limits.BATCH_BYTES_MAX
+
+
+def test_records_with_another_timeout_get_a_batch_of_their_own() -> None:
+    setup = Setup()
+    setup.append(timeout_ms=100)
+    setup.append(timeout_ms=200)
+    now_ms = setup.clock.monotonic_ms()
+    assert [batch.deadline_ms - now_ms for batch in setup.take()] == [100, 200]
+
+
+def test_the_deadline_counts_from_the_sealing() -> None:
+    setup = Setup()
+    setup.append(timeout_ms=100)
+    setup.clock.advance(50)
+    (batch,) = setup.take()
+    assert batch.deadline_ms == setup.clock.monotonic_ms() + 100
+    assert batch.opened_ms == setup.clock.monotonic_ms() - 50
+
+
+def test_sequences_are_reserved_so_that_ids_are_known_at_once_and_never_overlap() -> None:
+    setup = Setup(records_max=3)
+    handles = [setup.append(target=target) for target in ("a", "b", "a", "a", "a", "b")]
+    ids = [handle.message_id for handle in handles]
+    assert len(set(ids)) == len(ids)
+    assert ids[0] == message_id(PRODUCER_ID, 1)
+    for batch in setup.take():
+        header = peek_batch(batch.encoded())
+        assert (header.producer_id, header.first_sequence) == (PRODUCER_ID, batch.first_sequence)
+        assert header.last_sequence == batch.last_sequence
+    setup_ids = [message_id(PRODUCER_ID, handle.batch.first_sequence + handle.index) for handle in handles]
+    assert setup_ids == ids
+
+
+def test_born_times_are_the_callers() -> None:
+    setup = Setup()
+    born_ms = setup.clock.time_ms()
+    setup.append()
+    setup.clock.advance(7)
+    header = peek_batch(setup.take()[0].encoded())
+    assert (header.first_born_ms, header.born_span_ms) == (born_ms, 7)
+
+
+def test_unwanted_open_batches_stay_open() -> None:
+    setup = Setup()
+    setup.append(target="a")
+    setup.append(target="b")
+    assert [batch.target for batch in setup.accumulator.take_open(lambda batch: batch.target == "b")] == ["b"]
+    setup.append(b"y", target="a")
+    assert [bodies_of(batch) for batch in setup.take()] == [[b"x", b"y"]]
+
+
+def test_what_was_sealed_comes_before_what_was_open() -> None:
+    setup = Setup(records_max=2)
+    for body in (b"a", b"b", b"c"):
+        setup.append(body)
+    assert [bodies_of(batch) for batch in setup.take()] == [[b"a", b"b"], [b"c"]]
+    assert setup.take() == []
+
+
+def test_a_server_with_lower_limits_is_heeded() -> None:
+    setup = Setup(records_max=4)
+    setup.accumulator.tighten(batch_records_max=2, batch_bytes_max=1 << 20)
+    for _ in range(4):
+        setup.append()
+    assert [len(bodies_of(batch)) for batch in setup.accumulator.take_sealed()] == [2, 2]
+
+
+def test_compression_is_the_callers_work() -> None:
+    setup = Setup(records_max=1, bytes_max=1 << 16, compress=True)
+    setup.append(bytes(10_000))
+    (batch,) = setup.accumulator.take_sealed()
+    assert batch.records is None
+    assert len(batch.encoded()) < 1_000
+    assert bodies_of(batch) == [bytes(10_000)]
+
+
+TEXT = st.text("abcö", min_size=1, max_size=4)
+EXTRAS = st.none() | st.builds(
+    Extras, st.none() | TEXT, st.lists(TEXT, max_size=2), st.none() | st.dictionaries(TEXT, TEXT, max_size=2), st.none() | TEXT
+)
+
+
+@given(st.lists(st.tuples(st.binary(max_size=20), EXTRAS), min_size=1, max_size=30))
+def test_what_goes_in_comes_out(records: list[tuple[bytes, Extras | None]]) -> None:
+    setup = Setup(records_max=7)
+    handles = [setup.append(body, extras=extras) for body, extras in records]
+    messages = []
+    for batch in setup.take():
+        frame = batch.encoded()
+        messages += decode_messages(open_batch(frame), frame, topic="meters", broker_name="b")
+    none = Extras(None, (), None, None)
+    assert [message.message_id for message in messages] == [handle.message_id for handle in handles]
+    for message, (body, given_extras) in zip(messages, records, strict=True):
+        extras = given_extras or none
+        assert message.body == body
+        assert (message.tag, list(message.keys), message.message_group) == (extras.tag, list(extras.keys), extras.message_group)
+        assert message.properties == (extras.properties or {})
+
+
+# --- waking the loop ------------------------------------------------------------------------------------------------------
+
+
+def test_the_loop_is_woken_once_per_batch_and_not_per_message() -> None:
+    setup = Setup(records_max=10)
+    for _ in range(9):
+        setup.append()
+    assert setup.wakes == 1
+    setup.append()
+    assert setup.wakes == 2  # it is full
+
+
+def test_somebody_who_waits_ends_the_lingering() -> None:
+    setup = Setup(linger_ms=1000)
+    handle = setup.append()
+    assert not setup.accumulator.is_pressed
+    with pytest.raises(RequestTimeoutError):
+        handle.result(timeout_ms=0)
+    assert setup.accumulator.is_pressed
+    assert setup.wakes == 2
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_buffer_raises_when_it_may_not_block() -> None:
+    setup = Setup(buffer_bytes=200)
+    setup.append()
+    setup.append()
+    setup.append()
+    with pytest.raises(BufferFullError) as caught:
+        setup.append(bytes(64))
+    assert caught.value.facts == {"buffered_bytes": 195, "buffer_bytes": 200}
+    setup.accumulator.finish(setup.take()[0], STORED)
+    setup.append(bytes(64))
+    assert setup.accumulator.buffered_bytes == 128
+
+
+def test_empty_bodies_count_too() -> None:
+    setup = Setup(buffer_bytes=10 * RECORD_OVERHEAD_BYTES)
+    for _ in range(10):
+        setup.append(b"")
+    with pytest.raises(BufferFullError):
+        setup.append(b"")
+
+
+def test_a_record_larger_than_the_buffer_goes_alone() -> None:
+    setup = Setup(buffer_bytes=100)
+    setup.append(bytes(1000))
+    with pytest.raises(BufferFullError):
+        setup.append(b"x")
+
+
+def test_a_full_buffer_blocks_until_there_is_room() -> None:
+    setup = Setup(buffer_bytes=100, block_when_full=True)
+    setup.append()
+    done = threading.Event()
+
+    def blocked() -> None:
+        setup.append(b"late", timeout_ms=60_000)
+        done.set()
+
+    thread = threading.Thread(target=blocked)
+    thread.start()
+    wait_until(lambda: setup.accumulator.is_pressed)
+    assert not done.is_set()
+    setup.accumulator.finish(setup.take()[0], STORED)
+    assert done.wait(30)
+    thread.join()
+    assert [bodies_of(batch) for batch in setup.take()] == [[b"late"]]
+
+
+def test_blocking_ends_at_the_timeout() -> None:
+    setup = Setup(buffer_bytes=100, block_when_full=True)
+    setup.append()
+    with pytest.raises(BufferFullError, match="buffer_bytes"):
+        setup.append(timeout_ms=0)
+
+
+def test_a_callback_never_blocks_on_a_full_buffer() -> None:
+    setup = Setup(buffer_bytes=100, block_when_full=True, may_wait=lambda: False)
+    setup.append()
+    with pytest.raises(BufferFullError):
+        setup.append(timeout_ms=60_000)
+
+
+@given(st.lists(st.tuples(st.integers(0, 300), st.booleans()), max_size=60))
+def test_memory_is_bounded_and_comes_back(steps: list[tuple[int, bool]]) -> None:
+    setup = Setup(buffer_bytes=1000, bytes_max=400)
+    live: list[Batch] = []
+    for size, is_finished in steps:
+        before = setup.accumulator.buffered_bytes
+        try:
+            setup.append(bytes(size))
+        except BufferFullError:
+            assert before + size + RECORD_OVERHEAD_BYTES > 1000
+            assert setup.accumulator.buffered_bytes == before
+        assert setup.accumulator.buffered_bytes <= 1000
+        live += setup.accumulator.take_sealed()
+        if is_finished and live:
+            setup.accumulator.finish(live.pop(0), STORED)
+    for batch in [*live, *setup.take()]:
+        setup.accumulator.finish(batch, STORED)
+    assert setup.accumulator.buffered_bytes == 0
+    assert setup.accumulator.unfinished() == []
+
+
+def test_a_finished_batch_keeps_no_bytes() -> None:
+    setup = Setup()
+    setup.append(bytes(100), extras=Extras("t", (), None, None))
+    (batch,) = setup.take()
+    batch.encoded()
+    setup.accumulator.finish(batch, STORED)
+    assert (batch.bodies, batch.extras, batch.records, batch.frame) == ([], None, None, b"")
+
+
+# --- handles --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_receipt_is_made_from_the_batch_and_the_index() -> None:
+    setup = Setup()
+    handles = [setup.append() for _ in range(3)]
+    assert not handles[2].done()
+    setup.accumulator.finish(setup.take()[0], STORED)
+    assert handles[2].done()
+    receipt = handles[2].result()
+    assert (receipt.topic, receipt.broker_name, receipt.queue_id, receipt.queue_offset) == ("meters", "broker-a", 3, 102)
+    assert (receipt.message_id, receipt.store_timestamp_ms) == (handles[2].message_id, STORED.store_timestamp_ms)
+    assert (receipt.durability, receipt.duplicate) == (FlushMode.SYNC, False)
+
+
+def test_each_handle_raises_an_error_of_its_own() -> None:
+    setup = Setup()
+    handles = [setup.append() for _ in range(2)]
+    setup.accumulator.finish(setup.take()[0], DiskFullError("The disk of broker-a is full.", topic="meters"))
+    raised: list[ZrmqError] = []
+    for handle in handles:
+        with pytest.raises(DiskFullError, match="is full") as caught:
+            handle.result()
+        raised.append(caught.value)
+    assert raised[0] is not raised[1]
+    assert raised[0].facts == {"topic": "meters"}
+    assert raised[0].code is DiskFullError.code
+
+
+def test_a_result_can_be_waited_for_in_other_threads() -> None:
+    setup = Setup()
+    handle = setup.append()
+    offsets: list[int] = []
+    threads = [threading.Thread(target=lambda: offsets.append(handle.result(60_000).queue_offset)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: len(handle.batch.waiters) == 3)
+    setup.accumulator.finish(setup.take()[0], STORED)
+    for thread in threads:
+        thread.join(30)
+    assert offsets == [100, 100, 100]
+
+
+def test_waiting_too_short_is_not_the_end() -> None:
+    setup = Setup()
+    handle = setup.append()
+    with pytest.raises(RequestTimeoutError, match="still on its way"):
+        handle.result(timeout_ms=1)
+    setup.accumulator.finish(setup.take()[0], STORED)
+    assert handle.result(timeout_ms=1).queue_offset == 100
+
+
+def test_waiting_in_a_callback_is_refused() -> None:
+    setup = Setup(may_wait=lambda: False)
+    handle = setup.append()
+    with pytest.raises(InvalidArgumentError, match="callback"):
+        handle.result()
+    setup.accumulator.finish(setup.take()[0], STORED)
+    assert handle.result().queue_offset == 100  # nothing to wait for
+
+
+def test_callbacks_run_once_when_the_batch_is_done() -> None:
+    setup = Setup()
+    handles = [setup.append() for _ in range(2)]
+    called: list[tuple[SendHandle, bool]] = []
+    for handle in handles:
+        handle.add_done_callback(lambda done: called.append((done, done.done())))
+    assert called == []
+    setup.accumulator.finish(setup.take()[0], STORED)
+    assert called == [(handles[0], True), (handles[1], True)]
+
+
+def test_a_late_callback_runs_at_once() -> None:
+    setup = Setup()
+    handle = setup.append()
+    setup.accumulator.finish(setup.take()[0], ClosedError("closed"))
+    called: list[SendHandle] = []
+    handle.add_done_callback(called.append)
+    assert called == [handle]
+
+
+def test_a_callback_that_raises_is_logged_and_harms_nobody(capsys: pytest.CaptureFixture[str]) -> None:
+    setup = Setup()
+    handle = setup.append()
+    called: list[SendHandle] = []
+    handle.add_done_callback(lambda done: 1 // 0)  # type: ignore[arg-type,return-value]
+    handle.add_done_callback(called.append)
+    setup.accumulator.finish(setup.take()[0], STORED)
+    assert called == [handle]
+    assert "done_callback_failed" in capsys.readouterr().err
+
+
+def test_a_callback_may_send() -> None:
+    setup = Setup()
+    handle = setup.append()
+    handle.add_done_callback(lambda done: setup.append(b"next") and None)
+    setup.accumulator.finish(setup.take()[0], STORED)
+    assert [bodies_of(batch) for batch in setup.take()] == [[b"next"]]
+
+
+# --- what is on its way ---------------------------------------------------------------------------------------------------
+
+
+def test_a_topic_is_idle_when_nothing_of_it_is_left() -> None:
+    setup = Setup()
+    assert setup.accumulator.is_idle("meters")
+    setup.append(target=QUEUE)
+    assert not setup.accumulator.is_idle("meters")
+    assert setup.accumulator.is_idle("alarms")
+    setup.accumulator.finish(setup.take()[0], STORED)
+    assert setup.accumulator.is_idle("meters")
+
+
+def test_refusing_lets_out_what_is_here_and_nothing_new_in() -> None:
+    setup = Setup()
+    handle = setup.append(b"last")
+    setup.accumulator.refuse(lambda: ClosedError("The producer is closed."))
+    with pytest.raises(ClosedError):
+        setup.append()
+    assert [bodies_of(batch) for batch in setup.accumulator.take_sealed()] == [[b"last"]]
+    assert not handle.done()
+
+
+def test_refusing_ends_the_wait_for_room() -> None:
+    setup = Setup(buffer_bytes=100, block_when_full=True)
+    setup.append()
+    raised: list[BaseException] = []
+
+    def blocked() -> None:
+        try:
+            setup.append(timeout_ms=60_000)
+        except ClosedError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=blocked)
+    thread.start()
+    wait_until(lambda: setup.accumulator.is_pressed)
+    setup.accumulator.refuse(lambda: ClosedError("The producer is closed."))
+    thread.join(30)
+    assert len(raised) == 1
+
+
+def test_a_child_process_gets_the_error_even_if_the_lock_was_taken() -> None:
+    setup = Setup()
+    setup.append()
+    setup.accumulator._lock.acquire()
+    setup.accumulator.abandon_in_child(lambda: ClosedError("forked"))
+    with pytest.raises(ClosedError, match="forked"):
+        setup.append()
+
+
+def test_many_threads_fill_batches_that_hold_every_record_once_and_each_threads_in_order() -> None:
+    setup = Setup(records_max=50, buffer_bytes=1 << 24)
+    count, thread_count = 2_000, 4
+    taken: list[Batch] = []
+
+    def fill(name: int) -> None:
+        for number in range(count):
+            setup.append(b"%d %d" % (name, number), QUEUE)
+
+    threads = [threading.Thread(target=fill, args=(name,)) for name in range(thread_count)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        taken += setup.accumulator.take_sealed()
+        taken += setup.accumulator.take_open(lambda batch: len(batch.bodies) > 20)
+    taken += setup.take()
+    records = [tuple(map(int, body.split())) for batch in taken for body in bodies_of(batch)]
+    assert len(records) == count * thread_count
+    for name in range(thread_count):
+        assert [number for who, number in records if who == name] == list(range(count))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Another thread gets there; the test's own time limit is the bound."""
+    pause = threading.Event()
+    while not condition():
+        pause.wait(0.001)

@@ -1,0 +1,8 @@
+"""`python -m zrmq` is the command `zrmq`."""
+
+from __future__ import annotations
+
+from zrmq.cli.main import main
+
+if __name__ == "__main__":
+    main()

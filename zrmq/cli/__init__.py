@@ -1,0 +1,1 @@
+"""The command `zrmq`: one file per command group. The only part that draws on a terminal."""

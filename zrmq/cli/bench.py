@@ -1,0 +1,197 @@
+"""`zrmq bench`: what this machine does with zrmq, each figure beside the bare ZeroMQ limit of the same minute."""
+
+from __future__ import annotations
+
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+import zrmq
+from zrmq.cli.bench_figures import FIGURES, Figure, Reports, Row, chosen, rows_of, spec_of, spell
+from zrmq.cli.bench_players import Spec
+from zrmq.cli.children import Child, start_broker, start_nameserver
+from zrmq.message import FlushMode
+
+PLAYER_TIMEOUT_S = 300.0  # for the longest part, of the largest number of messages
+MESSAGES_MAX = 20_000_000
+QUEUE_COUNT = 4
+LOOPBACK = "tcp://127.0.0.1"
+
+_JSON_LINE = re.compile(rb"^\{.*\}\s*$")
+
+Progress = Callable[[str], None]
+
+
+class Stage:
+    """Where figures are played: the cluster, and a folder for the players' logs. One thread."""
+
+    def __init__(self, nameservers: str, folder: Path, messages: int, body_bytes: int) -> None:
+        self._nameservers = nameservers
+        self._folder = folder
+        self._messages = messages
+        self._body_bytes = body_bytes
+
+    def play(self, figure: Figure, flush: FlushMode, round_number: int) -> dict[str, float]:
+        """One round of a figure, on a topic of its own that is deleted afterwards."""
+        with self._topic(f"bench-{figure.name}-{flush.value}-{round_number}", flush) as topic:
+            specs = [self._spec(figure, part, topic) for part in figure.parts]
+            if figure.fill:
+                fill = msgspec.structs.replace(specs[0], part="produce")
+                self._run([fill])
+            return figure.read(self._run(specs), specs[0].messages)
+
+    def play_limit(self, figure: Figure) -> dict[str, float]:
+        """The same bytes through bare sockets."""
+        specs = [self._spec(figure, part, "bench-limit") for part in figure.limit_parts]
+        return figure.read(self._run(specs, first_tells_address=True), specs[0].messages)
+
+    def _spec(self, figure: Figure, part: str, topic: str) -> Spec:
+        return spec_of(figure, part, self._messages, self._body_bytes, self._nameservers, topic)
+
+    @contextmanager
+    def _topic(self, name: str, flush: FlushMode) -> Iterator[str]:
+        with zrmq.connect(self._nameservers).admin() as admin:
+            admin.create_topic(name, queue_count=QUEUE_COUNT, flush_mode=flush)
+            try:
+                yield name
+            finally:
+                admin.delete_topic(name)
+
+    def _run(self, specs: Sequence[Spec], *, first_tells_address: bool = False) -> Reports:
+        """Start the players in order, start the clock when all are warm, collect what they report."""
+        with ExitStack() as stack:
+            players = []
+            address = ""
+            for spec in specs:
+                told = msgspec.structs.replace(spec, address=address)
+                arguments = [msgspec.json.encode(told).decode()]
+                log_file = self._folder / "logs" / f"{spec.part}.log"
+                players.append(stack.enter_context(Child(spec.part, "zrmq.cli.bench_players", arguments, log_file)))
+                if first_tells_address and not address:
+                    address = _fact(players[0], "address")
+            for player in players:
+                _fact(player, "ready")
+            for player in reversed(players):  # who consumes first was warm first; who produces starts the clock last
+                player.tell(b"go")
+            return [_fact(player, "result") for player in players]
+
+
+def _fact(player: Child, name: str) -> Any:
+    """What a player tells under this name, next."""
+    while True:
+        told = msgspec.json.decode(player.wait_line(_JSON_LINE, PLAYER_TIMEOUT_S)[0])
+        if name in told:
+            return told[name]
+
+
+def measure(stage: Stage, figures: Sequence[Figure], rounds: int, progress: Progress) -> list[Row]:
+    """All figures in all rounds, both flush modes and the limit in turn."""
+    values: dict[tuple[str, str], list[dict[str, float]]] = {}
+    limits: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for round_number in range(1, rounds + 1):
+        for figure in figures:
+            for flush in FlushMode:
+                progress(f"round {round_number} of {rounds}: {figure.name}, flush {flush.value}")
+                key = (figure.name, flush.value)
+                values.setdefault(key, []).append(stage.play(figure, flush, round_number))
+                limits.setdefault(key, []).append(stage.play_limit(figure))
+    return [
+        row
+        for figure in figures for flush in FlushMode
+        for row in rows_of(figure, flush.value, values[figure.name, flush.value], limits[figure.name, flush.value])
+    ]
+
+
+@contextmanager
+def running_cluster(data: Path | None) -> Iterator[tuple[str, Path]]:
+    """A NameServer and a broker as processes, and the folder they use; a temporary one is removed."""
+    with ExitStack() as stack:
+        folder = data or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="zrmq-bench-", ignore_cleanup_errors=True)))
+        nameserver, address = start_nameserver("nameserver", folder / "logs" / "nameserver.log")
+        stack.callback(nameserver.stop)
+        broker, _ = start_broker("bench", folder / "logs" / "broker.log", address, folder / "broker")
+        stack.callback(broker.stop)
+        yield address, folder
+
+
+# --- the command --------------------------------------------------------------------------------------------------------
+
+
+@click.command()
+@click.option("--messages", type=click.IntRange(1, MESSAGES_MAX), default=500_000, show_default=True, help="Messages a round.")
+@click.option("--body-bytes", type=click.IntRange(8, 1 << 20), default=128, show_default=True, help="Size of each body.")
+@click.option("--rounds", type=click.IntRange(1, 100), default=3, show_default=True, help="Rounds; the median counts.")
+@click.option("--only", "names", multiple=True, metavar="NAME", type=click.Choice([figure.name for figure in FIGURES]),
+              help="Measure only this figure (again for more): " + ", ".join(figure.name for figure in FIGURES) + ".")
+@click.option("--data", type=click.Path(file_okay=False, path_type=Path), help="Folder for the broker's data; kept.")
+@click.option("--nameservers", help="Measure a running cluster instead of one started here.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def bench(
+    messages: int, body_bytes: int, rounds: int, names: tuple[str, ...], data: Path | None, nameservers: str | None, as_json: bool
+) -> None:
+    """Measure this machine: produce, consume, both at once, one send at a time, latency from end to end.
+
+    Every figure is measured with flushing before acknowledging (sync) and without (async), each beside the limit of bare ZeroMQ
+    sockets that move the same bytes. The values are medians over the rounds, with the least and the most.
+
+    \b
+    Examples:
+      zrmq bench
+      zrmq bench --only produce --only send --rounds 5
+      zrmq bench --messages 100000 --body-bytes 1024 --json
+    """
+    figures = chosen(names)
+    with ExitStack() as stack:
+        if nameservers:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="zrmq-bench-")))
+            address = nameservers
+        else:
+            address, folder = stack.enter_context(running_cluster(data))
+        progress = stack.enter_context(_progress(as_json))
+        rows = measure(Stage(address, folder, messages, body_bytes), figures, rounds, progress)
+    if as_json:
+        facts = {"messages": messages, "body_bytes": body_bytes, "rounds": rounds, "figures": rows}
+        click.echo(msgspec.json.encode(facts).decode())
+    else:
+        _print_rows(rows, figures)
+
+
+@contextmanager
+def _progress(as_json: bool) -> Iterator[Progress]:
+    """Says on stderr what is measured now: a spinner on a terminal, else a line each."""
+    if not sys.stderr.isatty():
+        yield lambda text: click.echo(text, err=True)
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status("starting") as status:
+        yield lambda text: status.update(text)
+
+
+def _print_rows(rows: Sequence[Row], figures: Sequence[Figure]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("figure", "flush", "", "median", "least - most", "bare ZeroMQ", "ratio", title="zrmq bench")
+    for row in rows:
+        table.add_row(*_cells(row))
+    Console().print(table)
+    for figure in figures:
+        click.echo(f"{figure.name}: {figure.what}")
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    """A row's texts; shares of a limit in percent, times as multiples of it."""
+    ratio = f"{row.ratio:.0%}" if row.value == "rate" else f"{row.ratio:.1f} x"
+    spread = f"{spell(row.least, row.unit)} - {spell(row.most, row.unit)}"
+    return (
+        row.figure, row.flush, row.value if row.value != "rate" else "", f"{spell(row.median, row.unit)} {row.unit}", spread,
+        spell(row.limit, row.unit), ratio,
+    )

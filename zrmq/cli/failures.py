@@ -1,0 +1,90 @@
+"""How a command ends: the exit codes, and one place that turns every error into a sentence, or into JSON."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+EXIT_DONE = 0  # everything that was asked for
+EXIT_FAILED = 1  # not, or not all of it; stderr says why
+EXIT_USAGE = 2  # an argument, option, variable or configuration file cannot be
+EXIT_UNREACHABLE = 3  # no NameServer, or no broker, answered
+
+
+class Invocation:
+    """What the error handler has to know of a command that may have failed before it told anybody."""
+
+    as_json = False
+
+
+def run_command(command: Callable[[], Any], invocation: Invocation) -> int:
+    """Run the command and return the exit code. Whatever it raises is told on stderr, in one sentence."""
+    try:
+        code = command()
+        sys.stdout.flush()
+        return code if isinstance(code, int) else EXIT_DONE
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.ClickException as error:
+        return _end_usage(error, invocation)
+    except (click.Abort, KeyboardInterrupt):
+        _tell({"message": "Interrupted."}, invocation)
+        return EXIT_FAILED
+    except Exception as error:  # noqa: BLE001 - the last place where an error can be told to a person
+        return _end_error(error, invocation)
+
+
+def _end_usage(error: click.ClickException, invocation: Invocation) -> int:
+    if invocation.as_json or not isinstance(error, click.UsageError):
+        _tell({"message": error.format_message()}, invocation)
+    else:
+        error.show()
+    return error.exit_code
+
+
+def _end_error(error: Exception, invocation: Invocation) -> int:
+    from zrmq.errors import ConfigError, InvalidArgumentError, UnreachableError, ZrmqError
+
+    if isinstance(error, OSError) and error.errno == errno.EPIPE:
+        return _end_pipe()
+    if not isinstance(error, ZrmqError):
+        _report(error, invocation)
+        return EXIT_FAILED
+    facts = {name: fact if isinstance(fact, int | float | str | None) else str(fact) for name, fact in error.facts.items()}
+    _tell({"code": int(error.code), "name": error.code.name, "message": error.message, "facts": facts}, invocation)
+    if isinstance(error, InvalidArgumentError | ConfigError):
+        return EXIT_USAGE
+    return EXIT_UNREACHABLE if isinstance(error, UnreachableError) else EXIT_FAILED
+
+
+def _end_pipe() -> int:
+    """Whoever read our output has left (`zrmq tail | head`). Nothing can be told; stdout must not try again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return EXIT_FAILED
+
+
+def _report(error: Exception, invocation: Invocation) -> None:
+    """A fault of ours: the traceback goes into a file, so that it can be sent to somebody."""
+    handle, path = tempfile.mkstemp(prefix="zrmq-report-", suffix=".txt")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(f"zrmq {' '.join(sys.argv[1:])}\nPython {sys.version}\n\n")
+        traceback.print_exception(error, file=file)
+    kind = type(error).__name__
+    _tell({"message": f"zrmq failed in a way nobody thought of ({kind}: {error}). {path} has the details.", "report": path}, invocation)
+
+
+def _tell(facts: dict[str, Any], invocation: Invocation) -> None:
+    if invocation.as_json:
+        import msgspec
+
+        click.echo(msgspec.json.encode({"error": facts}).decode(), err=True)
+        return
+    code = f" [{facts['code']} {facts['name']}]" if "code" in facts else ""
+    click.echo(f"Error: {facts['message']}{code}", err=True)

@@ -1,0 +1,102 @@
+"""Options that several commands share, each defined once; those of the roles come from `zrmq.config`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from datetime import datetime
+from typing import Any, TypeVar
+
+import click
+import msgspec
+
+from zrmq.cli.failures import Invocation
+from zrmq.config import Option, options, parse_duration, parse_size
+from zrmq.errors import ConfigError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _Parsed(click.ParamType):
+    """A value that a function of `zrmq.config` reads from text."""
+
+    def __init__(self, name: str, parse: Callable[[str], int]) -> None:
+        self.name = name
+        self._parse = parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Of `click.ParamType`."""
+        try:
+            return self._parse(value) if isinstance(value, str) else value
+        except ConfigError as error:
+            self.fail(error.message, param, ctx)
+
+
+def parse_time(text: str) -> int:
+    """Milliseconds since 1970 of an ISO 8601 time (of this machine's zone, unless it names one) or of a number of them.
+
+    Raises `ConfigError`.
+    """
+    if text.isdecimal():
+        return int(text)
+    try:
+        return round(datetime.fromisoformat(text).astimezone().timestamp() * 1000)
+    except (ValueError, OverflowError) as error:
+        raise ConfigError(f"{text!r} is no time; write 2026-11-23T08:30, with +01:00 or Z behind it for another zone.") from error
+
+
+DURATION = _Parsed("duration", parse_duration)
+SIZE = _Parsed("size", parse_size)
+
+
+def _note_json(ctx: click.Context, parameter: click.Parameter, as_json: bool) -> bool:
+    invocation = ctx.find_object(Invocation)
+    if invocation is not None:
+        invocation.as_json = as_json
+    return as_json
+
+
+def json_option(command: F) -> F:
+    """`--json`: the output, and the error if there is one, as JSON."""
+    return click.option(
+        "--json", "as_json", is_flag=True, is_eager=True, callback=_note_json, help="Print JSON, one object a line."
+    )(command)
+
+
+def client_options(command: F) -> F:
+    """`--nameservers` and `--json`, for commands that are clients of a cluster."""
+    nameservers = click.option(
+        "--nameservers", metavar="ADDRESS[,ADDRESS]", help="NameServers to ask.  [default: ZRMQ_NAMESERVERS, else this machine's]"
+    )
+    return json_option(nameservers(command))
+
+
+def role_options(*kinds: Any, without: Collection[str] = ()) -> Callable[[F], F]:
+    """All options of the config structs `kinds`, but those named in `without`; `--config` and `--json`.
+
+    The command gets them as keyword arguments by `Option.name`, as text, None where they were not given.
+    """
+    known = {option.name: option for kind in kinds for option in options(kind) if option.name not in without}
+
+    def decorate(command: F) -> F:
+        for option in reversed(known.values()):
+            command = _role_option(option)(command)
+        config = click.option("--config", type=click.Path(exists=True, dir_okay=False), help="TOML file with these options.")
+        return json_option(config(command))
+
+    return decorate
+
+
+def _role_option(option: Option) -> Callable[[F], F]:
+    text = f"{option.description}  [default: {_spell(option.default)}]"
+    if isinstance(option.default, bool):
+        flags = f"{option.flag}/--no-{option.flag[2:]}" if option.default else option.flag
+        return click.option(flags, option.name, is_flag=True, default=None, help=text)
+    return click.option(option.flag, option.name, metavar=option.unit.upper() or "VALUE", help=text)
+
+
+def _spell(default: Any) -> str:
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    if isinstance(default, tuple):
+        return ",".join(map(str, default))
+    return "none" if default is None or default is msgspec.NODEFAULT else str(default)

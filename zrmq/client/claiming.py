@@ -1,0 +1,189 @@
+"""Claiming queues: the right to read one, where to begin, and giving it back. Three ways, by how the consumer reads.
+
+`LeaseClaims`      clustering: a lease from the queue's broker, which also says where the group stands
+`OffsetClaims`     broadcasting, assigned queues, no group: nobody else minds, so only the place to begin is looked up
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from functools import partial
+from typing import Protocol
+
+from zrmq.client.link import Link
+from zrmq.client.reading import RETRY_MS, Reading
+from zrmq.errors import ClosedError, Code, RequestTimeoutError, ZrmqError
+from zrmq.logs import get_logger
+from zrmq.message import ConsumeFrom, MessageQueue
+from zrmq.protocol.requests import (
+    OFFSET_EARLIEST,
+    OFFSET_LATEST,
+    AcquireLease,
+    AnyReply,
+    Done,
+    Leased,
+    Offsets,
+    QueryCommitted,
+    QueryOffsets,
+    ReleaseLease,
+)
+
+log = get_logger("consumer")
+
+ACQUIRE_TIMEOUT_MS = 15_000  # how long a broker lets us wait for another member's queue before we ask again
+HELD_PAUSE_MS = 100.0  # before asking again for a queue that is held
+REQUEST_TIMEOUT_MS = 5_000
+
+
+class ClaimListener(Protocol):
+    """What a claim tells the consumer's core."""
+
+    def on_claimed(self, queue: MessageQueue, link: Link, offset: int, lease_epoch: int) -> bool:
+        """Read it from here on. False: it is not wanted any more, let it go."""
+
+    def on_unclaimed(self, after_ms: float) -> None:
+        """A claim failed, or one of ours ended: look again what to claim, after a while."""
+
+    def on_refused(self, error: ZrmqError) -> None:
+        """A claim cannot succeed unless the user changes something."""
+
+
+class LeaseClaims:
+    """Leases of one group. Loop thread only.
+
+    Invariant: a request that may have given us a lease is repeated until we know, and a lease that is not wanted is released; so
+    no queue is ours without anybody reading it.
+    """
+
+    def __init__(self, listener: ClaimListener) -> None:
+        self.pending: set[MessageQueue] = set()  # being acquired, or released
+        self._listener = listener
+
+    def claim(self, queues: Iterable[tuple[MessageQueue, Link]]) -> None:
+        """Acquire the lease of each, waiting for whoever holds it."""
+        for queue, link in queues:
+            self.pending.add(queue)
+            self._acquire(queue, link)
+
+    def let_go(self, reading: Reading, offset: int) -> None:
+        """Release a lease, with the final offset."""
+        self.pending.add(reading.queue)
+        self._release(reading.queue, reading.link, reading.process_queue.lease_epoch, offset)
+
+    def _acquire(self, queue: MessageQueue, link: Link) -> None:
+        link.request(
+            AcquireLease, queue.topic, queue.queue_id,
+            timeout_ms=ACQUIRE_TIMEOUT_MS, on_reply=partial(self._acquired, queue, link),
+        )
+
+    def _acquired(self, queue: MessageQueue, link: Link, reply: AnyReply | ZrmqError, frames: list[bytes]) -> None:
+        if isinstance(reply, RequestTimeoutError):
+            self._acquire(queue, link)
+            return
+        self.pending.discard(queue)
+        if isinstance(reply, Leased):
+            if not self._listener.on_claimed(queue, link, reply.offset, reply.lease_epoch):
+                self.pending.add(queue)
+                self._release(queue, link, reply.lease_epoch, -1)
+        elif isinstance(reply, ZrmqError):
+            if reply.code not in (Code.LEASE_HELD, Code.CLOSED):
+                log.warning("lease_refused", topic=queue.topic, queue_id=queue.queue_id, reason=reply.message)
+            self._listener.on_unclaimed(HELD_PAUSE_MS if reply.code is Code.LEASE_HELD else RETRY_MS)
+
+    def _release(self, queue: MessageQueue, link: Link, lease_epoch: int, offset: int) -> None:
+        link.request(
+            ReleaseLease, queue.topic, queue.queue_id, lease_epoch, offset,
+            timeout_ms=REQUEST_TIMEOUT_MS, on_reply=partial(self._released, queue, link, lease_epoch, offset),
+        )
+
+    def _released(
+        self, queue: MessageQueue, link: Link, lease_epoch: int, offset: int, reply: AnyReply | ZrmqError, frames: list[bytes]
+    ) -> None:
+        if isinstance(reply, RequestTimeoutError):
+            self._release(queue, link, lease_epoch, offset)
+            return
+        self.pending.discard(queue)
+        self._listener.on_unclaimed(0.0 if isinstance(reply, Done) else HELD_PAUSE_MS)
+
+
+class OffsetClaims:
+    """Where to begin on queues that are read without a lease. Loop thread only."""
+
+    def __init__(
+        self, listener: ClaimListener, *, has_group: bool, consume_from: ConsumeFrom, consume_timestamp_ms: int
+    ) -> None:
+        """`has_group`: begin where the group (broadcasting: the instance) stands, if it stands anywhere."""
+        self.pending: set[MessageQueue] = set()
+        self.left_off: dict[MessageQueue, int] = {}  # where reading ended without a commit: broker gone, or no group
+        self._listener = listener
+        self._has_group = has_group
+        self._consume_from = consume_from
+        self._timestamp_ms = consume_timestamp_ms
+
+    def claim(self, queues: Iterable[tuple[MessageQueue, Link]]) -> None:
+        """Find the offset to begin at, with one question for all queues of a topic at a broker."""
+        groups: dict[tuple[Link, str], list[MessageQueue]] = {}
+        for queue, link in queues:
+            if queue in self.left_off:
+                self._listener.on_claimed(queue, link, self.left_off.pop(queue), 0)
+            else:
+                groups.setdefault((link, queue.topic), []).append(queue)
+        for (link, topic), wanted in groups.items():
+            self.pending.update(wanted)
+            if self._has_group:
+                link.request(
+                    QueryCommitted, topic, timeout_ms=REQUEST_TIMEOUT_MS, on_reply=partial(self._committed, wanted, link)
+                )
+            else:
+                self._find(wanted, link)
+
+    def let_go(self, reading: Reading, offset: int) -> None:
+        """Nothing to tell anybody."""
+
+    def remember(self, reading: Reading, offset: int) -> None:
+        """The broker is gone; should it come back, go on here."""
+        self.left_off[reading.queue] = offset
+
+    def start_late(self, now_ms: int) -> None:
+        """Queues found from here on are new, or at a broker that was away: LATEST means the time this consumer began."""
+        if self._consume_from is ConsumeFrom.LATEST:
+            self._consume_from, self._timestamp_ms = ConsumeFrom.TIMESTAMP, now_ms
+
+    def _committed(self, wanted: list[MessageQueue], link: Link, reply: AnyReply | ZrmqError, frames: list[bytes]) -> None:
+        found = dict(reply.offsets) if isinstance(reply, Offsets) else {}
+        known = {queue: found[queue.queue_id] for queue in wanted if found.get(queue.queue_id, OFFSET_LATEST) >= 0}
+        if isinstance(reply, ZrmqError):
+            self._refused(wanted, reply)
+            return
+        self._begin(known, link)
+        unknown = [queue for queue in wanted if queue not in known]
+        if unknown:
+            self._find(unknown, link)
+
+    def _find(self, wanted: list[MessageQueue], link: Link) -> None:
+        named = {ConsumeFrom.LATEST: OFFSET_LATEST, ConsumeFrom.EARLIEST: OFFSET_EARLIEST}
+        link.request(
+            QueryOffsets, wanted[0].topic, [queue.queue_id for queue in wanted], named.get(self._consume_from, self._timestamp_ms),
+            timeout_ms=REQUEST_TIMEOUT_MS, on_reply=partial(self._found, wanted, link),
+        )
+
+    def _found(self, wanted: list[MessageQueue], link: Link, reply: AnyReply | ZrmqError, frames: list[bytes]) -> None:
+        if isinstance(reply, Offsets):
+            found = dict(reply.offsets)
+            self._begin({queue: found[queue.queue_id] for queue in wanted if queue.queue_id in found}, link)
+            self.pending.difference_update(wanted)
+        elif isinstance(reply, ZrmqError):
+            self._refused(wanted, reply)
+
+    def _begin(self, offsets: dict[MessageQueue, int], link: Link) -> None:
+        for queue, offset in offsets.items():
+            self.pending.discard(queue)
+            self._listener.on_claimed(queue, link, offset, 0)
+
+    def _refused(self, wanted: Collection[MessageQueue], error: ZrmqError) -> None:
+        self.pending.difference_update(wanted)
+        if error.code is Code.BAD_REQUEST:
+            self._listener.on_refused(error)
+        elif not isinstance(error, ClosedError):
+            log.warning("queue_not_found", topic=min(wanted).topic, reason=error.message)
+            self._listener.on_unclaimed(RETRY_MS)

@@ -1,0 +1,103 @@
+"""Committing: tells each broker how far its queues are finished, and finds out which of them are not ours any more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+
+from zrmq.client.inbox import Inbox
+from zrmq.client.link import Link
+from zrmq.client.reading import Reading
+from zrmq.errors import FencedError, ZrmqError
+from zrmq.protocol.requests import AnyReply, CommitOffsets, Committed, QueueOffset
+
+COMMIT_TIMEOUT_MS = 10_000
+
+OnCommitted = Callable[[ZrmqError | None], None]
+
+
+class Committer:
+    """Commits of one consumer. Loop thread only. `on_lost` is told of a reading that the broker says is not ours."""
+
+    def __init__(self, inbox: Inbox, on_lost: Callable[[Reading, ZrmqError], None]) -> None:
+        self._inbox = inbox
+        self._on_lost = on_lost
+        self._busy: set[Link] = set()  # links with a commit of `commit_idle` under way
+
+    def commit_idle(self, readings: Iterable[Reading]) -> None:
+        """What changed since the last time, where the broker is there and has answered the last one."""
+        able = [reading for reading in readings if reading.link.is_open and reading.link not in self._busy]
+        links = {reading.link for reading, _ in self._changed(able)}
+        self._busy |= links
+        for link in links:
+            self.commit([reading for reading in able if reading.link is link], partial(self._idle, link), COMMIT_TIMEOUT_MS)
+
+    def commit(self, readings: Iterable[Reading], on_done: OnCommitted, timeout_ms: int) -> None:
+        """What changed; `on_done` once all brokers have answered, with the first error, or at once when nothing changed."""
+        groups: dict[tuple[Link, bool], list[tuple[Reading, int]]] = {}
+        for reading, offset in self._changed(readings):
+            groups.setdefault((reading.link, reading.goes_back), []).append((reading, offset))
+        tally = _Tally(len(groups), on_done)
+        for (link, goes_back), changed in groups.items():
+            offsets = [_wire(reading, offset) for reading, offset in changed]
+            link.request(
+                CommitOffsets, offsets, goes_back, timeout_ms=timeout_ms, on_reply=partial(self._committed, changed, tally)
+            )
+        if not groups:
+            on_done(None)
+
+    def commit_last(self, reading: Reading) -> None:
+        """Before a queue is given back: where releasing it would not commit, or not back to a smaller offset."""
+        if reading.goes_back or not reading.process_queue.lease_epoch:
+            self.commit([reading], lambda error: None, COMMIT_TIMEOUT_MS)
+
+    def _changed(self, readings: Iterable[Reading]) -> list[tuple[Reading, int]]:
+        found = [(reading, self._inbox.commit_offset(reading.process_queue)) for reading in readings]
+        return [(reading, offset) for reading, offset in found if offset > reading.committed_offset]
+
+    def _committed(
+        self, changed: list[tuple[Reading, int]], tally: _Tally, reply: AnyReply | ZrmqError, frames: list[bytes]
+    ) -> None:
+        error = reply if isinstance(reply, ZrmqError) else None
+        if isinstance(reply, Committed):
+            fenced = set(reply.fenced)
+            for index, (reading, offset) in enumerate(changed):
+                if index in fenced:
+                    error = _fenced(reading)
+                    self._on_lost(reading, error)
+                else:
+                    reading.committed_offset = offset
+                    reading.goes_back = False
+        tally.add(error)
+
+    def _idle(self, link: Link, error: ZrmqError | None) -> None:
+        self._busy.discard(link)
+
+
+class _Tally:
+    """Counts answers; the first error stays."""
+
+    def __init__(self, expected: int, on_done: OnCommitted) -> None:
+        self._expected = expected
+        self._on_done = on_done
+        self._error: ZrmqError | None = None
+
+    def add(self, error: ZrmqError | None) -> None:
+        self._error = self._error or error
+        self._expected -= 1
+        if self._expected == 0:
+            self._on_done(self._error)
+
+
+def _wire(reading: Reading, offset: int) -> QueueOffset:
+    queue = reading.queue
+    return QueueOffset(queue.topic, queue.queue_id, offset, reading.process_queue.lease_epoch)
+
+
+def _fenced(reading: Reading) -> FencedError:
+    queue = reading.queue
+    return FencedError(
+        f"Queue {queue.queue_id} of {queue.topic!r} at {queue.broker_name} went to another member of the group; its messages that"
+        " are not committed come again there.",
+        topic=queue.topic, broker_name=queue.broker_name, queue_id=queue.queue_id,
+    )

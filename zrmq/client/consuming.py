@@ -1,0 +1,391 @@
+"""The consumer's core: which queues are ours, read, committed, given back. Parts beside it know how; this one knows when.
+
+    route, members  ->  share (rebalance.py)  ->  claim (claiming.py)  ->  read (reading.py)  ->  inbox  ->  callers
+                                                                                    commit (committing.py)  <-'
+
+    a queue:   wanted --claim--> ours --not wanted--> draining --nothing in flight--> committed and released
+                                  '--- fenced, lapsed, broker gone ---> dropped, and claimed again if still wanted
+
+Once a lease is in doubt, nothing of its queue is handed out any more. It is in doubt as soon as no heartbeat sent within four
+fifths of the session timeout was answered, well before the broker may give it away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from random import Random
+
+import msgspec
+
+from zrmq.client.claiming import LeaseClaims, OffsetClaims
+from zrmq.client.committing import Committer, OnCommitted
+from zrmq.client.inbox import Inbox
+from zrmq.client.instance import ClientInstance, RouteView
+from zrmq.client.link import Link, OnReply
+from zrmq.client.membership import Joining, Membership
+from zrmq.client.reading import Bounds, Reader, Reading
+from zrmq.client.rebalance import Strategy, plan, share
+from zrmq.errors import ClosedError, InvalidArgumentError, TopicNotFoundError, UnreachableError, ZrmqError
+from zrmq.logs import get_logger
+from zrmq.message import ConsumeFrom, MessageModel, MessageQueue
+from zrmq.protocol.requests import AnyReply, Request, Subscription
+from zrmq.transport.interface import Loop, Timer
+
+log = get_logger("consumer")
+
+TICK_MS = 500.0  # how late a lapsed lease may be noticed by this side; what is handed out is checked each time
+HANDOVER_MS_MAX = 60_000.0  # a queue that another member waits for is given up after this, whatever is still in flight
+TOPIC_TIMEOUT_MS = 10_000
+RETRY_MS = 1_000.0
+
+
+class ConsumingConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What one consumer was told."""
+
+    client_id: str
+    group: str  # empty: read without a group; nothing is committed
+    filters: Mapping[str, str]  # canonical expression by topic
+    is_assigned: bool = False  # the user names the queues; no membership, no leases
+    message_model: MessageModel = MessageModel.CLUSTERING
+    consume_from: ConsumeFrom = ConsumeFrom.LATEST
+    consume_timestamp_ms: int = 0
+    allocation: Strategy
+    bounds: Bounds
+    commit_interval_ms: int
+    auto_commit: bool = True
+
+    @property
+    def joins(self) -> bool:
+        """Whether it becomes a member of its group."""
+        return bool(self.group) and not self.is_assigned
+
+    @property
+    def leases(self) -> bool:
+        """Whether it shares queues with other members."""
+        return self.joins and self.message_model is MessageModel.CLUSTERING
+
+
+class ConsumerCore:
+    """One consumer's decisions. Loop thread only; what callers get and give back goes through the `Inbox`.
+
+    `settle` is called before each round of commits, for what the callers' side knows to be finished by then. `on_started` is
+    called once, when everything that fixes where this consumer begins has been done, or cannot be.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        config: ConsumingConfig,
+        inbox: Inbox,
+        instance: ClientInstance,
+        rng: Random,
+        *,
+        settle: Callable[[], None] = lambda: None,
+        on_started: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._loop = loop
+        self._config = config
+        self._inbox = inbox
+        self._instance = instance
+        self._rng = rng
+        self._settle = settle
+        self._on_started = on_started
+        self._is_started = False
+        self._is_closed = False
+        self._is_paused = False
+        self._assigned: frozenset[MessageQueue] = frozenset()
+        self._wanted: frozenset[MessageQueue] | None = None  # as of the last rebalance; None: not known yet
+        self._creating: set[str] = set()
+        self._rebalance_timer: Timer | None = None
+        self._began_ms = loop.clock.time_ms()
+        self.reader = Reader(
+            loop, inbox, config.bounds, dict(config.filters), config.group if config.leases else "", rng, self._lose
+        )
+        self._committer = Committer(inbox, self._fenced)
+        self._claims: LeaseClaims | OffsetClaims = LeaseClaims(self) if config.leases else OffsetClaims(
+            self, has_group=bool(config.group), consume_from=config.consume_from, consume_timestamp_ms=config.consume_timestamp_ms
+        )
+        self._membership: Membership | None = None
+        if config.joins:
+            self._membership = Membership(loop, _joining(config), rng, self._rebalance_soon, self.on_refused)
+        self._timers = [loop.call_later(TICK_MS, self._tick)]
+        if config.group and config.auto_commit:
+            self._timers.append(loop.call_later(config.commit_interval_ms, self._commit_round))
+        instance.listener = self
+        instance.want_topics(config.filters)
+
+    # --- what the instance says ---------------------------------------------------------------------------------------
+
+    def on_route(self, route: RouteView) -> None:
+        """Of `InstanceListener`. A member of a group is known to every broker, with or without its topics there."""
+        for reading in list(self.reader.readings.values()):
+            if self._instance.link(reading.queue.broker_name) is not reading.link:
+                self._lose(reading, ClosedError(f"Broker {reading.queue.broker_name} left."))
+        if self._membership is not None:
+            self._membership.expect(frozenset(route.brokers))
+            for broker_name in route.brokers:
+                self._instance.link(broker_name)
+        self._rebalance_soon()
+
+    def on_link_open(self, broker_name: str, link: Link) -> None:
+        """Of `InstanceListener`. Joining goes out before what the link sends again."""
+        if self._membership is not None and not self._is_closed:
+            self._membership.link_open(broker_name, link)
+
+    def on_link_lost(self, broker_name: str, link: Link) -> None:
+        """Of `InstanceListener`. The readings wait: the session may come back before their leases are in doubt."""
+        if self._membership is not None:
+            self._membership.link_lost(broker_name, link)
+
+    def on_notice(self, broker_name: str, link: Link, notice: AnyReply) -> None:
+        """Of `InstanceListener`."""
+        if self._membership is not None:
+            self._membership.notice(broker_name, notice)
+
+    # --- what claims say ----------------------------------------------------------------------------------------------
+
+    def on_claimed(self, queue: MessageQueue, link: Link, offset: int, lease_epoch: int) -> bool:
+        """Of `ClaimListener`."""
+        if self._is_closed or self._wanted is None or queue not in self._wanted:
+            return False
+        reading = self.reader.begin(queue, link, offset, lease_epoch)
+        if self._is_paused:
+            self.reader.pause(reading, True)
+        log.info("queue_claimed", **_place(queue), group=self._config.group, offset=offset, lease_epoch=lease_epoch)
+        self._check_started()
+        return True
+
+    def on_unclaimed(self, after_ms: float) -> None:
+        """Of `ClaimListener`."""
+        self._rebalance_soon(after_ms)
+
+    def on_refused(self, error: ZrmqError) -> None:
+        """Of `ClaimListener`, and of the membership: nothing but the user can help. The callers are told."""
+        if not self._is_closed:
+            log.error("consumer_refused", group=self._config.group, reason=error.message)
+            self._stop()
+            self._inbox.close(error)
+            self._end_start()
+
+    # --- rebalancing --------------------------------------------------------------------------------------------------
+
+    def _rebalance_soon(self, after_ms: float = 0.0) -> None:
+        """Once for all that happens in this turn; a later one already planned comes as well, and finds nothing to do."""
+        if after_ms > 0.0:
+            self._loop.call_later(after_ms * self._rng.uniform(0.8, 1.2), self._rebalance_soon)
+        elif self._rebalance_timer is None:
+            self._rebalance_timer = self._loop.call_later(0.0, self._rebalance)
+
+    def _rebalance(self) -> None:
+        self._rebalance_timer = None
+        if self._is_closed:
+            return
+        try:
+            wanted = self._find_wanted()
+        except InvalidArgumentError as error:
+            self.on_refused(error)
+            return
+        if wanted is None:
+            return
+        self._wanted = wanted
+        moves = plan(wanted, self.reader.readings.keys() | self._claims.pending)
+        for queue in moves.give_back:
+            if queue in self.reader.readings:
+                self._drain(self.reader.readings[queue])
+        self._claims.claim([(queue, link) for queue in moves.acquire if (link := self._link_for(queue)) is not None])
+        self._create_topics()
+        self._check_started()
+
+    def _find_wanted(self) -> frozenset[MessageQueue] | None:
+        """The queues this consumer should read; None while that cannot be known, so that what is read stays."""
+        if self._config.is_assigned:
+            return self._assigned
+        route = self._instance.route
+        if route is None or not all(map(self._instance.covers, self._config.filters)):
+            return None
+        queues = {topic: route.queues(topic) for topic in self._config.filters}
+        if not self._config.leases:
+            return frozenset(queue for each in queues.values() for queue in each)
+        members = self._membership.members if self._membership is not None else []
+        if not members:
+            return None
+        return frozenset(share(self._config.allocation, self._config.group, self._config.client_id, queues, members))
+
+    def _link_for(self, queue: MessageQueue) -> Link | None:
+        """Whom to ask for the queue; nobody before we are a member there."""
+        if self._membership is not None and not self._membership.is_joined(queue.broker_name):
+            return None
+        return self._instance.link(queue.broker_name)
+
+    def _create_topics(self) -> None:
+        """Subscribing creates topics where that is allowed; but first every broker knows when we subscribed."""
+        route = self._instance.route
+        if self._membership is None or route is None or not self._membership.is_complete:
+            return
+        for topic in self._config.filters:
+            if topic not in self._creating and not route.queues(topic):
+                self._creating.add(topic)
+                self._instance.ensure_topic(topic, partial(self._created, topic), TOPIC_TIMEOUT_MS)
+
+    def _created(self, topic: str, error: ZrmqError | None) -> None:
+        if isinstance(error, TopicNotFoundError):
+            log.warning("topic_missing", topic=topic, reason=error.message)  # once: the route shows it when somebody creates it
+        elif error is not None and not isinstance(error, ClosedError):
+            self._creating.discard(topic)
+            self._rebalance_soon(RETRY_MS)
+
+    def _check_started(self) -> None:
+        if self._is_started or (self._membership is not None and not self._membership.is_complete):
+            return
+        if self._wanted is not None and (self._config.leases or self._wanted <= self.reader.readings.keys()):
+            self._end_start()
+
+    def _end_start(self) -> None:
+        if not self._is_started:
+            self._is_started = True
+            if isinstance(self._claims, OffsetClaims) and not self._config.is_assigned:
+                self._claims.start_late(self._began_ms)
+            self._on_started()
+
+    # --- giving back, losing ------------------------------------------------------------------------------------------
+
+    def _drain(self, reading: Reading) -> None:
+        """Another member is to have it: hand nothing out any more, and let it go when callers are through with what they have."""
+        if reading.process_queue.is_draining:
+            return
+        self.reader.stop_pulling(reading)
+        reading.draining_ms = self._loop.clock.monotonic_ms()
+        if self._inbox.drain(reading.process_queue):
+            self._let_go(reading)
+
+    def _let_go(self, reading: Reading) -> None:
+        self._committer.commit_last(reading)
+        offset = self._inbox.commit_offset(reading.process_queue)
+        self.reader.end(reading)
+        self._claims.let_go(reading, offset)
+        log.info("queue_given_back", **_place(reading.queue), group=self._config.group, offset=offset)
+
+    def _lose(self, reading: Reading, error: ZrmqError) -> None:
+        """The lease or the broker is gone: what is buffered is nobody's, what is in flight is not committed."""
+        if self._is_closed or reading.process_queue.is_dropped:
+            return
+        log.warning("queue_lost", **_place(reading.queue), group=self._config.group, reason=error.message)
+        if isinstance(self._claims, OffsetClaims):
+            self._claims.remember(reading, self._inbox.commit_offset(reading.process_queue))
+        self.reader.end(reading)
+        self._rebalance_soon()
+
+    def _fenced(self, reading: Reading, error: ZrmqError) -> None:
+        """A commit was refused. Without leases of our own it means that the group has members that hold some."""
+        if self._config.leases:
+            self._lose(reading, error)
+        else:
+            log.warning("commit_refused", **_place(reading.queue), group=self._config.group, reason=error.message)
+
+    # --- time ---------------------------------------------------------------------------------------------------------
+
+    def look(self) -> None:
+        """The inbox has room again, or a queue is drained or lapsed."""
+        self._inbox.looked()
+        if self._is_closed:
+            return
+        for reading in list(self.reader.readings.values()):
+            if reading.process_queue.is_draining and reading.process_queue.in_flight == 0:
+                self._let_go(reading)
+            elif reading.process_queue.is_lapsed:
+                self._lapse(reading)
+        self.reader.pull_all()
+
+    def _tick(self) -> None:
+        self._timers[0] = self._loop.call_later(TICK_MS, self._tick)
+        now_ms = self._loop.clock.monotonic_ms()
+        for reading in list(self.reader.readings.values()):
+            if reading.process_queue.valid_until_ms() <= now_ms:
+                self._lapse(reading)
+            elif reading.process_queue.is_draining and now_ms - reading.draining_ms > HANDOVER_MS_MAX:
+                log.warning("queue_given_up", **_place(reading.queue), in_flight=reading.process_queue.in_flight)
+                self._let_go(reading)
+
+    def _lapse(self, reading: Reading) -> None:
+        address = reading.link.address
+        self._lose(reading, UnreachableError(f"{address} has not answered heartbeats for too long to rely on its lease."))
+
+    def _commit_round(self) -> None:
+        self._timers[1] = self._loop.call_later(self._config.commit_interval_ms, self._commit_round)
+        self._settle()
+        self._committer.commit_idle(self.reader.readings.values())
+
+    # --- for the door -------------------------------------------------------------------------------------------------
+
+    def assign(self, queues: Iterable[MessageQueue]) -> None:
+        """Read these queues and no others."""
+        self._assigned = frozenset(queues)
+        self._instance.want_topics({queue.topic for queue in self._assigned})
+        self._rebalance_soon()
+
+    def commit(self, on_done: OnCommitted, timeout_ms: int) -> None:
+        """Commit what is finished, now."""
+        self._committer.commit(list(self.reader.readings.values()), on_done, timeout_ms)
+
+    def seek(self, queue: MessageQueue, offset: int) -> None:
+        """Go on from another offset. Raises `InvalidArgumentError` for a queue that is not read here."""
+        self.reader.begin_anew(self.reading(queue), offset)
+
+    def reading(self, queue: MessageQueue) -> Reading:
+        """The reading of a queue, or `InvalidArgumentError`."""
+        reading = self.reader.readings.get(queue)
+        if reading is None or reading.process_queue.is_draining:
+            raise InvalidArgumentError(
+                f"Queue {queue.queue_id} of {queue.topic!r} at {queue.broker_name} is not assigned to this consumer now; see"
+                " assigned().",
+                topic=queue.topic, broker_name=queue.broker_name, queue_id=queue.queue_id,
+            )
+        return reading
+
+    def pause(self, queues: Iterable[MessageQueue], is_paused: bool) -> None:
+        """Pause or resume some queues. Raises `InvalidArgumentError` for one that is not read here, before anything is done."""
+        for reading in [self.reading(queue) for queue in queues]:
+            self.reader.pause(reading, is_paused)
+
+    def pause_all(self, is_paused: bool) -> None:
+        """Pause or resume everything, queues that are claimed later too."""
+        self._is_paused = is_paused
+        self.pause(list(self.reader.readings), is_paused)
+
+    def ask(self, broker_name: str, kind: type[Request], *fields: object, timeout_ms: int, on_reply: OnReply) -> None:
+        """Ask a broker something. `UnreachableError` when the route does not have it."""
+        link = self._instance.link(broker_name)
+        if link is None:
+            on_reply(UnreachableError(f"Broker {broker_name} is not in the route; it is down or has another name."), [])
+        else:
+            link.request(kind, *fields, timeout_ms=timeout_ms, on_reply=on_reply)
+
+    def close(self, on_closed: Callable[[], None], timeout_ms: int) -> None:
+        """Commit what is finished, as far as brokers can be reached, then call back. The instance's BYE gives the leases back."""
+        self._stop()
+        self._settle()
+        able = [reading for reading in self.reader.readings.values() if reading.link.is_open]
+        if self._config.group:
+            self._committer.commit(able, lambda error: on_closed(), timeout_ms)
+        else:
+            on_closed()
+
+    def _stop(self) -> None:
+        self._is_closed = True
+        self.reader.close()
+        if self._membership is not None:
+            self._membership.close()
+        for timer in self._timers:
+            timer.cancel()
+
+
+def _joining(config: ConsumingConfig) -> Joining:
+    subscriptions = [Subscription(topic, expression) for topic, expression in sorted(config.filters.items())]
+    return Joining(
+        config.group, config.client_id, config.message_model, subscriptions, config.consume_from, config.consume_timestamp_ms
+    )
+
+
+def _place(queue: MessageQueue) -> dict[str, object]:
+    return {"topic": queue.topic, "broker_name": queue.broker_name, "queue_id": queue.queue_id}

@@ -1,0 +1,256 @@
+"""This consumer as a member of its group, at every live master broker: joining, who else is there, and coming back.
+
+A group begins LATEST as of its first subscription anywhere in the cluster. Each broker fixes its own queues' starts when the
+group first joins there, so one that is new, or was away, has to be told when that first subscription was. So joining goes:
+
+    ask      every broker whether it knows the group's subscriptions        (only where it matters: LATEST, several brokers)
+    scout    join the one that knows most of them; it answers since when
+    rest     join all others with that time, at once, and every broker that appears later
+
+A lost notice would leave a member with an old list for ever, so the group's version is compared every `CHECK_MS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from random import Random
+
+import msgspec
+
+from zrmq.client.link import Link
+from zrmq.client.rebalance import shared_members
+from zrmq.errors import ClosedError, Code, ZrmqError
+from zrmq.logs import get_logger
+from zrmq.message import ConsumeFrom, MessageModel
+from zrmq.protocol.requests import (
+    Alive,
+    AnyReply,
+    DescribeGroups,
+    GroupChanged,
+    Groups,
+    Heartbeat,
+    Joined,
+    JoinGroup,
+    Subscription,
+)
+from zrmq.transport.interface import Loop, Timer
+
+log = get_logger("consumer")
+
+REQUEST_TIMEOUT_MS = 10_000
+RETRY_MS = 1_000.0  # after a refusal that time may heal
+SURVEY_MS_MAX = 3_000.0  # brokers that the route has but nobody reaches are waited for so long
+CHECK_MS = 5_000.0
+
+# Refusals of JoinGroup that the same request may overcome later. All others are the user's to solve.
+PASSING = frozenset({
+    Code.REQUEST_TIMEOUT, Code.TOO_MANY_REQUESTS, Code.INTERNAL_ERROR, Code.NO_SESSION, Code.DISK_FULL, Code.STORE_FAILED,
+    Code.NOT_READY, Code.STOPPING,
+})
+
+
+class Joining(msgspec.Struct, frozen=True):
+    """What every broker is told."""
+
+    group: str
+    client_id: str
+    message_model: MessageModel
+    subscriptions: list[Subscription]
+    consume_from: ConsumeFrom = ConsumeFrom.LATEST
+    consume_timestamp_ms: int = 0
+
+
+class Seat(msgspec.Struct, eq=False):
+    """The membership at one broker, as long as its link is open."""
+
+    link: Link
+    opened_ms: float
+    topics_known: int | None = None  # how many of our topics the group has subscribed to here before; None: not heard yet
+    is_joining: bool = False
+    version: int = -1
+    members: list[str] | None = None  # None: not joined
+
+
+class Membership:
+    """Loop thread only. `on_change` is called when the members or the joined brokers changed, `on_refused` when the group will
+    not have us."""
+
+    def __init__(
+        self, loop: Loop, joining: Joining, rng: Random, on_change: Callable[[], None], on_refused: Callable[[ZrmqError], None]
+    ) -> None:
+        self._loop = loop
+        self._joining = joining
+        self._rng = rng
+        self._on_change = on_change
+        self._on_refused = on_refused
+        self._seats: dict[str, Seat] = {}
+        self._expected: frozenset[str] = frozenset()
+        self._since_ms = 0  # when the group first subscribed, by the broker that was asked first; 0: not known yet
+        self._name_taken_ms: float | None = None
+        self._is_closed = False
+        self._check_timer: Timer = loop.call_later(CHECK_MS, self._check)
+
+    # --- what is known ------------------------------------------------------------------------------------------------
+
+    @property
+    def members(self) -> list[str]:
+        """The members that every joined broker knows, sorted."""
+        return shared_members(seat.members for seat in self._seats.values() if seat.members is not None)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every broker of the route is joined."""
+        return bool(self._expected) and all(map(self.is_joined, self._expected))
+
+    def is_joined(self, broker_name: str) -> bool:
+        """Whether we are a member there."""
+        seat = self._seats.get(broker_name)
+        return seat is not None and seat.members is not None
+
+    # --- what happens -------------------------------------------------------------------------------------------------
+
+    def expect(self, broker_names: frozenset[str]) -> None:
+        """These are the cluster's brokers now."""
+        self._expected = broker_names
+        self._advance()
+
+    def link_open(self, broker_name: str, link: Link) -> None:
+        """A new session: join (again)."""
+        seat = self._seats[broker_name] = Seat(link, self._loop.clock.monotonic_ms())
+        if self._needs_survey():
+            self._ask(seat)
+        else:
+            self._join(seat)
+
+    def link_lost(self, broker_name: str, link: Link) -> None:
+        """What this broker said of the members counts no more."""
+        seat = self._seats.get(broker_name)
+        if seat is not None and seat.link is link:
+            del self._seats[broker_name]
+            self._advance()
+            self._on_change()
+
+    def notice(self, broker_name: str, notice: AnyReply) -> None:
+        """Members came or went."""
+        seat = self._seats.get(broker_name)
+        if seat is None or not isinstance(notice, GroupChanged) or notice.group != self._joining.group:
+            return
+        if notice.group_version > seat.version:
+            seat.version = notice.group_version
+            self._take_members(seat, notice.members)
+
+    def close(self) -> None:
+        """Do nothing more. Leaving is the owner's to do, after its last commits."""
+        self._is_closed = True
+        self._check_timer.cancel()
+        self._seats.clear()
+
+    # --- asking -------------------------------------------------------------------------------------------------------
+
+    def _needs_survey(self) -> bool:
+        joining = self._joining
+        is_latest = joining.consume_from is ConsumeFrom.LATEST and joining.message_model is MessageModel.CLUSTERING
+        return is_latest and self._since_ms == 0 and len(self._expected) > 1
+
+    def _ask(self, seat: Seat) -> None:
+        group = self._joining.group
+        seat.link.request(DescribeGroups, [group], timeout_ms=int(SURVEY_MS_MAX), on_reply=partial(self._asked, seat))
+        self._loop.call_later(SURVEY_MS_MAX, self._advance)
+
+    def _asked(self, seat: Seat, reply: AnyReply | ZrmqError, frames: list[bytes]) -> None:
+        ours = {subscription.topic for subscription in self._joining.subscriptions}
+        theirs = {each.topic for group in reply.groups for each in group.subscriptions} if isinstance(reply, Groups) else set()
+        seat.topics_known = len(ours & theirs)
+        self._advance()
+
+    def _advance(self) -> None:
+        """Join whom there is no reason to wait with."""
+        waiting = [seat for seat in self._seats.values() if seat.members is None and not seat.is_joining]
+        if self._is_closed or not waiting:
+            return
+        if not self._needs_survey():
+            for seat in waiting:
+                self._join(seat)
+        elif not any(seat.is_joining for seat in self._seats.values()):
+            scout = max(waiting, key=lambda seat: seat.topics_known or 0)
+            if scout.topics_known == len(self._joining.subscriptions) or self._is_surveyed():
+                self._join(scout)
+
+    def _is_surveyed(self) -> bool:
+        if any(seat.topics_known is None for seat in self._seats.values()):
+            return False
+        oldest_ms = min(seat.opened_ms for seat in self._seats.values())
+        return self._expected <= self._seats.keys() or self._loop.clock.monotonic_ms() - oldest_ms >= SURVEY_MS_MAX
+
+    # --- joining ------------------------------------------------------------------------------------------------------
+
+    def _join(self, seat: Seat) -> None:
+        joining = self._joining
+        seat.is_joining = True
+        seat.link.request(
+            JoinGroup, joining.message_model, joining.subscriptions, joining.consume_from, joining.consume_timestamp_ms,
+            self._since_ms, timeout_ms=REQUEST_TIMEOUT_MS, on_reply=partial(self._joined, seat),
+        )
+
+    def _joined(self, seat: Seat, reply: AnyReply | ZrmqError, frames: list[bytes]) -> None:
+        seat.is_joining = False
+        if self._is_closed or seat not in self._seats.values():
+            return
+        if isinstance(reply, Joined):
+            self._name_taken_ms = None
+            self._learn_since(seat, reply)
+            if reply.group_version > seat.version:
+                seat.version = reply.group_version
+                self._take_members(seat, reply.members)
+            self._advance()
+        elif isinstance(reply, ZrmqError) and not isinstance(reply, ClosedError):
+            self._refused(seat, reply)
+
+    def _learn_since(self, seat: Seat, joined: Joined) -> None:
+        if self._since_ms or self._joining.consume_from is not ConsumeFrom.LATEST:
+            return
+        if self._joining.message_model is MessageModel.BROADCASTING:
+            # Each broadcasting instance begins when it first joined; of that, only this process's own time is known.
+            self._since_ms = seat.link.welcome.server_time_ms if seat.link.welcome is not None else 0
+        else:
+            # One time for all topics: the earliest, which may show a younger subscription more than it asked for, never less.
+            self._since_ms = min((since_ms for since_ms in joined.since_ms if since_ms > 0), default=0)
+
+    def _take_members(self, seat: Seat, members: list[str]) -> None:
+        if self._joining.client_id in members:
+            seat.members = members
+        else:
+            seat.members = None  # our session ended there without our noticing
+            self._join(seat)
+        self._on_change()
+
+    def _refused(self, seat: Seat, error: ZrmqError) -> None:
+        if error.code in PASSING or self._may_be_a_ghost(seat, error):
+            log.warning("join_refused", group=self._joining.group, address=seat.link.address, reason=error.message)
+            self._loop.call_later(RETRY_MS * self._rng.uniform(0.8, 1.2), self._advance)
+        else:
+            self._on_refused(error)
+
+    def _may_be_a_ghost(self, seat: Seat, error: ZrmqError) -> bool:
+        """Whether an instance of our name may be our own former life, killed, whose session has not run out yet."""
+        if error.code is not Code.INSTANCE_NAME_TAKEN or seat.link.welcome is None:
+            return False
+        now_ms = self._loop.clock.monotonic_ms()
+        if self._name_taken_ms is None:
+            self._name_taken_ms = now_ms
+        return now_ms - self._name_taken_ms <= seat.link.welcome.session_timeout_ms + RETRY_MS
+
+    # --- checking -----------------------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        self._check_timer = self._loop.call_later(CHECK_MS, self._check)
+        for seat in self._seats.values():
+            if seat.members is not None and seat.link.is_open:
+                seat.link.request(Heartbeat, timeout_ms=int(CHECK_MS), on_reply=partial(self._checked, seat))
+
+    def _checked(self, seat: Seat, reply: AnyReply | ZrmqError, frames: list[bytes]) -> None:
+        is_ours = not self._is_closed and seat in self._seats.values() and not seat.is_joining
+        if is_ours and isinstance(reply, Alive) and reply.group_version != seat.version:
+            log.info("group_version_missed", group=self._joining.group, address=seat.link.address)
+            self._join(seat)

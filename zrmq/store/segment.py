@@ -1,0 +1,235 @@
+"""Segments: the files the log consists of, and how their entries are found again, damaged or not.
+
+A segment is named by the position of its first byte in the log, 20 digits. It begins with 64 bytes, little-endian:
+
+    offset size  field
+    ------ ----  --------------------
+         0    8  magic "ZRMQ-LOG"
+         8    4  format version
+        12    4  zero
+        16    8  start position         the one in the file's name
+        24    8  length of the file
+        32   28  zero
+        60    4  crc                    CRC-32 of 0..60
+
+Entries follow without a gap (see protocol/batch.py), none across two segments; an entry of kind 3 ends a segment. What lies
+behind the last entry is zeros, or what a recycled file had there before: entries that carry other positions and so never check
+out. That is also what finds the way again behind damage: an entry is where its position says it is.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+from zlib import crc32
+
+from zrmq.files import OpenFile, read_fully
+from zrmq.protocol.batch import (
+    ASSIGNED_AT,
+    BATCH_HEADER_BYTES,
+    ENTRY_HEADER_BYTES,
+    FORMAT_VERSION,
+    KIND_BATCH,
+    KIND_SEGMENT_END,
+    MAGIC,
+    START_BYTES,
+    EntryHeader,
+    entry_checks_out,
+    peek_entry,
+)
+from zrmq.protocol.limits import BATCH_BYTES_MAX
+
+SEGMENT_FORMAT_VERSION = 1
+SEGMENT_HEADER_BYTES = 64
+SEGMENT_END_BYTES = ENTRY_HEADER_BYTES
+ENTRY_BYTES_MAX = BATCH_BYTES_MAX  # events stay far below; a length beyond it is damage
+SCAN_BYTES = 1 << 20  # read at once when entries are read one after the other
+
+_SEGMENT_MAGIC = b"ZRMQ-LOG"
+_HEADER = struct.Struct("<8sIIQQ28xI")
+_CRC_AT = _HEADER.size - 4
+_MARK = MAGIC + bytes([FORMAT_VERSION])
+_POSITION = struct.Struct("<Q")
+_POSITION_AT = ASSIGNED_AT + 4
+_SECTOR_BYTES = 4096
+_NAME = re.compile(r"(\d{20})\.log\Z")
+
+assert _HEADER.size == SEGMENT_HEADER_BYTES
+
+Read = Callable[[int, int], bytes]  # position in the log, size; fewer bytes at the end of the file
+
+
+class Share:
+    """What one topic has in one segment: when its newest batch was stored, and how many bytes. For retention."""
+
+    __slots__ = ("last_ms", "size_bytes")
+
+    def __init__(self, last_ms: int, size_bytes: int) -> None:
+        self.last_ms = last_ms
+        self.size_bytes = size_bytes
+
+
+class Segment:
+    """One segment as the running store knows it."""
+
+    __slots__ = ("end", "file", "is_header_whole", "last_ms", "path", "saved_scrubbed_ms", "scrubbed_ms", "shares", "start")
+
+    def __init__(self, path: Path, start: int, end: int, is_header_whole: bool = True) -> None:
+        self.path = path
+        self.start = start
+        self.end = end  # of the file, as a position in the log
+        self.is_header_whole = is_header_whole
+        self.file: OpenFile | None = None  # while it is written to, and until that is flushed
+        self.shares: dict[int, Share] = {}  # by topic id
+        self.last_ms = 0  # store timestamp of the newest entry
+        self.scrubbed_ms = self.saved_scrubbed_ms = 0  # when its checksums were last looked at, and what views.db has of that
+
+    def note_batch(self, topic_id: int, store_timestamp_ms: int, size_bytes: int) -> None:
+        """A batch was appended. On the hot path."""
+        share = self.shares.get(topic_id)
+        if share is None:
+            self.shares[topic_id] = Share(store_timestamp_ms, size_bytes)
+        else:
+            share.size_bytes += size_bytes
+            if store_timestamp_ms > share.last_ms:
+                share.last_ms = store_timestamp_ms
+        if store_timestamp_ms > self.last_ms:
+            self.last_ms = store_timestamp_ms
+
+    def note_event(self, store_timestamp_ms: int) -> None:
+        """An event was appended."""
+        if store_timestamp_ms > self.last_ms:
+            self.last_ms = store_timestamp_ms
+
+
+def segment_name(start: int) -> str:
+    """The file name of the segment that begins at this position."""
+    return f"{start:020d}.log"
+
+
+def start_of(name: str) -> int | None:
+    """The start position in a segment's file name, None for the name of something else."""
+    match = _NAME.match(name)
+    return int(match.group(1)) if match else None
+
+
+def encode_segment_header(start: int, size_bytes: int) -> bytes:
+    """The first 64 bytes of a segment's file."""
+    header = _HEADER.pack(_SEGMENT_MAGIC, SEGMENT_FORMAT_VERSION, 0, start, size_bytes, 0)
+    return header[:_CRC_AT] + crc32(header[:_CRC_AT]).to_bytes(4, "little")
+
+
+def segment_version(header: bytes, start: int) -> int | None:
+    """The format version in a segment's header; None if it is not the header of the segment that begins at `start`."""
+    if len(header) < SEGMENT_HEADER_BYTES:
+        return None
+    magic, version, _, said_start, _, crc = _HEADER.unpack_from(header)
+    if magic != _SEGMENT_MAGIC or crc != crc32(header[:_CRC_AT]) or said_start != start:
+        return None
+    return int(version)
+
+
+# --- finding entries --------------------------------------------------------------------------------------------------
+
+
+class Found(NamedTuple):
+    """A stretch of the log: one entry, or bytes that are none."""
+
+    position: int
+    end: int
+    header: EntryHeader | None  # None: no entry; its place may have held one or many
+    block: bytes  # has the entry at `at`
+    at: int
+    is_whole: bool  # False with a header: a batch whose header checks out and whose records do not
+
+
+def scan(read: Read, position: int, end: int) -> Iterator[Found]:
+    """All entries of one segment from `position` on, with what lies between them where they do not follow each other.
+
+    Ends behind the segment's end entry. Bytes behind the last entry come as one stretch without a header.
+    """
+    reader = EntryReader(read, end)
+    while end - position >= ENTRY_HEADER_BYTES:
+        found = reader.entry(position) or reader.gap(position)
+        yield found
+        if found.header is not None and found.header.kind == KIND_SEGMENT_END:
+            return
+        position = found.end
+
+
+class EntryReader:
+    """Reads entries of one segment, in large blocks."""
+
+    def __init__(self, read: Read, end: int) -> None:
+        self._read = read
+        self._end = end
+        self._block = b""
+        self._base = 0
+
+    def entry(self, position: int) -> Found | None:
+        """The entry at `position`; None if there is none whose header checks out."""
+        at = position - self._base
+        if at < 0 or at + ENTRY_HEADER_BYTES > len(self._block):
+            at = self._load(position, SCAN_BYTES)
+        header = peek_entry(self._block, at)
+        if header is None or header.position != position or header.length > min(self._end - position, ENTRY_BYTES_MAX):
+            return None
+        if at + header.length > len(self._block):
+            at = self._load(position, max(SCAN_BYTES, header.length))
+        is_whole = entry_checks_out(self._block, header, at)
+        if is_whole or batch_header_checks_out(self._block, header, at):
+            return Found(position, position + header.length, header, self._block, at, is_whole)
+        return None
+
+    def gap(self, position: int) -> Found:
+        """The bytes from `position`, where there is no entry, to the next entry or the end of the segment."""
+        after = position + 1
+        while self._end - after >= ENTRY_HEADER_BYTES:
+            block = self._read(after, min(SCAN_BYTES, self._end - after))
+            for at in _marks(block):
+                if self._claims(block, after, at) and self.entry(after + at) is not None:
+                    return Found(position, after + at, None, b"", 0, False)
+            if len(block) < len(_MARK):
+                break
+            after += len(block) - len(_MARK) + 1
+        return Found(position, self._end, None, b"", 0, False)
+
+    def _claims(self, block: bytes, base: int, at: int) -> bool:
+        """Whether what looks like an entry says it is where it is: a quick look, for recycled files are full of such."""
+        if at + _POSITION_AT + _POSITION.size > len(block):
+            return True
+        return bool(_POSITION.unpack_from(block, at + _POSITION_AT)[0] == base + at)
+
+    def _load(self, position: int, size: int) -> int:
+        self._block = self._read(position, min(size, self._end - position))
+        self._base = position
+        return 0
+
+
+def _marks(block: bytes) -> Iterator[int]:
+    at = block.find(_MARK)
+    while at >= 0:
+        yield at
+        at = block.find(_MARK, at + 1)
+
+
+def batch_header_checks_out(block: bytes, header: EntryHeader, at: int) -> bool:
+    """Whether the header of a batch is unchanged, whatever became of its records: then its extent and offsets are known."""
+    if header.kind != KIND_BATCH or header.length < BATCH_HEADER_BYTES or len(block) - at < BATCH_HEADER_BYTES:
+        return False
+    crc = crc32(block[at + ASSIGNED_AT : at + BATCH_HEADER_BYTES], crc32(block[at : at + START_BYTES]))
+    return crc == header.entry_crc
+
+
+def read_or_zeros(file: OpenFile, size: int, position: int) -> bytes:
+    """What can be read: sectors that the disk refuses to give come as zeros, which check out as nothing."""
+    try:
+        return read_fully(file, size, position)
+    except OSError:
+        if size <= _SECTOR_BYTES:
+            return bytes(size)
+        ends = range(position, position + size, _SECTOR_BYTES)
+        return b"".join(read_or_zeros(file, min(_SECTOR_BYTES, position + size - start), start) for start in ends)

@@ -1,0 +1,142 @@
+"""What a run consists of, all of it drawn from its seed: the cluster, the work, and what goes wrong how often.
+
+A run has some of the faults, at rates of its own, and not all of them always: what is rare in the crowd is common in some runs.
+"""
+
+from __future__ import annotations
+
+from random import Random
+
+import msgspec
+
+from zrmq.message import ConsumeFrom, FlushMode, MessageModel
+
+FAULTS = {  # kind of fault: the shortest and longest mean time between two of them, in virtual ms
+    "broker_power_cut": (3_000, 20_000),
+    "broker_torn_write": (3_000, 20_000),
+    "broker_kill": (3_000, 20_000),
+    "broker_restart": (6_000, 30_000),
+    "nameserver_crash": (4_000, 20_000),
+    "break_connections": (500, 6_000),
+    "cut": (4_000, 20_000),
+    "half_open": (5_000, 20_000),
+    "pause": (3_000, 15_000),
+    "slow_network": (3_000, 15_000),
+    "slow_disk": (3_000, 15_000),
+    "producer_crash": (5_000, 20_000),
+    "consumer_crash": (2_500, 15_000),
+    "consumer_leave": (2_000, 10_000),
+    "consumer_join": (2_000, 10_000),
+    "clock_step": (2_000, 10_000),
+}
+
+
+class TopicPlan(msgspec.Struct, frozen=True):
+    """One topic, the same at all brokers."""
+
+    name: str
+    queue_count: int
+    flush_mode: FlushMode
+
+
+class GroupPlan(msgspec.Struct, frozen=True):
+    """One consumer group and how its members work."""
+
+    name: str
+    topics: tuple[str, ...]
+    expression: str
+    message_model: MessageModel
+    consume_from: ConsumeFrom
+    members: int  # at most
+    in_order: bool
+    workers: int  # units a member works on at once
+    message_ms: float  # a listener's mean time for one message
+    failure_share: float  # of messages whose listener raises
+    starts_ms: float  # when its first members come
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """Everything a run is determined by. Times in virtual ms."""
+
+    seed: int
+    duration_ms: float  # how long there is work and things go wrong
+    broker_names: tuple[str, ...]
+    nameserver_count: int
+    producer_count: int
+    topics: tuple[TopicPlan, ...]
+    groups: tuple[GroupPlan, ...]
+    faults: dict[str, float]  # kind: mean time between two
+    send_every_ms: float  # mean, of one producer
+    burst_max: int
+    linger_ms: float
+    batch_records_max: int
+    send_timeout_ms: int
+    session_timeout_ms: int
+    segment_bytes: int
+    checkpoint_ms: int
+    flush_ms: tuple[float, float]
+    delay_ms: tuple[float, float]
+
+
+def draw_plan(seed: int) -> Plan:
+    """The plan of a seed; the same for every Python and machine."""
+    rng = Random(f"plan {seed}")
+    topics = tuple(_topic(rng, number) for number in range(rng.randint(1, 3)))
+    return Plan(
+        seed=seed,
+        duration_ms=rng.uniform(4_000.0, 16_000.0),
+        broker_names=("broker-a", "broker-b"),
+        nameserver_count=2,
+        producer_count=rng.randint(1, 3),
+        topics=topics,
+        groups=_groups(rng, topics),
+        faults=_faults(rng),
+        send_every_ms=_log_uniform(rng, 30.0, 500.0),
+        burst_max=rng.choice((1, 3, 10, 30)),
+        linger_ms=rng.choice((0.0, 0.0, 5.0, 50.0)),
+        batch_records_max=rng.choice((1, 4, 16, 1000)),
+        send_timeout_ms=rng.choice((1_500, 5_000, 15_000)),
+        session_timeout_ms=rng.choice((2_000, 4_000, 10_000)),
+        segment_bytes=rng.choice((4_096, 8_192, 65_536)),
+        checkpoint_ms=rng.choice((200, 2_000, 30_000)),
+        flush_ms=rng.choice(((0.05, 0.3), (0.2, 5.0), (1.0, 40.0))),
+        delay_ms=rng.choice(((0.05, 0.3), (0.05, 0.3), (0.2, 10.0))),
+    )
+
+
+def _log_uniform(rng: Random, least: float, most: float) -> float:
+    return least * (most / least) ** rng.random()
+
+
+def _topic(rng: Random, number: int) -> TopicPlan:
+    flush_mode = FlushMode.ASYNC if rng.random() < 0.15 else FlushMode.SYNC
+    return TopicPlan(f"topic-{number}", rng.randint(1, 4), flush_mode)
+
+
+def _groups(rng: Random, topics: tuple[TopicPlan, ...]) -> tuple[GroupPlan, ...]:
+    models = [MessageModel.CLUSTERING] * rng.randint(1, 2)
+    if rng.random() < 0.5:
+        models.append(MessageModel.BROADCASTING)
+    return tuple(_group(rng, f"group-{number}", topics, model) for number, model in enumerate(models))
+
+
+def _group(rng: Random, name: str, topics: tuple[TopicPlan, ...], model: MessageModel) -> GroupPlan:
+    chosen = rng.sample(topics, rng.randint(1, len(topics)))
+    return GroupPlan(
+        name=name,
+        topics=tuple(topic.name for topic in chosen),
+        expression="*" if rng.random() < 0.75 else "a || b",
+        message_model=model,
+        consume_from=ConsumeFrom.EARLIEST if rng.random() < 0.5 else ConsumeFrom.LATEST,
+        members=rng.randint(1, 4) if model is MessageModel.CLUSTERING else rng.randint(1, 2),
+        in_order=rng.random() < 0.3,
+        workers=rng.randint(1, 3),
+        message_ms=rng.choice((0.0, 0.5, 5.0, 30.0)),
+        failure_share=rng.choice((0.0, 0.0, 0.02)),
+        starts_ms=rng.choice((0.0, 0.0, rng.uniform(0.0, 3_000.0))),
+    )
+
+
+def _faults(rng: Random) -> dict[str, float]:
+    share = rng.choice((0.0, 0.15, 0.3, 0.5, 0.8))
+    return {kind: _log_uniform(rng, *bounds) for kind, bounds in FAULTS.items() if rng.random() < share}
