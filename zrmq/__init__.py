@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from zrmq.broker import Broker as Broker
     from zrmq.client.allocation import AllocateAveragely as AllocateAveragely
     from zrmq.client.allocation import AllocateByCircle as AllocateByCircle
+    from zrmq.client.allocation import AllocateByConfig as AllocateByConfig
+    from zrmq.client.allocation import AllocateConsistentHash as AllocateConsistentHash
+    from zrmq.client.allocation import AllocateMachineRoomNearby as AllocateMachineRoomNearby
     from zrmq.consumer import PullConsumer as PullConsumer
     from zrmq.consumer import PushConsumer as PushConsumer
     from zrmq.errors import AddressInUseError as AddressInUseError
@@ -61,7 +64,9 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "zrmq.broker": ("Broker",),
-    "zrmq.client.allocation": ("AllocateAveragely", "AllocateByCircle"),
+    "zrmq.client.allocation": (
+        "AllocateAveragely", "AllocateByCircle", "AllocateByConfig", "AllocateConsistentHash", "AllocateMachineRoomNearby",
+    ),
     "zrmq.consumer": ("PullConsumer", "PushConsumer"),
     "zrmq.errors": (
         "AddressInUseError", "BufferFullError", "ClosedError", "Code", "ConfigError", "ConsumerGroupNotFoundError",
@@ -80,14 +85,15 @@ _HOMES = {name: home for home, names in _NAMES.items() for name in names}
 __all__ = ["__version__", *sorted(_HOMES)]
 
 
-def __getattr__(name: str) -> object:
-    """Load a public name from its home, once."""
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module 'zrmq' has no attribute {name!r}")
-    value: object = getattr(import_module(home), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # a type checker would take every misspelt name for one that is found here
+
+    def __getattr__(name: str) -> object:
+        """Load a public name from its home, once."""
+        home = _HOMES.get(name)
+        if home is None:
+            raise AttributeError(f"module 'zrmq' has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(home), name)
+        return value
 
 
 def __dir__() -> list[str]:

@@ -3,7 +3,8 @@
 Only this module and `zrmq.store` touch files. What a power cut leaves behind is the interface's contract:
 
 - what was written is on disk once `fdatasync` of the same file returned, the room made by `allocate` too;
-- a file's name (after `open(create=True)`, `rename`, `unlink`, `mkdir`) is on disk once `fsync_dir` of its folder returned;
+- a file's name (after `open(create=True)`, `rename`, `unlink`) is on disk once `fsync_dir` of its folder returned; a folder's is
+  when `mkdir` has;
 - after a failed `fdatasync` nobody knows what is on disk: the system may have dropped the writes and call the next one good.
 
 The same suite (tests/contract/test_files_contract.py) runs over both.
@@ -71,7 +72,7 @@ class Files(Protocol):
         """Names in the folder, sorted; none if it does not exist."""
 
     def mkdir(self, folder: Path) -> None:
-        """Make the folder and those above it, where missing."""
+        """Make the folder and those above it, where missing, and bring their names to the disk."""
 
     def rename(self, old: Path, new: Path) -> None:
         """Give the file another name, in place of the file that has it."""
@@ -187,7 +188,12 @@ class DiskFiles:
             return []
 
     def mkdir(self, folder: Path) -> None:
-        os.makedirs(folder, exist_ok=True)
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        for path in reversed(missing):
+            path.mkdir(exist_ok=True)
+            self.fsync_dir(path.parent)
+        if not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
 
     def rename(self, old: Path, new: Path) -> None:
         os.rename(old, new)

@@ -84,8 +84,8 @@ def configure_logging(log_format: LogFormat = "auto", level: LogLevel = "info") 
     """
     import structlog
 
-    check_choice("log_format", log_format, _FORMATS)
-    check_choice("log_level", level, tuple(_LEVELS))
+    _check_choice("log_format", log_format, _FORMATS)
+    _check_choice("log_level", level, tuple(_LEVELS))
     pretty = log_format == "pretty" or (log_format == "auto" and _is_terminal())
     structlog.configure(
         processors=_processors(pretty),
@@ -95,8 +95,7 @@ def configure_logging(log_format: LogFormat = "auto", level: LogLevel = "info") 
     )
 
 
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise `ConfigError` unless `value` is one of `choices`."""
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ConfigError(f"{name} is {value!r}; use one of {', '.join(choices)}.", value=value, choices=choices)
 

@@ -63,7 +63,7 @@ class NameServer:
 
     def __init__(self, config: NameServerConfig | None = None, **options: Any) -> None:
         self._role = NameServerRole(config if config is not None else load(NameServerConfig, flags=options))
-        self._host = Host(self._role, name="zrmq-nameserver")
+        self._host: Host | None = None
 
     @property
     def address(self) -> str:
@@ -72,15 +72,22 @@ class NameServer:
 
     def start(self) -> None:
         """Listen, in a new thread. Raises `AddressInUseError`, `InvalidArgumentError`."""
-        self._host.start()
+        self._make_host().start()
 
     def stop(self) -> None:
-        """Stop listening and end the thread. Stopping twice does nothing."""
-        self._host.stop()
+        """Stop listening and end the thread. Does nothing when it does not run."""
+        if self._host is not None:
+            self._host.stop()
 
     def run(self, on_open: Callable[[], None] = lambda: None) -> None:
         """Run in the main thread until SIGINT or SIGTERM; `on_open` is called when it listens."""
-        self._host.run(on_open)
+        self._make_host().run(on_open)
+
+    def _make_host(self) -> Host:
+        if self._host is not None:
+            raise ClosedError("This NameServer was started already; make a new one to start again.")
+        self._host = Host(self._role, name="zrmq-nameserver")
+        return self._host
 
     def __enter__(self) -> Self:
         self.start()

@@ -28,8 +28,12 @@ def test_users_see_the_types_of_public_names(tmp_path: Path) -> None:
     names = [name for name in zrmq.__all__ if name != "__version__"]
     program.write_text("import zrmq\n" + "".join(f"reveal_type(zrmq.{name})\n" for name in names))
     done = mypy("--strict", str(program))
-    assert done.returncode == 0, f"Name each public name under TYPE_CHECKING in zrmq/__init__.py:\n{done.stdout}"
+    faults = [line for line in done.stdout.splitlines() if ": error:" in line]
+    assert done.returncode == 0, f"Name each public name under TYPE_CHECKING in zrmq/__init__.py: {faults}"
     revealed = [line for line in done.stdout.splitlines() if "Revealed type" in line]
     assert len(revealed) == len(names)
+    misspelt = tmp_path / "misspelt.py"
+    misspelt.write_text("import zrmq\nzrmq.Prodcer\n")
+    assert "has no attribute" in mypy("--strict", str(misspelt)).stdout
     untyped = [line for line in revealed if '"Any"' in line or '"object"' in line]
     assert not untyped, f"These reach users without a type: {untyped}"

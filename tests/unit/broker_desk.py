@@ -62,6 +62,12 @@ class BrokerDesk:
         self.sent.clear()
         self.open()
 
+    def restart(self) -> None:
+        """A clean stop and a start: sessions are gone."""
+        self.store.close()
+        self.sent.clear()
+        self.open()
+
     def turn(self, flush: bool = True) -> None:
         self.store.write()
         job = self.store.begin_flush() if flush else None

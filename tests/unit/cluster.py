@@ -42,7 +42,6 @@ class BareBroker:
     ) -> None:
         self.name, self.epoch, self.auto_create = name, epoch, auto_create
         self.topics = dict(topics)
-        self.permission = 6
         self.version = 1
         self.queue_count = queue_count
         self.refuse_with: Code | None = None
@@ -54,7 +53,7 @@ class BareBroker:
         self.registration = Registration(self.loop, nameservers, info, self.list_topics, Random(epoch))
 
     def list_topics(self) -> Any:
-        return self.version, lambda: [TopicRoute(topic, self.name, count, self.permission) for topic, count in self.topics.items()]
+        return self.version, lambda: [TopicRoute(topic, self.name, count, 6) for topic, count in self.topics.items()]
 
     def put(self, topic: str, queue_count: int) -> None:
         """Create or change a topic."""

@@ -1,7 +1,7 @@
 """A cluster in memory for tests of producers: the real NameServer, and brokers that only know how to store batches.
 
-A `StoringBroker` checks, recognises and refuses as the real broker does, keeps what it stored over `crash` and `start`, and can be told
-to refuse, to be slow, or to lose its answers.
+A `StoringBroker` checks, recognises and refuses as the real broker does, keeps what it stored over `crash` and `start`, and can be
+told to refuse, to be slow, or to lose its answers.
 """
 
 from __future__ import annotations
@@ -99,6 +99,12 @@ class StoringBroker:
         self.topics[topic] = TopicConfig(topic, **{"queue_count": self.queue_count, **config})
         if self.loop is not None:
             self.registration.topics_changed()
+
+    def delete_topics(self) -> None:
+        """All of them, with their messages."""
+        self.topics.clear()
+        self.logs.clear()
+        self.registration.topics_changed()
 
     def _routes(self) -> tuple[int, Callable[[], list[TopicRoute]]]:
         routes = [TopicRoute(topic, self.name, config.queue_count, config.permission) for topic, config in self.topics.items()]

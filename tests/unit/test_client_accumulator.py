@@ -325,7 +325,7 @@ def test_a_finished_batch_keeps_no_bytes() -> None:
     (batch,) = setup.take()
     batch.encoded()
     setup.accumulator.finish(batch, STORED)
-    assert (batch.bodies, batch.extras, batch.records, batch.frame) == ([], None, None, b"")
+    assert (batch.bodies, batch.extras, batch.records, batch.frame, batch.message_count) == ([], None, None, b"", 1)
 
 
 # --- handles --------------------------------------------------------------------------------------------------------------

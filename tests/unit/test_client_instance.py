@@ -72,6 +72,12 @@ class Client:
         return self.instance._watch.address
 
 
+@pytest.fixture(autouse=True)
+def _plain_logs() -> None:
+    """Warnings go to stderr, whatever tests before this one configured."""
+    structlog.reset_defaults()
+
+
 @pytest.fixture
 def cluster() -> Cluster:
     return Cluster()
@@ -99,7 +105,8 @@ def test_a_view_lists_queues_of_all_masters_sorted() -> None:
 
 def test_writable_queues_leave_out_suspects_while_there_are_others() -> None:
     topics = [TopicRoute("t", "a", 1, 6), TopicRoute("t", "b", 1, 6), TopicRoute("t", "c", 1, 4)]
-    assert view([broker("a", suspect=True), broker("b"), broker("c")], *topics).writable_queues("t") == [MessageQueue("t", "b", 0)]
+    with_another = view([broker("a", suspect=True), broker("b"), broker("c")], *topics)
+    assert with_another.writable_queues("t") == [MessageQueue("t", "b", 0)]
     assert view([broker("a", suspect=True), broker("c")], *topics).writable_queues("t") == [MessageQueue("t", "a", 0)]
     assert view([broker("c")], *topics).writable_queues("t") == []
     assert view([broker("c")], *topics).queues("t") == [MessageQueue("t", "c", 0)]
@@ -148,6 +155,18 @@ def test_topics_wanted_later_are_watched_too(cluster: Cluster) -> None:
     cluster.network.run_for(1_000)
     a.put("new", 1)
     cluster.network.run_until(lambda: bool(client.queues("new")), limit_ms=20)
+
+
+def test_that_a_topic_does_not_exist_is_told_although_nothing_else_changed(cluster: Cluster) -> None:
+    cluster.broker("a", meters=1)
+    client = Client(cluster)
+    client.instance.want_topics(["meters"])
+    cluster.network.run_until(lambda: client.instance.route is not None)
+    told = len(client.routes)
+    assert not client.instance.covers("none")
+    client.instance.want_topics(["none"])
+    cluster.network.run_until(lambda: len(client.routes) == told + 1, limit_ms=50)
+    assert client.instance.covers("none")
 
 
 def test_a_great_many_topics_are_watched_together(cluster: Cluster) -> None:
@@ -202,7 +221,7 @@ def test_a_nameserver_dies_and_returns_and_nobody_is_disturbed(seed: int) -> Non
         cluster.start_nameserver(1 - victim)
         cluster.network.run_for(8_000)
     assert len(client.routes) == 1, "the route never changed"
-    assert client.events == [("open", "a"), ("open", "b")], "no link was touched"
+    assert sorted(client.events) == [("open", "a"), ("open", "b")], "no link was touched"
     b.put("meters", 3)
     cluster.network.run_until(lambda: ("b", 2) in client.queues("meters"), limit_ms=50)
 
@@ -242,7 +261,7 @@ def test_a_nameserver_that_stands_still_is_left() -> None:
     assert client.nameserver == cluster.nameservers[1 - frozen]
 
 
-def test_while_all_nameservers_are_down_the_last_route_stays_and_one_line_says_so() -> None:
+def test_while_all_nameservers_are_down_the_last_route_stays_and_one_line_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     cluster = Cluster(2)
     cluster.broker("a", meters=1)
     client = Client(cluster)
@@ -251,21 +270,18 @@ def test_while_all_nameservers_are_down_the_last_route_stays_and_one_line_says_s
     link = client.instance.link("a")
     assert link is not None
     cluster.network.run_until(lambda: link.is_open)
-    with structlog.testing.capture_logs() as lines:
-        cluster.kill_nameserver(0)
-        cluster.kill_nameserver(1)
-        cluster.network.run_for(120_000)
-        assert client.queues("meters") == [("a", 0)]
-        assert client.instance.link("a") is link
-        assert link.is_open
-        assert isinstance(client.instance.trouble, UnreachableError)
-        cluster.start_nameserver(1)
-        cluster.network.run_until(lambda: client.instance.trouble is None, limit_ms=20_000)
-    cluster.network.run_for(5_000)
+    cluster.kill_nameserver(0)
+    cluster.kill_nameserver(1)
+    cluster.network.run_for(120_000)
+    assert client.queues("meters") == [("a", 0)]
+    assert client.instance.link("a") is link
+    assert link.is_open
+    assert isinstance(client.instance.trouble, UnreachableError)
+    assert capsys.readouterr().err.count("nameservers_failed") == 1
+    cluster.start_nameserver(1)
+    cluster.network.run_until(lambda: client.instance.trouble is None, limit_ms=12_000)
+    cluster.network.run_for(60_000)
     assert len(client.routes) == 1
-    said = [line["event"] for line in lines if line["event"].startswith("nameserver")]
-    assert said.count("nameservers_failed") == 1
-    assert said.count("nameserver_reached") == 1
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -311,6 +327,59 @@ def test_a_server_that_is_no_nameserver_is_told(cluster: Cluster) -> None:
     client = Client(cluster, nameservers=[a.endpoint.address])
     error = client.wait(client.instance.await_route, timeout_ms=5_000)
     assert error is not None, "it never answers QueryRoute"
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_whatever_happened_in_the_end_the_route_is_right_and_all_links_are_open(seed: int) -> None:
+    """NameServers and connections fail at random for a minute; then all is well again, and everybody knows it."""
+    rng = Random(seed)
+    cluster = Cluster(rng.choice([1, 2, 3]), seed)
+    network = cluster.network
+    brokers = [cluster.broker(name, meters=2) for name in ("a", "b")]
+    clients = [Client(cluster, f"client{number}", seed + number) for number in range(2)]
+    for client in clients:
+        client.instance.want_topics(["meters"])
+    outcomes: list[Any] = []
+    asked = 0
+    for step in range(rng.randrange(5, 25)):
+        number = rng.randrange(len(cluster.nameservers))
+        pair = rng.choice(["client0", "client1", "a", "b"]), f"n{number}"
+        match rng.randrange(7):
+            case 0 if pair[1] in network.loops:
+                cluster.kill_nameserver(number)
+            case 1 if pair[1] not in network.loops:
+                cluster.start_nameserver(number)
+            case 2:
+                network.cut(*pair, one_way=rng.random() < 0.3)
+            case 3:
+                network.break_connections(*pair)
+            case 4:
+                network.half_open(*pair)
+            case 5:
+                network.heal(*pair)
+            case 6:
+                rng.choice(brokers).put("meters", 2 + step)
+                asked += 1
+                clients[0].instance.ensure_topic(f"t{step}", outcomes.append, 20_000)
+        for client in clients:
+            client.instance.link(rng.choice("ab"))
+        network.run_for(rng.uniform(10, 5_000))
+    for number in range(len(cluster.nameservers)):
+        if f"n{number}" not in network.loops:
+            cluster.start_nameserver(number)
+        for name in ("client0", "client1", "a", "b"):
+            network.heal(name, f"n{number}")
+    network.run_for(60_000)
+    truth = [("a", number) for number in range(brokers[0].topics["meters"])]
+    truth += [("b", number) for number in range(brokers[1].topics["meters"])]
+    for client in clients:
+        assert client.queues("meters") == truth
+        assert client.instance.trouble is None
+        for name in ("a", "b"):
+            client.instance.link(name)
+    network.run_for(2_000)
+    assert all(client.instance.link(name).is_open for client in clients for name in ("a", "b"))  # type: ignore[union-attr]
+    assert len(outcomes) == asked, "each call was answered once"
 
 
 # --- waiting for a route --------------------------------------------------------------------------------------------
@@ -568,10 +637,8 @@ def test_a_silent_broker_is_suspect_then_gone_for_the_client(cluster: Cluster) -
     client.instance.want_topics(["meters"])
     cluster.network.run_until(lambda: client.instance.route is not None)
     cluster.network.loops["a"].pause()
-    cluster.network.run_until(
-        lambda: client.instance.route is not None and client.instance.route.writable_queues("meters") == [MessageQueue("meters", "b", 0)],
-        limit_ms=4_500,
-    )
+    of_b = [MessageQueue("meters", "b", 0)]
+    cluster.network.run_until(lambda: client.routes[-1].writable_queues("meters") == of_b, limit_ms=4_500)
     assert client.queues("meters") == [("a", 0), ("b", 0)]
     cluster.network.run_until(lambda: client.queues("meters") == [("b", 0)], limit_ms=8_000)
 
@@ -584,7 +651,7 @@ def test_close_ends_what_waits_and_tells_the_servers(cluster: Cluster) -> None:
     client = Client(cluster)
     cluster.network.run_until(lambda: client.instance.route is not None)
     client.instance.link("a")
-    cluster.network.run_until(lambda: bool(a.client_ids))
+    cluster.network.run_until(lambda: client.events == [("open", "a")])
     outcomes: list[Any] = []
     client.instance.await_route(outcomes.append, 60_000, topic="never")
     closed: list[bool] = []

@@ -139,18 +139,18 @@ def test_a_stopping_broker_takes_nothing_new_and_answers_what_it_took(desk: Brok
 
 
 def test_a_full_disk_refuses_and_takes_again_when_space_returns(desk: BrokerDesk, producer: DeskClient) -> None:
-    desk.files.free_bytes = 0
+    desk.files.capacity_bytes = desk.files.used_bytes
     replies = [producer.send("meters", 0, [bytes(100_000)]) for _ in range(30)]
     refused = [reply for reply in replies if isinstance(reply, Failed)]
     assert refused and {reply.code for reply in refused} == {Code.DISK_FULL}
     stored = len(replies) - len(refused)
-    desk.files.free_bytes = 1 << 30
+    desk.files.capacity_bytes = None
     desk.pass_ms(2_000)
     assert isinstance(producer.send("meters", 0, [b"again"]), Sent)
     assert producer.pull("meters", 0, 0, bytes_max=8 << 20)[0].max_offset == stored + 1
 
 
 def test_a_failed_flush_promises_nothing_more(desk: BrokerDesk, producer: DeskClient) -> None:
-    desk.files.fail_fsync = True
+    desk.files.fail("fdatasync")
     assert producer.send("meters", 0, [b"x"]).code == Code.STORE_FAILED
     assert producer.send("meters", 0, [b"y"]).code == Code.STORE_FAILED

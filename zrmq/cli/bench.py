@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -17,12 +18,13 @@ import zrmq
 from zrmq.cli.bench_figures import FIGURES, Figure, Reports, Row, chosen, rows_of, spec_of, spell
 from zrmq.cli.bench_players import Spec
 from zrmq.cli.children import Child, start_broker, start_nameserver
+from zrmq.cli.options import examples, json_option
+from zrmq.cli.printing import print_json, print_table
 from zrmq.message import FlushMode
 
 PLAYER_TIMEOUT_S = 300.0  # for the longest part, of the largest number of messages
 MESSAGES_MAX = 20_000_000
 QUEUE_COUNT = 4
-LOOPBACK = "tcp://127.0.0.1"
 
 _JSON_LINE = re.compile(rb"^\{.*\}\s*$")
 
@@ -124,15 +126,17 @@ def running_cluster(data: Path | None) -> Iterator[tuple[str, Path]]:
 # --- the command --------------------------------------------------------------------------------------------------------
 
 
-@click.command()
+NAMES = [figure.name for figure in FIGURES]
+
+
+@click.command(epilog=examples("zrmq bench", "zrmq bench --only produce --only send", "zrmq bench --body-bytes 1024 --json"))
 @click.option("--messages", type=click.IntRange(1, MESSAGES_MAX), default=500_000, show_default=True, help="Messages a round.")
 @click.option("--body-bytes", type=click.IntRange(8, 1 << 20), default=128, show_default=True, help="Size of each body.")
 @click.option("--rounds", type=click.IntRange(1, 100), default=3, show_default=True, help="Rounds; the median counts.")
-@click.option("--only", "names", multiple=True, metavar="NAME", type=click.Choice([figure.name for figure in FIGURES]),
-              help="Measure only this figure (again for more): " + ", ".join(figure.name for figure in FIGURES) + ".")
+@click.option("--only", "names", multiple=True, type=click.Choice(NAMES), help="Measure only this figure; again for more.")
 @click.option("--data", type=click.Path(file_okay=False, path_type=Path), help="Folder for the broker's data; kept.")
-@click.option("--nameservers", help="Measure a running cluster instead of one started here.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--nameservers", metavar="ADDRESS[,ADDRESS]", help="Measure a running cluster instead of one started here.")
+@json_option
 def bench(
     messages: int, body_bytes: int, rounds: int, names: tuple[str, ...], data: Path | None, nameservers: str | None, as_json: bool
 ) -> None:
@@ -140,13 +144,8 @@ def bench(
 
     Every figure is measured with flushing before acknowledging (sync) and without (async), each beside the limit of bare ZeroMQ
     sockets that move the same bytes. The values are medians over the rounds, with the least and the most.
-
-    \b
-    Examples:
-      zrmq bench
-      zrmq bench --only produce --only send --rounds 5
-      zrmq bench --messages 100000 --body-bytes 1024 --json
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: everything is ended in order
     figures = chosen(names)
     with ExitStack() as stack:
         if nameservers:
@@ -154,17 +153,18 @@ def bench(
             address = nameservers
         else:
             address, folder = stack.enter_context(running_cluster(data))
-        progress = stack.enter_context(_progress(as_json))
+        progress = stack.enter_context(_progress())
         rows = measure(Stage(address, folder, messages, body_bytes), figures, rounds, progress)
     if as_json:
-        facts = {"messages": messages, "body_bytes": body_bytes, "rounds": rounds, "figures": rows}
-        click.echo(msgspec.json.encode(facts).decode())
-    else:
-        _print_rows(rows, figures)
+        print_json({"messages": messages, "body_bytes": body_bytes, "rounds": rounds, "figures": rows})
+        return
+    print_table(("figure", "flush", "", "median", "least - most", "bare ZeroMQ", "ratio"), map(_cells, rows))
+    for figure in figures:
+        click.echo(f"{figure.name}: {figure.what}")
 
 
 @contextmanager
-def _progress(as_json: bool) -> Iterator[Progress]:
+def _progress() -> Iterator[Progress]:
     """Says on stderr what is measured now: a spinner on a terminal, else a line each."""
     if not sys.stderr.isatty():
         yield lambda text: click.echo(text, err=True)
@@ -173,18 +173,6 @@ def _progress(as_json: bool) -> Iterator[Progress]:
 
     with Console(stderr=True).status("starting") as status:
         yield lambda text: status.update(text)
-
-
-def _print_rows(rows: Sequence[Row], figures: Sequence[Figure]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("figure", "flush", "", "median", "least - most", "bare ZeroMQ", "ratio", title="zrmq bench")
-    for row in rows:
-        table.add_row(*_cells(row))
-    Console().print(table)
-    for figure in figures:
-        click.echo(f"{figure.name}: {figure.what}")
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -93,11 +93,17 @@ class Child:
         return self.wait_line(_ADDRESS, timeout_s)[0].decode()
 
     def tell(self, line: bytes = b"") -> None:
-        """Write one line to its stdin; does nothing when the process is gone."""
-        with suppress(BrokenPipeError):
-            if self.process.stdin is not None:
+        """Write one line to its stdin; does nothing when the process or its stdin has ended."""
+        if self.process.stdin is not None and not self.process.stdin.closed:
+            with suppress(BrokenPipeError):
                 self.process.stdin.write(line + b"\n")
                 self.process.stdin.flush()
+
+    def end_input(self) -> None:
+        """End its stdin: a consumer that waits for that closes in order."""
+        if self.process.stdin is not None:
+            with suppress(BrokenPipeError):
+                self.process.stdin.close()
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal; does nothing when the process is gone."""
@@ -115,7 +121,7 @@ class Child:
     def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> int:
         """Ask it to end (SIGTERM, end of stdin) and wait; past the timeout it is killed. Its exit code."""
         self.process.send_signal(signal.SIGTERM)
-        self._close_stdin()
+        self.end_input()
         try:
             self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -140,16 +146,11 @@ class Child:
 
     def _reap(self) -> int:
         code = self.process.wait()
-        self._close_stdin()
+        self.end_input()
         self._reader.join()
         if self.process.stdout is not None:
             self.process.stdout.close()
         return code
-
-    def _close_stdin(self) -> None:
-        if self.process.stdin is not None:
-            with suppress(BrokenPipeError):
-                self.process.stdin.close()
 
     def _read(self) -> None:
         lines = self.process.stdout or ()

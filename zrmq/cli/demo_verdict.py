@@ -79,6 +79,7 @@ class Ledger:
         self.events: list[tuple[float, str]] = []  # what made the clustering group share anew: when, what
         self.crashes: list[str] = []
         self._open: dict[tuple[str, str], Tenure] = {}  # (worker, queue)
+        self._readers: dict[tuple[str, str], set[ReadingKey]] = {_reader(worker): set() for worker in workers}
 
     @property
     def sent_count(self) -> int:
@@ -93,6 +94,11 @@ class Ledger:
         """Deliveries in a group so far, repeated ones too."""
         return sum(len(self.deliveries[worker.name]) for worker in self.workers.values() if worker.group == group)
 
+    @property
+    def missing_count(self) -> int:
+        """Stored readings that have not come yet, where most are missing."""
+        return max(len(self.stored - seen) for seen in self._readers.values())
+
     def owners(self) -> dict[str, list[str]]:
         """Who owns each queue now, by the clustering workers' own word."""
         owners: dict[str, list[str]] = defaultdict(list)
@@ -106,7 +112,9 @@ class Ledger:
         if isinstance(report, Consumed):
             tenure = self._open.get((worker, report.queue))
             place = (report.queue, report.queue_offset)
-            self.deliveries[worker].append(Delivery(report.at_ms, (report.sensor, report.number), place, tenure))
+            reading = (report.sensor, report.number)
+            self.deliveries[worker].append(Delivery(report.at_ms, reading, place, tenure))
+            self._readers[_reader(self.workers[worker])].add(reading)
         elif isinstance(report, Acquired):
             self._end(worker, report.queue, report.at_ms)
             tenure = Tenure(worker, self.workers[worker].group, report.queue, report.lease_epoch, report.at_ms)
@@ -119,6 +127,11 @@ class Ledger:
             if self.workers[worker].clustering:
                 self.events.append((report.at_ms, f"{worker} joins"))
 
+    def finish(self, at_ms: float) -> None:
+        """Everybody is about to be told to end: from here on, who owns what does not matter."""
+        for worker in self.workers:
+            self.gone(worker, at_ms, killed=False)
+
     def gone(self, worker: str, at_ms: float, *, killed: bool) -> None:
         """The worker's process ended at this time: it owns nothing from then on."""
         for name, queue in [key for key in self._open if key[0] == worker]:
@@ -130,6 +143,11 @@ class Ledger:
         tenure = self._open.pop((worker, queue), None)
         if tenure is not None:
             tenure.until_ms = at_ms
+
+
+def _reader(worker: Worker) -> tuple[str, str]:
+    """Group and instance that have to have everything: a clustering group as a whole, a broadcasting one in each instance."""
+    return (worker.group, "" if worker.clustering else worker.name)
 
 
 # --- the verdict ------------------------------------------------------------------------------------------------------
@@ -190,10 +208,10 @@ def judge(ledger: Ledger) -> Verdict:
 
 
 def _readers(ledger: Ledger) -> list[list[Worker]]:
-    """Who has to have everything, together: the workers of a clustering group, each one of a broadcasting group."""
+    """The workers that have to have everything together."""
     together: dict[tuple[str, str], list[Worker]] = defaultdict(list)
     for worker in ledger.workers.values():
-        together[worker.group, "" if worker.clustering else worker.name].append(worker)
+        together[_reader(worker)].append(worker)
     return list(together.values())
 
 
@@ -202,7 +220,7 @@ def _judge_readers(ledger: Ledger, readers: list[Worker]) -> GroupVerdict:
     distinct = {delivery.reading for delivery in deliveries}
     return GroupVerdict(
         group=readers[0].group,
-        instance="" if readers[0].clustering else readers[0].name,
+        instance=_reader(readers[0])[1],
         consumed=len(deliveries),
         distinct=len(distinct),
         lost=len(ledger.stored - distinct),

@@ -19,9 +19,10 @@ EXIT_UNREACHABLE = 3  # no NameServer, or no broker, answered
 
 
 class Invocation:
-    """What the error handler has to know of a command that may have failed before it told anybody."""
+    """What the end of a command depends on: how to tell an error, and whether something was missing in the output."""
 
     as_json = False
+    is_partial = False
 
 
 def run_command(command: Callable[[], Any], invocation: Invocation) -> int:
@@ -29,7 +30,7 @@ def run_command(command: Callable[[], Any], invocation: Invocation) -> int:
     try:
         code = command()
         sys.stdout.flush()
-        return code if isinstance(code, int) else EXIT_DONE
+        return code if isinstance(code, int) else EXIT_FAILED if invocation.is_partial else EXIT_DONE
     except click.exceptions.Exit as error:
         return error.exit_code
     except click.ClickException as error:
@@ -76,8 +77,8 @@ def _report(error: Exception, invocation: Invocation) -> None:
     with os.fdopen(handle, "w", encoding="utf-8") as file:
         file.write(f"zrmq {' '.join(sys.argv[1:])}\nPython {sys.version}\n\n")
         traceback.print_exception(error, file=file)
-    kind = type(error).__name__
-    _tell({"message": f"zrmq failed in a way nobody thought of ({kind}: {error}). {path} has the details.", "report": path}, invocation)
+    sentence = f"zrmq failed in a way nobody thought of ({type(error).__name__}: {error}). {path} has the details."
+    _tell({"message": sentence, "report": path}, invocation)
 
 
 def _tell(facts: dict[str, Any], invocation: Invocation) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -56,11 +55,11 @@ class LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, what) for name, (_, what) in COMMANDS.items()])
 
-    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> NoReturn:
+    def main(self, *arguments: Any, **extra: Any) -> NoReturn:
         """Run one command line and end the process (`SystemExit`)."""
         invocation = Invocation()
-        extra = {**extra, "standalone_mode": False, "obj": invocation}
-        sys.exit(run_command(lambda: super(LazyGroup, self).main(args, prog_name or "zrmq", **extra), invocation))
+        extra = {"prog_name": "zrmq", **extra, "standalone_mode": False, "obj": invocation}
+        sys.exit(run_command(lambda: super(LazyGroup, self).main(*arguments, **extra), invocation))
 
 
 def _print_version(ctx: click.Context, parameter: click.Parameter, wanted: bool) -> None:
@@ -71,12 +70,8 @@ def _print_version(ctx: click.Context, parameter: click.Parameter, wanted: bool)
         ctx.exit()
 
 
-main = LazyGroup(
-    "zrmq",
-    help=HELP,
-    params=[
-        click.Option(
-            ["--version"], is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Print the version and end."
-        )
-    ],
+VERSION = click.Option(
+    ["--version"], is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Print the version and end."
 )
+
+main = LazyGroup("zrmq", help=HELP, params=[VERSION])

@@ -10,25 +10,10 @@ import click
 import msgspec
 
 from zrmq.cli.failures import Invocation
-from zrmq.config import Option, options, parse_duration, parse_size
+from zrmq.config import Option, options, parse_duration
 from zrmq.errors import ConfigError
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-class _Parsed(click.ParamType):
-    """A value that a function of `zrmq.config` reads from text."""
-
-    def __init__(self, name: str, parse: Callable[[str], int]) -> None:
-        self.name = name
-        self._parse = parse
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Of `click.ParamType`."""
-        try:
-            return self._parse(value) if isinstance(value, str) else value
-        except ConfigError as error:
-            self.fail(error.message, param, ctx)
 
 
 def parse_time(text: str) -> int:
@@ -36,7 +21,7 @@ def parse_time(text: str) -> int:
 
     Raises `ConfigError`.
     """
-    if text.isdecimal():
+    if text.isascii() and text.isdecimal():
         return int(text)
     try:
         return round(datetime.fromisoformat(text).astimezone().timestamp() * 1000)
@@ -44,8 +29,9 @@ def parse_time(text: str) -> int:
         raise ConfigError(f"{text!r} is no time; write 2026-11-23T08:30, with +01:00 or Z behind it for another zone.") from error
 
 
-DURATION = _Parsed("duration", parse_duration)
-SIZE = _Parsed("size", parse_size)
+def examples(*lines: str) -> str:
+    """The end of a command's help."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def _note_json(ctx: click.Context, parameter: click.Parameter, as_json: bool) -> bool:
@@ -63,11 +49,15 @@ def json_option(command: F) -> F:
 
 
 def client_options(command: F) -> F:
-    """`--nameservers` and `--json`, for commands that are clients of a cluster."""
+    """`--nameservers`, `--timeout` (as `timeout_ms`) and `--json`, for commands that are clients of a cluster."""
+    timeout = click.option(
+        "--timeout", "timeout_ms", type=parse_duration, metavar="TIME", default="5s", show_default=True,
+        help="How long to wait for an answer.",
+    )
     nameservers = click.option(
         "--nameservers", metavar="ADDRESS[,ADDRESS]", help="NameServers to ask.  [default: ZRMQ_NAMESERVERS, else this machine's]"
     )
-    return json_option(nameservers(command))
+    return json_option(nameservers(timeout(command)))
 
 
 def role_options(*kinds: Any, without: Collection[str] = ()) -> Callable[[F], F]:

@@ -19,6 +19,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from copy import copy
+from math import inf
+from types import TracebackType
 from typing import NamedTuple, Protocol
 
 import msgspec
@@ -31,6 +33,7 @@ from zrmq.protocol.batch import Columns, encode_batch
 
 RECORD_OVERHEAD_BYTES = 64  # of a record in memory; more than its framing in a batch takes, so that batches stay in bounds
 ITEM_OVERHEAD_BYTES = 16  # the same for each key and property
+LOOK_MS = 1_000  # who waits for an outcome looks that often whether there is still a loop
 
 log = get_logger("producer")
 
@@ -46,13 +49,16 @@ class Lock(Protocol):
 
     def __enter__(self) -> bool: ...
 
-    def __exit__(self, *exc_info: object) -> None: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
 
 
 class OneWay(msgspec.Struct, frozen=True, gc=False):
-    """Target of messages for a topic that nobody acknowledges."""
+    """Target of messages that nobody acknowledges: any queue of the topic, or one."""
 
     topic: str
+    queue: MessageQueue | None = None
 
 
 Target = str | MessageQueue | OneWay  # what the records of a batch share: a topic (any queue of it), a queue, a topic one-way
@@ -98,13 +104,16 @@ class Batch:
 
     __slots__ = (
         "accumulator", "attempts", "avoid", "bodies", "callbacks", "deadline_ms", "extras", "first_born_ms", "first_sequence",
-        "forget", "frame", "last_sequence", "opened_ms", "outcome", "records", "refusal", "sent_ms", "size_bytes", "target",
-        "timeout_ms", "waiters",
+        "forget", "frame", "last_sequence", "opened_ms", "outcome", "producer_id", "record_count", "records", "refusal",
+        "sent_ms", "size_bytes", "target", "timeout_ms", "waiters",
     )
 
-    def __init__(self, accumulator: Accumulator, target: Target, first_sequence: int, timeout_ms: int) -> None:
+    def __init__(
+        self, accumulator: Accumulator, target: Target, producer_id: int, first_sequence: int, timeout_ms: int
+    ) -> None:
         self.accumulator = accumulator
         self.target = target
+        self.producer_id = producer_id
         self.first_sequence = first_sequence
         self.timeout_ms = timeout_ms
         self.first_born_ms = accumulator.clock.time_ms()
@@ -112,6 +121,7 @@ class Batch:
         self.bodies: list[bytes] = []
         self.extras: list[Extras] | None = None
         self.size_bytes = 0
+        self.record_count = 0
         self.outcome: Stored | ZrmqError | None = None
         self.waiters: list[Lock] = []
         self.callbacks: list[tuple[SendHandle, Callable[[SendHandle], None]]] = []
@@ -130,7 +140,9 @@ class Batch:
     def seal(self, now_ms: float) -> None:
         """No record joins it from here on; the time its caller gave it starts to run."""
         self.records: tuple[list[bytes], list[Extras] | None] | None = (self.bodies, self.extras)
-        self.last_sequence = self.first_sequence + len(self.bodies) - 1
+        self.record_count = len(self.bodies)
+        self.last_sequence = self.first_sequence + self.record_count - 1
+        self.bodies, self.extras = [], None
         self.deadline_ms = now_ms + self.timeout_ms
         self.frame = b""
         self.attempts = 0  # that were refused or came to nothing
@@ -140,9 +152,9 @@ class Batch:
         self.forget: Callable[[], None] = _nothing  # the request it was last sent with
 
     @property
-    def record_count(self) -> int:
-        """Records in it, once it is sealed."""
-        return self.last_sequence - self.first_sequence + 1
+    def message_count(self) -> int:
+        """Records in it so far."""
+        return self.record_count or len(self.bodies)
 
     def encoded(self) -> bytes:
         """The bytes to send; made by whoever asks first. Two threads that ask at once make the same bytes."""
@@ -151,7 +163,7 @@ class Batch:
             return self.frame
         config = self.accumulator.config
         self.frame = encode_batch(
-            _columns(*records), producer_id=config.producer_id, first_sequence=self.first_sequence,
+            columns_of(*records), producer_id=self.producer_id, first_sequence=self.first_sequence,
             first_born_ms=self.first_born_ms, last_born_ms=self.accumulator.clock.time_ms(), compress=config.compress,
         )
         self.records = None
@@ -163,7 +175,16 @@ class Batch:
             lock = self.accumulator.lock_for_waiting()
             self.waiters.append(lock)  # before looking again: the outcome is set first, then those here are released
             if self.outcome is None:
-                return lock.acquire(timeout=-1 if timeout_ms is None else max(timeout_ms, 0) / 1000)
+                return self._wait(lock, timeout_ms)
+        return True
+
+    def _wait(self, lock: Lock, timeout_ms: float | None) -> bool:
+        left_ms = inf if timeout_ms is None else max(timeout_ms, 0)
+        while not lock.acquire(timeout=min(left_ms, LOOK_MS) / 1000):
+            left_ms -= LOOK_MS
+            if left_ms <= 0:
+                return False
+            self.accumulator.wake()  # raises when the loop has ended, so that nobody waits for what will never be
         return True
 
 
@@ -171,7 +192,8 @@ def _nothing() -> None:
     """Of a batch that was never sent."""
 
 
-def _columns(bodies: list[bytes], extras: list[Extras] | None) -> Columns:
+def columns_of(bodies: list[bytes], extras: list[Extras] | None) -> Columns:
+    """The records as a batch has them: a column for each thing that at least one of them has."""
     if extras is None:
         return Columns(bodies)
     tags, keys, properties, groups = zip(*extras, strict=True)
@@ -226,7 +248,7 @@ class SendHandle(msgspec.Struct, frozen=True, eq=False, gc=False):
     @property
     def message_id(self) -> str:
         """Known from the start: 32 hexadecimal digits, the same for every copy of the message."""
-        return message_id(self.batch.accumulator.config.producer_id, self.batch.first_sequence + self.index)
+        return message_id(self.batch.producer_id, self.batch.first_sequence + self.index)
 
 
 class Accumulator:
@@ -243,8 +265,8 @@ class Accumulator:
         self.config = config
         self.clock = clock
         self._new_lock = new_lock
-        self._wake = wake
-        self._may_wait = may_wait
+        self.wake = wake
+        self.may_wait = may_wait
         self._lock = new_lock()
         self._open: dict[Target, Batch] = {}
         self._sealed: deque[Batch] = deque()
@@ -288,7 +310,7 @@ class Accumulator:
             batch.encoded()
         if self._has_news:
             self._has_news = False
-            self._wake()
+            self.wake()
         return SendHandle(batch, index)
 
     def _start(self, target: Target, size_bytes: int, timeout_ms: int) -> Batch:
@@ -299,7 +321,7 @@ class Accumulator:
             if batch.timeout_ms == timeout_ms and batch.size_bytes + size_bytes <= self._batch_bytes_max:
                 return batch
             self._seal(batch)
-        batch = self._open[target] = Batch(self, target, self._next_sequence, timeout_ms)
+        batch = self._open[target] = Batch(self, target, self.config.producer_id, self._next_sequence, timeout_ms)
         self._next_sequence += self.config.batch_records_max  # ids are known at once, so a batch reserves what it may need
         self._unfinished.setdefault(batch.topic, set()).add(batch)
         self._has_news = True
@@ -315,7 +337,7 @@ class Accumulator:
         deadline_ms = self.clock.monotonic_ms() + timeout_ms
         while self._refusal is None and self._buffered_bytes and self._buffered_bytes + size_bytes > self._buffer_bytes:
             left_ms = deadline_ms - self.clock.monotonic_ms()
-            if not self.config.block_when_full or left_ms <= 0 or not self._may_wait():
+            if not self.config.block_when_full or left_ms <= 0 or not self.may_wait():
                 raise BufferFullError(
                     f"{self._buffered_bytes} bytes of messages wait for a broker and the buffer has {self._buffer_bytes}; send"
                     " slower, wait for handles, or give the producer a larger buffer_bytes.",
@@ -333,13 +355,13 @@ class Accumulator:
 
     def lock_for_waiting(self) -> Lock:
         """A lock that is taken: who acquires it waits until somebody releases it. Raises where nobody may wait."""
-        if not self._may_wait():
+        if not self.may_wait():
             raise InvalidArgumentError(
                 "Waiting inside a callback of send_async would wait for ever: the thread it runs on is the one that brings the"
                 " answer. Use another callback, or wait in a thread of your own."
             )
         if self.config.linger_ms:
-            self._wake()  # what lingers goes out when somebody waits
+            self.wake()  # what lingers goes out when somebody waits
         lock = self._new_lock()
         lock.acquire()
         return lock
@@ -351,6 +373,19 @@ class Accumulator:
                 return False
             handle.batch.callbacks.append((handle, callback))
             return True
+
+    def adopt(
+        self, target: Target, producer_id: int, sequence: int, frame: bytes, size_bytes: int, deadline_ms: float
+    ) -> Batch:
+        """A batch of one record that was encoded and sent by somebody else, so that it ends like all others."""
+        batch = Batch(self, target, producer_id, sequence, max(1, round(deadline_ms - self.clock.monotonic_ms())))
+        batch.bodies.append(b"")
+        batch.seal(self.clock.monotonic_ms())
+        batch.records, batch.frame, batch.size_bytes = None, frame, size_bytes
+        with self._lock:
+            self._unfinished.setdefault(batch.topic, set()).add(batch)
+            self._buffered_bytes += size_bytes
+        return batch
 
     def is_idle(self, topic: str) -> bool:
         """Whether nothing of the topic waits here or is on its way. For the calling thread's own messages this is exact."""
@@ -419,7 +454,7 @@ class Accumulator:
             self._buffered_bytes -= batch.size_bytes
             self._unfinished[batch.topic].discard(batch)
             self._release_room()
-        batch.bodies, batch.extras, batch.records, batch.frame = [], None, None, b""
+        batch.records, batch.frame = None, b""
         for lock in batch.waiters:
             lock.release()
         for handle, callback in callbacks:

@@ -6,13 +6,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Protocol
 
 from zrmq.client.link import Link
 from zrmq.client.reading import RETRY_MS, Reading
-from zrmq.errors import ClosedError, Code, RequestTimeoutError, ZrmqError
+from zrmq.errors import ClosedError, Code, FencedError, RequestTimeoutError, ZrmqError
 from zrmq.logs import get_logger
 from zrmq.message import ConsumeFrom, MessageQueue
 from zrmq.protocol.requests import (
@@ -51,19 +51,40 @@ class ClaimListener(Protocol):
 class LeaseClaims:
     """Leases of one group. Loop thread only.
 
-    Invariant: a request that may have given us a lease is repeated until we know, and a lease that is not wanted is released; so
-    no queue is ours without anybody reading it.
+    Invariant: a queue is never ours at the broker without being read or known here. A request that may have given us a lease is
+    repeated until it is answered. A lease that was in doubt when reading ended may be ours still when the broker is back: then it
+    is acquired again where it is wanted, else released.
     """
 
     def __init__(self, listener: ClaimListener) -> None:
         self.pending: set[MessageQueue] = set()  # being acquired, or released
+        self._doubtful: dict[MessageQueue, tuple[int, int]] = {}  # lease epoch, 0: not known; and the offset to commit
         self._listener = listener
 
     def claim(self, queues: Iterable[tuple[MessageQueue, Link]]) -> None:
         """Acquire the lease of each, waiting for whoever holds it."""
         for queue, link in queues:
+            self._doubtful.pop(queue, None)
             self.pending.add(queue)
             self._acquire(queue, link)
+
+    def lose(self, reading: Reading, offset: int, error: ZrmqError) -> None:
+        """Reading ended without a release. Whoever was fenced has nothing left to release."""
+        if not isinstance(error, FencedError):
+            self._doubtful[reading.queue] = (reading.process_queue.lease_epoch, offset)
+
+    def settle(self, unwanted: Callable[[MessageQueue], Link | None]) -> None:
+        """Find out about leases in doubt: `unwanted` gives the broker's link if it is there and the queue is not to be read."""
+        for queue, (lease_epoch, offset) in list(self._doubtful.items()):
+            link = unwanted(queue)
+            if link is None:
+                continue
+            del self._doubtful[queue]
+            self.pending.add(queue)
+            if lease_epoch:
+                self._release(queue, link, lease_epoch, offset)
+            else:
+                self._acquire(queue, link)
 
     def let_go(self, reading: Reading, offset: int) -> None:
         """Release a lease, with the final offset."""
@@ -85,8 +106,10 @@ class LeaseClaims:
             if not self._listener.on_claimed(queue, link, reply.offset, reply.lease_epoch):
                 self.pending.add(queue)
                 self._release(queue, link, reply.lease_epoch, -1)
+        elif isinstance(reply, ClosedError):
+            self._doubtful[queue] = (0, -1)
         elif isinstance(reply, ZrmqError):
-            if reply.code not in (Code.LEASE_HELD, Code.CLOSED):
+            if reply.code is not Code.LEASE_HELD:
                 log.warning("lease_refused", topic=queue.topic, queue_id=queue.queue_id, reason=reply.message)
             self._listener.on_unclaimed(HELD_PAUSE_MS if reply.code is Code.LEASE_HELD else RETRY_MS)
 
@@ -103,6 +126,8 @@ class LeaseClaims:
             self._release(queue, link, lease_epoch, offset)
             return
         self.pending.discard(queue)
+        if isinstance(reply, ClosedError):
+            self._doubtful[queue] = (lease_epoch, offset)
         self._listener.on_unclaimed(0.0 if isinstance(reply, Done) else HELD_PAUSE_MS)
 
 
@@ -140,9 +165,12 @@ class OffsetClaims:
     def let_go(self, reading: Reading, offset: int) -> None:
         """Nothing to tell anybody."""
 
-    def remember(self, reading: Reading, offset: int) -> None:
+    def lose(self, reading: Reading, offset: int, error: ZrmqError) -> None:
         """The broker is gone; should it come back, go on here."""
         self.left_off[reading.queue] = offset
+
+    def settle(self, unwanted: Callable[[MessageQueue], Link | None]) -> None:
+        """Nothing is ever in doubt."""
 
     def start_late(self, now_ms: int) -> None:
         """Queues found from here on are new, or at a broker that was away: LATEST means the time this consumer began."""
@@ -163,7 +191,8 @@ class OffsetClaims:
     def _find(self, wanted: list[MessageQueue], link: Link) -> None:
         named = {ConsumeFrom.LATEST: OFFSET_LATEST, ConsumeFrom.EARLIEST: OFFSET_EARLIEST}
         link.request(
-            QueryOffsets, wanted[0].topic, [queue.queue_id for queue in wanted], named.get(self._consume_from, self._timestamp_ms),
+            QueryOffsets, wanted[0].topic, [queue.queue_id for queue in wanted],
+            named.get(self._consume_from, self._timestamp_ms),
             timeout_ms=REQUEST_TIMEOUT_MS, on_reply=partial(self._found, wanted, link),
         )
 

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from math import inf
 from random import Random
 
 import msgspec
 
+from zrmq.client.allocation import Strategy
 from zrmq.client.claiming import LeaseClaims, OffsetClaims
 from zrmq.client.committing import Committer, OnCommitted
 from zrmq.client.inbox import Inbox
@@ -25,12 +27,12 @@ from zrmq.client.instance import ClientInstance, RouteView
 from zrmq.client.link import Link, OnReply
 from zrmq.client.membership import Joining, Membership
 from zrmq.client.reading import Bounds, Reader, Reading
-from zrmq.client.rebalance import Strategy, plan, share
+from zrmq.client.rebalance import plan, share
 from zrmq.errors import ClosedError, InvalidArgumentError, TopicNotFoundError, UnreachableError, ZrmqError
 from zrmq.logs import get_logger
 from zrmq.message import ConsumeFrom, MessageModel, MessageQueue
 from zrmq.protocol.requests import AnyReply, Request, Subscription
-from zrmq.transport.interface import Loop, Timer
+from zrmq.transport.interface import Loop
 
 log = get_logger("consumer")
 
@@ -97,7 +99,8 @@ class ConsumerCore:
         self._assigned: frozenset[MessageQueue] = frozenset()
         self._wanted: frozenset[MessageQueue] | None = None  # as of the last rebalance; None: not known yet
         self._creating: set[str] = set()
-        self._rebalance_timer: Timer | None = None
+        self._rebalance_ms = inf  # when the next one is due
+        self._rebalance_timer = loop.call_later(0.0, lambda: None)
         self._began_ms = loop.clock.time_ms()
         self.reader = Reader(
             loop, inbox, config.bounds, dict(config.filters), config.group if config.leases else "", rng, self._lose
@@ -171,14 +174,16 @@ class ConsumerCore:
     # --- rebalancing --------------------------------------------------------------------------------------------------
 
     def _rebalance_soon(self, after_ms: float = 0.0) -> None:
-        """Once for all that happens in this turn; a later one already planned comes as well, and finds nothing to do."""
-        if after_ms > 0.0:
-            self._loop.call_later(after_ms * self._rng.uniform(0.8, 1.2), self._rebalance_soon)
-        elif self._rebalance_timer is None:
-            self._rebalance_timer = self._loop.call_later(0.0, self._rebalance)
+        """Once for all that asks for it until then; the earliest counts."""
+        wait_ms = after_ms * self._rng.uniform(0.8, 1.2)
+        due_ms = self._loop.clock.monotonic_ms() + wait_ms
+        if due_ms < self._rebalance_ms:
+            self._rebalance_timer.cancel()
+            self._rebalance_ms = due_ms
+            self._rebalance_timer = self._loop.call_later(wait_ms, self._rebalance)
 
     def _rebalance(self) -> None:
-        self._rebalance_timer = None
+        self._rebalance_ms = inf
         if self._is_closed:
             return
         try:
@@ -189,11 +194,13 @@ class ConsumerCore:
         if wanted is None:
             return
         self._wanted = wanted
+        self.reader.queue_count = len(wanted)
         moves = plan(wanted, self.reader.readings.keys() | self._claims.pending)
         for queue in moves.give_back:
             if queue in self.reader.readings:
                 self._drain(self.reader.readings[queue])
         self._claims.claim([(queue, link) for queue in moves.acquire if (link := self._link_for(queue)) is not None])
+        self._claims.settle(lambda queue: None if queue in wanted else self._link_for(queue))
         self._create_topics()
         self._check_started()
 
@@ -210,7 +217,7 @@ class ConsumerCore:
         members = self._membership.members if self._membership is not None else []
         if not members:
             return None
-        return frozenset(share(self._config.allocation, self._config.group, self._config.client_id, queues, members))
+        return share(self._config.allocation, self._config.group, self._config.client_id, queues, members)
 
     def _link_for(self, queue: MessageQueue) -> Link | None:
         """Whom to ask for the queue; nobody before we are a member there."""
@@ -271,8 +278,7 @@ class ConsumerCore:
         if self._is_closed or reading.process_queue.is_dropped:
             return
         log.warning("queue_lost", **_place(reading.queue), group=self._config.group, reason=error.message)
-        if isinstance(self._claims, OffsetClaims):
-            self._claims.remember(reading, self._inbox.commit_offset(reading.process_queue))
+        self._claims.lose(reading, self._inbox.commit_offset(reading.process_queue), error)
         self.reader.end(reading)
         self._rebalance_soon()
 

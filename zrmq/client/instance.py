@@ -37,8 +37,8 @@ class RouteView:
         for topic_route in route.topics:
             if topic_route.broker_name in self.brokers:
                 self._topics.setdefault(topic_route.topic, []).append(topic_route)
-        self._queues = {topic: _queues(routes) for topic, routes in self._topics.items()}
-        self._writable = {topic: self._find_writable(routes) for topic, routes in self._topics.items()}
+        self._queues: dict[str, list[MessageQueue]] = {}  # made when first asked for
+        self._writable: dict[str, list[MessageQueue]] = {}
 
     @property
     def topics(self) -> list[str]:
@@ -47,15 +47,19 @@ class RouteView:
 
     def queues(self, topic: str) -> list[MessageQueue]:
         """All queues of the topic, sorted; none when it does not exist. The list is the view's own: do not change it."""
-        return self._queues.get(topic, [])
+        found = self._queues.get(topic)
+        if found is None:
+            found = self._queues[topic] = _queues(self._topics.get(topic, []))
+        return found
 
     def writable_queues(self, topic: str) -> list[MessageQueue]:
         """The queues a producer may choose from, sorted: those at suspect brokers only when there are no others."""
-        return self._writable.get(topic, [])
-
-    def _find_writable(self, routes: list[TopicRoute]) -> list[MessageQueue]:
-        writable = [route for route in routes if route.permission & PERMISSION_WRITE]
-        return _queues([route for route in writable if not self.brokers[route.broker_name].suspect]) or _queues(writable)
+        found = self._writable.get(topic)
+        if found is None:
+            routes = [route for route in self._topics.get(topic, []) if route.permission & PERMISSION_WRITE]
+            sound = [route for route in routes if not self.brokers[route.broker_name].suspect]
+            found = self._writable[topic] = _queues(sound or routes)
+        return found
 
 
 def _queues(routes: list[TopicRoute]) -> list[MessageQueue]:
@@ -68,7 +72,8 @@ class InstanceListener(Protocol):
     """What an instance tells its owner, on the loop's thread."""
 
     def on_route(self, route: RouteView) -> None:
-        """The route has changed; the same is in `instance.route`. Links to brokers that left it are closed already."""
+        """The route has changed, or covers other topics now; it is in `instance.route` too. Links to brokers that left it are
+        closed already."""
 
     def on_link_open(self, broker_name: str, link: Link) -> None:
         """The session with a broker is open (again); see `LinkListener.on_link_open`."""
@@ -196,8 +201,8 @@ class ClientInstance:
 
     # --- the route ----------------------------------------------------------------------------------------------------
 
-    def _take_route(self, route: Route) -> None:
-        if self.route is None or self.route.version != route.version:
+    def _take_route(self, route: Route, is_new: bool) -> None:
+        if is_new:
             view = self.route = RouteView(route)
             self._drop_links(view)
             if self.listener is not None:

@@ -359,7 +359,8 @@ class Link:
 
     def _recycle(self) -> None:
         """Connected by all signs, yet nothing comes: a half-open link or a hung server. A new connection finds out."""
-        log.warning("link_recycled", address=self.address, silent_ms=round(self._now_ms() - self.last_heard_ms))
+        silent_ms = self._now_ms() - max(self.last_heard_ms, self._connected_ms)
+        log.warning("link_recycled", address=self.address, silent_ms=round(silent_ms))
         self._stop_greeting()
         self._connection.close()
         self._is_connected = False

@@ -36,7 +36,9 @@ from zrmq.errors import (
     Code,
     InvalidFrameError,
     OutOfOrderError,
+    RequestRefusedError,
     RequestTimeoutError,
+    TopicNotFoundError,
     UnreachableError,
     ZrmqError,
 )
@@ -147,14 +149,50 @@ class ProducerCore:
         else:
             self._instance.ensure_topic(topic, done, timeout_ms)
 
+    def usable_queues(self, topic: str) -> list[MessageQueue]:
+        """Queues a message may go to now: writable, the broker's session open and, if possible, not to be avoided. Any thread."""
+        return self._usable(topic, frozenset(), self._now_ms())
+
+    def adopt(self, batch: Batch, queue: MessageQueue, error: ZrmqError) -> None:
+        """Go on with a batch that a lane sent to `queue` and that came back with `error`: a broker's trouble, or no answer."""
+        if self._is_closed:
+            self._accumulator.finish(batch, _closed_error(batch))
+            return
+        now_ms = self._now_ms()
+        self._soon()
+        self.faults.record_failure(queue.broker_name, now_ms)
+        if not isinstance(error, UnreachableError):
+            batch.sent_ms = now_ms
+        line = self._line(queue)
+        line.add(batch)
+        if isinstance(batch.target, str):
+            self._topics[batch.target].placed += 1
+        if isinstance(error, RequestRefusedError):
+            batch.attempts, batch.refusal = 1, error
+            line.resume_ms = now_ms + PAUSE_MS_MIN
+        if batch.attempts > self._config.retries:
+            self._end(line, batch, error)
+        elif self._config.retries and self._may_leave(line, batch, now_ms):
+            batch.attempts = 1
+            self._leave(line, batch)
+
+    def queues(self, topic: str) -> list[MessageQueue]:
+        """All queues of the topic as the route has them now, sorted; the list is not to be changed. Any thread."""
+        return [] if self.route is None else self.route.queues(topic)
+
+    def leave(self, on_left: Callable[[], None]) -> None:
+        """Close, end all sessions, and say when that is done."""
+        self.close()
+        self._instance.close(on_left)
+
     def close(self) -> None:
         """Fail what has no outcome with `ClosedError`, say how much that was, and forget everything. The instance stays."""
         self._is_closed = True
         self._accumulator.take_open(lambda _: True)
         left = self._accumulator.unfinished()
         if left:
-            unknown = sum(batch.record_count for line in self._lines.values() for batch in line.unanswered)
-            messages = sum(batch.record_count for batch in left)
+            unknown = sum(batch.message_count for line in self._lines.values() for batch in line.unanswered)
+            messages = sum(batch.message_count for batch in left)
             log.warning("messages_given_up", messages=messages, batches=len(left), of_unknown_outcome=unknown)
         for batch in left:
             batch.forget()
@@ -264,6 +302,8 @@ class ProducerCore:
                 self._place(topic, now_ms)
             if topic.one_way:
                 self._send_one_way(topic)
+            if (topic.ready or topic.one_way) and self.route is not None and not self.route.queues(topic.name):
+                self._create_again(topic.name)
         for line in list(self._lines.values()):
             self._send_line(line, now_ms)
 
@@ -296,7 +336,7 @@ class ProducerCore:
 
     def _choose(self, topic: _Topic, batch: Batch, now_ms: float) -> MessageQueue | None:
         """The next queue in turn that has room, at a broker that is not to be avoided if there is one."""
-        queues = self._usable(topic.name, batch, now_ms)
+        queues = self._usable(topic.name, batch.avoid, now_ms)
         for step in range(len(queues)):
             queue = queues[(topic.turn + step) % len(queues)]
             line = self._lines.get(queue)
@@ -305,13 +345,12 @@ class ProducerCore:
                 return queue
         return None
 
-    def _usable(self, topic: str, batch: Batch, now_ms: float) -> list[MessageQueue]:
-        if self.route is None:
+    def _usable(self, topic: str, avoid: frozenset[str], now_ms: float) -> list[MessageQueue]:
+        route = self.route
+        if route is None:
             return []
-        queues = [
-            queue for queue in self.route.writable_queues(topic)
-            if queue.broker_name not in batch.avoid and self._link(queue.broker_name) is not None
-        ]
+        names = self.reachable - avoid
+        queues = [queue for queue in route.writable_queues(topic) if queue.broker_name in names]
         return [queue for queue in queues if not self.faults.is_avoided(queue.broker_name, now_ms)] or queues
 
     # --- sending ------------------------------------------------------------------------------------------------------
@@ -340,9 +379,10 @@ class ProducerCore:
         """Hand over what the pipes take; each batch to the next broker in turn."""
         if self.route is None:
             return
-        queues = self.route.writable_queues(topic.name)
         while topic.one_way:
             batch = topic.one_way[0]
+            bound = batch.target.queue if isinstance(batch.target, OneWay) else None
+            queues = [bound] if bound is not None else self.route.writable_queues(topic.name)
             for step in range(len(queues)):
                 queue = queues[(topic.turn + step) % len(queues)]
                 if self._push(queue, batch):
@@ -405,13 +445,14 @@ class ProducerCore:
         return True
 
     def _may_leave(self, line: _Line, batch: Batch, now_ms: float) -> bool:
-        """Whether it is not bound to its queue and another broker that may not have it is there for it."""
-        if not isinstance(batch.target, str) or self.route is None:
+        """Whether it is not bound to its queue and another broker is there that cannot have it and serves better."""
+        if not isinstance(batch.target, str):
             return False
         name = line.queue.broker_name
+        is_lost = self._link(name) is None
         return any(
-            queue.broker_name != name and not self.faults.is_avoided(queue.broker_name, now_ms)
-            for queue in self._usable(batch.target, batch, now_ms)
+            queue.broker_name != name and (is_lost or not self.faults.is_avoided(queue.broker_name, now_ms))
+            for queue in self._usable(batch.target, batch.avoid, now_ms)
         )
 
     def _leave(self, line: _Line, batch: Batch) -> None:
@@ -423,10 +464,19 @@ class ProducerCore:
         self._topics[batch.topic].put_back(batch)
 
     def _create_again(self, topic: str) -> None:
-        """The topic is gone, though the route has it: deleted, or the broker lost its data."""
+        """The topic is gone: deleted, or its broker lost its data."""
         if topic not in self._creating:
             self._creating.add(topic)
-            self._instance.ensure_topic(topic, lambda _: self._creating.discard(topic), int(FAILOVER_AFTER_MS))
+            self._instance.ensure_topic(topic, partial(self._created_again, topic), int(FAILOVER_AFTER_MS))
+
+    def _created_again(self, topic: str, error: ZrmqError | None) -> None:
+        self._creating.discard(topic)
+        self._soon()
+        if not isinstance(error, TopicNotFoundError) or self._is_closed:
+            return
+        for ready in (self._topics[topic].ready, self._topics[topic].one_way):
+            while ready:
+                self._finish(ready.popleft(), error)
 
     def _end(self, line: _Line, batch: Batch, error: ZrmqError) -> None:
         line.remove(batch)
@@ -446,7 +496,7 @@ class ProducerCore:
         if isinstance(outcome, ZrmqError):
             if not self._failed:
                 self._loop.call_later(REPORT_MS, self._report_failures)
-            self._failed[outcome.code.name] += batch.record_count
+            self._failed[outcome.code.name] += batch.message_count
             self._last_failure = outcome
         self._accumulator.finish(batch, outcome)
 
@@ -475,14 +525,13 @@ class ProducerCore:
             for ready in (topic.ready, topic.one_way):
                 for batch in [batch for batch in ready if batch.deadline_ms <= now_ms]:
                     ready.remove(batch)
-                    self._finish(batch, self._overdue_error(batch, None))
+                    self._finish(batch, self._overdue_error(batch))
 
     def _end_overdue(self, line: _Line, now_ms: float) -> None:
         for batch in line:
             if batch.deadline_ms <= now_ms:
-                error = self._overdue_error(batch, line)
                 batch.forget()
-                self._end(line, batch, error)
+                self._end(line, batch, self._overdue_error(batch))
 
     def _fail_over(self, line: _Line, now_ms: float) -> None:
         """Move what waits too long for its broker, oldest first, and let new batches avoid a broker that is silent."""
@@ -499,15 +548,14 @@ class ProducerCore:
                 batch.forget()
                 self._leave(line, batch)
 
-    def _overdue_error(self, batch: Batch, line: _Line | None) -> ZrmqError:
+    def _overdue_error(self, batch: Batch) -> ZrmqError:
         """What a batch ends with at its deadline."""
         if batch.refusal is not None:
             return batch.refusal
-        if line is not None and batch in line.unanswered:
-            name = line.queue.broker_name
+        if batch.sent_ms:
             return RequestTimeoutError(
-                f"Broker {name} did not answer within {batch.timeout_ms} ms; it is unknown whether the message was stored.",
-                topic=batch.topic, broker_name=name, timeout_ms=batch.timeout_ms,
+                f"No broker answered within {batch.timeout_ms} ms; it is unknown whether the message was stored.",
+                topic=batch.topic, timeout_ms=batch.timeout_ms,
             )
         return self._unreachable_error(batch)
 

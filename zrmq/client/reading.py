@@ -44,6 +44,7 @@ class Reading(msgspec.Struct, eq=False):
     committed_offset: int  # what the broker knows
     goes_back: bool = False  # the next commit may be smaller than what the broker knows
     pull_number: int = 0  # of the outstanding pull, 0: none
+    pull_offset: int = 0  # what it asked for
     refusal: Code | None = None  # the last one that was logged
     draining_ms: float = 0.0  # since when it is to be given back
 
@@ -74,6 +75,7 @@ class Reader:
     ) -> None:
         """`filters`: expression by topic; `lease_group`: the group in whose name leases are held, empty without leases."""
         self.readings: dict[MessageQueue, Reading] = {}
+        self.queue_count = 0  # how many there will be, for the shares of the room
         self.corrupt_count = 0  # batches the brokers reported damaged on their disks
         self._loop = loop
         self._inbox = inbox
@@ -140,6 +142,8 @@ class Reader:
     def pull(self, reading: Reading) -> None:
         """Ask for what follows, unless that is under way, not wanted now, or there is no room for it."""
         queue = reading.process_queue
+        if reading.pull_number and reading.pull_offset != queue.pull_offset:
+            self.stop_pulling(reading)  # what came before was damaged and has to come again first
         if reading.pull_number or self._is_closed or queue.is_dropped or queue.is_draining or queue.is_paused:
             return
         if not self._has_room(queue):
@@ -147,6 +151,7 @@ class Reader:
             if not self._has_room(queue):
                 return
         place, offset = queue.queue, queue.pull_offset
+        reading.pull_offset = offset
         try:
             reading.pull_number = reading.link.request(
                 Pull, place.topic, place.queue_id, offset, self._pull_bytes, PULL_WAIT_MS, self._tag_masks.get(place.topic, 0),
@@ -163,14 +168,18 @@ class Reader:
 
     @property
     def _pull_bytes(self) -> int:
-        share = self._bounds.size_bytes // (2 * max(len(self.readings), 1))
-        return max(PULL_BYTES_MIN, min(PULL_BYTES_MAX, share))
+        return max(PULL_BYTES_MIN, min(PULL_BYTES_MAX, self._bounds.size_bytes // self._parts))
+
+    @property
+    def _parts(self) -> int:
+        """A queue's own share of the room is one of so many."""
+        return 2 * max(len(self.readings), self.queue_count, 1)
 
     def _has_room(self, queue: ProcessQueue) -> bool:
         bounds, account = self._bounds, self._inbox.account
         if 2 * account.size_bytes < bounds.size_bytes and 2 * account.messages < bounds.messages:
             return True
-        parts = 2 * max(len(self.readings), 1)
+        parts = self._parts
         return parts * queue.held_bytes < bounds.size_bytes and parts * queue.held_messages < bounds.messages
 
     def _pulled(self, reading: Reading, offset: int, reply: AnyReply | ZrmqError, frames: list[bytes]) -> None:

@@ -10,13 +10,11 @@ its first broker cannot take queues of the others yet, and one that has lost a b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from zrmq.errors import InvalidArgumentError
+from zrmq.client.allocation import Strategy, allocate
 from zrmq.message import MessageQueue
-
-Strategy = Callable[[str, str, Sequence[MessageQueue], Sequence[str]], Sequence[MessageQueue]]  # see zrmq/client/allocation.py
 
 
 class Moves(NamedTuple):
@@ -35,39 +33,11 @@ def shared_members(views: Iterable[Collection[str]]) -> list[str]:
 
 def share(
     strategy: Strategy, group: str, client_id: str, queues: Mapping[str, Sequence[MessageQueue]], members: Sequence[str]
-) -> set[MessageQueue]:
-    """This member's queues of all topics, each topic allocated for itself.
-
-    A strategy may be the user's: `InvalidArgumentError` when it raises, or returns a queue that the topic does not have.
-    """
-    mine: set[MessageQueue] = set()
-    if client_id not in members:
-        return mine
-    for topic, known in sorted(queues.items()):
-        ordered = sorted(known)
-        mine.update(_allocate(strategy, group, client_id, topic, ordered, members))
-    return mine
-
-
-def _allocate(
-    strategy: Strategy, group: str, client_id: str, topic: str, queues: Sequence[MessageQueue], members: Sequence[str]
-) -> Sequence[MessageQueue]:
-    name = getattr(strategy, "__name__", type(strategy).__name__)
-    try:
-        chosen = strategy(group, client_id, list(queues), list(members))
-        unknown = set(chosen) - set(queues)
-    except Exception as error:
-        raise InvalidArgumentError(
-            f"The allocation strategy {name} failed on topic {topic!r} with {error!r}; it must return some of the queues given.",
-            strategy=name, topic=topic,
-        ) from error
-    if unknown:
-        raise InvalidArgumentError(
-            f"The allocation strategy {name} returned {min(unknown)}, which topic {topic!r} does not have; it must return some of"
-            " the queues given.",
-            strategy=name, topic=topic,
-        )
-    return chosen
+) -> frozenset[MessageQueue]:
+    """This member's queues of all topics, each topic allocated for itself. Raises as `allocate`: a strategy may be the user's."""
+    return frozenset(
+        queue for each in queues.values() for queue in allocate(strategy, group, client_id, each, members)
+    )
 
 
 def plan(mine: Collection[MessageQueue], held: Collection[MessageQueue]) -> Moves:

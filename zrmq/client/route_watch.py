@@ -4,8 +4,8 @@ The first NameServer is drawn, so that clients spread. It is kept until the sess
 answer is overdue; then the next one in the list is asked. When all have failed in turn, there is a pause that grows, and one line
 in the log. What was known last stays good until there is an answer again.
 
-A question whose topics are new brings the version `OTHER_VERSION` instead of none: a NameServer that has just started then waits
-until it knows enough, where it would answer a first question with the little that it has.
+When the topics are others than before, the question brings the version `OTHER_VERSION` instead of none: a NameServer that has
+just started answers a first question with the little that it knows, but lets one who has a route wait until it knows more.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ log = get_logger("client")
 
 
 class RouteWatch:
-    """Tells `on_answer` each route as it changes. Loop thread only.
+    """Tells `on_answer` each answer, and whether it is a new one: another version, or for other topics. Loop thread only.
 
     `trouble` is why there is no answer at present: of NameServers that cannot be reached an `UnreachableError`, else what they
     said; None while all is well.
@@ -47,7 +47,7 @@ class RouteWatch:
         nameservers: Sequence[str],
         identity: Identity,
         rng: Random,
-        on_answer: Callable[[Route], None],
+        on_answer: Callable[[Route, bool], None],
     ) -> None:
         """Begins to connect. Raises `InvalidArgumentError` for an address that cannot be one."""
         self.trouble: ZrmqError | None = None
@@ -123,16 +123,19 @@ class RouteWatch:
         self._failures = 0
         self._is_reported = False
         self.trouble = None
+        is_new = route.version != self._version or topics != self._answered
         self._answered = topics
         self._version = route.version
         self._do_later(AGAIN_MS * self._rng.uniform(0.5, 1.0), self._ask)
-        self._on_answer(route)
+        self._on_answer(route, is_new)
 
     # --- one NameServer after the other -------------------------------------------------------------------------------
 
     def on_link_open(self, link: Link) -> None:
         """Of `LinkListener`."""
         if link is self._link:
+            if self._version:  # what is known stays good, and the answer to a watch may take long
+                self.trouble = None
             self._ask()
 
     def on_link_lost(self, link: Link) -> None:
@@ -160,7 +163,7 @@ class RouteWatch:
         self._do_later(pause_ms, self._move_on)
 
     def _move_on(self) -> None:
-        if len(self._nameservers) > 1:  # the link to the only one opens its session again by itself
+        if len(self._nameservers) > 1 or not self._link.is_open:  # a new connection tries more often than an old one
             former = self._link
             self._turn += 1
             self._link = self._connect()

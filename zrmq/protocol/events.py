@@ -94,7 +94,7 @@ class LeaseReleased(Event, tag=7, frozen=True):
 
 
 class BrokerStopped(Event, tag=8, frozen=True):
-    """A clean end: everything before it was flushed, every lease was released."""
+    """A clean end: everything before it was flushed. Leases stay with their holders, who come back."""
 
 
 class GroupDeleted(Event, tag=9, frozen=True):

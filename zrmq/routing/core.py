@@ -2,11 +2,12 @@
 
 Whatever a peer sends, the handler returns; the peer gets an error with a code and a sentence, nobody else notices.
 
-A NameServer that has just started knows less than the clients that come to it. Until its start-up grace is over
+A NameServer that has just started knows less than the clients that come to it, and must not spoil what they know:
 
-- a first question about a topic it does not know is answered NOT_READY;
-- a watch that brings a version of somebody else's (another NameServer's, or from before the restart) waits until this one has
-  the same answer, or the grace is over: clients keep the good route they have, and nobody is disturbed by the restart.
+- During its start-up grace a first question about a topic it does not know is answered NOT_READY.
+- It cannot know that a broker is gone before it has listened for as long as that takes. Until then, a watch with a version that
+  it has not come to by itself (another NameServer's, or from before the restart) waits: clients keep the good route they have,
+  and a restart disturbs nobody. It is answered as usual once this NameServer has come to the same answer.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from zrmq.transport.sessions import Session, SessionTable
 log = get_logger("routing")
 
 START_GRACE_MS = 3_000.0  # brokers reconnect within a second or two of a restart
+OTHER_VERSION = 1  # of a client that has a route and asks for other topics now: it waits for the grace only
 HEARTBEAT_MS = 1_000
 WATCH_MS_MAX = 60_000.0
 WATCH_MARGIN_MS = 500.0  # a watch is answered this much before its client stops waiting: two ticks
@@ -94,8 +96,10 @@ class NameServerCore:
         self._watches: dict[tuple[bytes, int], _Watch] = {}
         self._watched_topic_count = 0
         self._changes_told = 0
+        self._in_grace = True
         self._grace_until_ms = now_ms + start_grace_ms
-        self._versions_of_ours: set[int] | None = set()  # during the grace: those it has come to by itself
+        self._listened_ms = self._grace_until_ms + (gone_after_ms if start_grace_ms else 0.0)
+        self._versions_of_ours: set[int] | None = set()  # those it has come to by itself; None when it has listened long enough
         self._closed = False
         self._handlers: dict[type[Request], Handler] = {
             Heartbeat: self._heartbeat,
@@ -211,7 +215,9 @@ class NameServerCore:
         return version != 0 and (version == self._route(topics).version or self._is_strange(version))
 
     def _is_strange(self, version: int) -> bool:
-        return self._versions_of_ours is not None and version not in self._versions_of_ours
+        if self._versions_of_ours is None or version in self._versions_of_ours:
+            return False
+        return self._in_grace or version != OTHER_VERSION
 
     def _watch(self, session: Session, request: QueryRoute, topics: tuple[str, ...]) -> None:
         if len(self._watches) >= WATCHES_MAX or self._watched_topic_count + len(topics) > WATCHED_TOPICS_MAX:
@@ -229,7 +235,7 @@ class NameServerCore:
             self._answer_watch(held[0])
 
     def _answer_watch(self, key: tuple[bytes, int]) -> None:
-        """Answer with what is known now; during the grace, to a version that is not ours, that it is too early."""
+        """Answer with what is known now; to a version that is not ours, that it is too early."""
         watch = self._forget(key)
         if watch is None:
             return
@@ -278,15 +284,17 @@ class NameServerCore:
         for session in self._sessions.expire(now_ms):
             log.info("session_expired", client_id=session.client_id, role=session.role)
             self._drop_watches(session)
-        if self._in_grace and now_ms >= self._grace_until_ms:
-            self._versions_of_ours = None
-            self._answer_those_changed()
+        self._grow_up(now_ms)
         for key in [key for key, watch in self._watches.items() if watch.deadline_ms <= now_ms]:
             self._answer_watch(key)
 
-    @property
-    def _in_grace(self) -> bool:
-        return self._versions_of_ours is not None
+    def _grow_up(self, now_ms: float) -> None:
+        if self._in_grace and now_ms >= self._grace_until_ms:
+            self._in_grace = False
+            self._answer_those_changed()
+        if self._versions_of_ours is not None and now_ms >= self._listened_ms:
+            self._versions_of_ours = None
+            self._answer_those_changed()
 
     # --- what goes out ------------------------------------------------------------------------------------------------
 

@@ -178,6 +178,8 @@ class BrokerCore:
     def after_commit(self) -> None:
         """The log was written or flushed: tell those who wait for that, and show what became visible."""
         self.outbox.release(self._store.written_position, self._store.flushed_position)
+        if self._store.failure is not None:
+            self.outbox.refuse_held(self._store.failure)
         visible = self._store.take_visible()
         if visible:
             self.pulling.wake(visible)

@@ -85,8 +85,6 @@ class OffsetDesk:
 
     def _target(self, session: Session, instance: str, queue: Queue, asked: QueueOffset, reset: bool) -> int | None:
         """The offset to commit, None when the committed one is as far already."""
-        if asked.offset < 0:
-            raise InvalidArgumentError(f"The offset {asked.offset} is negative; commit the next one wanted.", code=Code.ILLEGAL_OFFSET)
         offset = min(asked.offset, queue.next_offset)
         group = self._context.store.tables.groups.get(session.group)
         committed = group.start_offset(queue.topic, queue.queue_id, instance) if group else None

@@ -97,7 +97,7 @@ class Pulling:
     def _answer(self, session: Session, request: Pull, queue: Queue, offset: int, wait: bool) -> int | None:
         """Answer, or return the offset to wait at when there is nothing and it may wait."""
         chunk = self._store.read(queue, offset, min(request.bytes_max, limits.PULL_BYTES_MAX), request.tag_mask)
-        if wait and chunk.status is PullStatus.NOTHING:
+        if wait and chunk.status is PullStatus.NOTHING and chunk.next_offset >= chunk.max_offset:
             return chunk.next_offset
         reply = Pulled(request.number, chunk.status, chunk.next_offset, chunk.min_offset, chunk.max_offset)
         self._context.outbox.now(session.peer, reply, chunk.frames)

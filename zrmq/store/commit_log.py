@@ -20,7 +20,7 @@ from __future__ import annotations
 import errno
 import re
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from zrmq.errors import DiskFullError, FolderUnusableError
@@ -34,6 +34,7 @@ from zrmq.store.segment import (
     SEGMENT_FORMAT_VERSION,
     SEGMENT_HEADER_BYTES,
     Found,
+    Read,
     Segment,
     encode_segment_header,
     read_or_zeros,
@@ -160,6 +161,21 @@ class CommitLog:
         assert self.appended_position <= self.limit
         return self.appended_position
 
+    def append_parts(self, header: bytes, rest: memoryview, size: int) -> None:
+        """The same for an entry in two parts, `size` bytes together. On the hot path."""
+        self.pending += (header, rest)
+        self.appended_position += size
+
+    def note_batch(self, topic_id: int, store_timestamp_ms: int, size: int) -> None:
+        """A batch of this topic was appended."""
+        assert self.active is not None
+        self.active.note_batch(topic_id, store_timestamp_ms, size)
+
+    def note_event(self, store_timestamp_ms: int) -> None:
+        """An event was appended."""
+        assert self.active is not None
+        self.active.note_event(store_timestamp_ms)
+
     def write(self) -> None:
         """Hand everything appended to the system, by one call. Raises `OSError`: then nobody knows what was written."""
         if not self.pending:
@@ -235,8 +251,8 @@ class CommitLog:
 
     def _full(self, free_bytes: int, reserve_bytes: int) -> DiskFullError:
         return DiskFullError(
-            f"The disk of {self.folder.parent} has {free_bytes} bytes left; the log's next segment needs {self.segment_bytes}, and"
-            f" {reserve_bytes} stay free. Free some space or lower retention_ms; sending works again by itself.",
+            f"The disk of {self.folder.parent} has {free_bytes} bytes left; the log's next segment needs {self.segment_bytes}"
+            f" and {reserve_bytes} stay free. Free some space or lower retention_ms; sending works again by itself.",
             free_bytes=free_bytes, needed_bytes=self.segment_bytes + reserve_bytes, folder=str(self.folder.parent),
         )
 
@@ -247,9 +263,9 @@ class CommitLog:
 
     # --- flushing -----------------------------------------------------------------------------------------------------
 
-    def begin_flush(self) -> LogFlush:
-        """A job that syncs everything written so far. One at a time; `finish_flush` belongs to it."""
-        flush = LogFlush(self, self.written_position, self._unsynced, self._is_folder_unsynced)
+    def begin_flush(self, on_finished: Callable[[LogFlush], None]) -> LogFlush:
+        """A job that syncs everything written so far and then calls `on_finished`, on the loop's thread. One at a time."""
+        flush = LogFlush(self, on_finished, self.written_position, self._unsynced, self._is_folder_unsynced)
         self._unsynced = []
         self._is_folder_unsynced = False
         return flush
@@ -282,32 +298,29 @@ class CommitLog:
         return self.segments[index]
 
     def read(self, position: int, size: int) -> bytes:
-        """Bytes of one segment; fewer where it ends or none is. Raises `OSError` for sectors the disk does not give."""
+        """Bytes of one segment; fewer where it ends, none where its file is gone, zeros where the disk fails.
+
+        Raises `OSError` where the system refuses.
+        """
         segment = self.segment_at(position)
         if segment is None:
             return b""
-        return read_fully(self._file_of(segment), min(size, segment.end - position), position - segment.start)
+        try:
+            file = segment.file or self._open_files.get(segment.path)
+        except FileNotFoundError:
+            return b""
+        return read_or_zeros(file, min(size, segment.end - position), position - segment.start)
 
     def scan(self, position: int) -> Iterator[Found]:
-        """All entries from `position` on, with the stretches that are none. The caller takes no other log action meanwhile."""
-        for segment in [segment for segment in self.segments if segment.end > position]:
-            if segment.start > position:
-                yield _nothing(position, segment.start)
-                position = segment.start
-            if position < segment.start + SEGMENT_HEADER_BYTES:
-                if not segment.is_header_whole:
-                    yield _nothing(segment.start, min(segment.start + SEGMENT_HEADER_BYTES, segment.end))
-                position = segment.start + SEGMENT_HEADER_BYTES
-            yield from scan(lambda at, size, here=segment: self._read_all(here, at, size), position, segment.end)  # type: ignore[misc]
-            position = max(position, segment.end)
-
-    def _read_all(self, segment: Segment, position: int, size: int) -> bytes:
-        return read_or_zeros(self._file_of(segment), size, position - segment.start)
-
-    def _file_of(self, segment: Segment) -> OpenFile:
-        return segment.file or self._open_files.get(segment.path)
+        """All entries from `position` on, with the stretches that are none."""
+        return scan_segments(self.files, self.segments, position)
 
     # --- the front ----------------------------------------------------------------------------------------------------
+
+    def remove_before(self, position: int) -> None:
+        """Remove segments that end at or before `position`: retention had done so, and a crash brought them back."""
+        while len(self.segments) > 1 and self.segments[0].end <= position:
+            self._unlink(self.segments.pop(0).path)
 
     def take_front(self) -> Segment:
         """Take the oldest segment out of the log. Its file is the caller's, to remove or to recycle."""
@@ -333,22 +346,52 @@ class CommitLog:
 class LogFlush(Job):
     """One group commit."""
 
-    def __init__(self, owner: CommitLog, position: int, segments: list[Segment], is_folder_unsynced: bool) -> None:
+    def __init__(
+        self, commit_log: CommitLog, on_finished: Callable[[LogFlush], None], position: int, segments: list[Segment],
+        is_folder_unsynced: bool,
+    ) -> None:
         self.position = position
         self.segments = segments
         self._files = [segment.file for segment in segments if segment.file is not None]
-        self._owner = owner
+        self._log = commit_log
+        self._on_finished = on_finished
         self._is_folder_unsynced = is_folder_unsynced
 
     def work(self) -> None:
         for file in self._files:
             file.fdatasync()
         if self._is_folder_unsynced:
-            self._owner.files.fsync_dir(self._owner.folder)
+            self._log.files.fsync_dir(self._log.folder)
 
     def finish(self) -> None:
-        if self.error is None:
-            self._owner.finish_flush(self)
+        self._on_finished(self)
+
+
+def scan_segments(files: Files, segments: Sequence[Segment], position: int, end: int | None = None) -> Iterator[Found]:
+    """All entries in these segments from `position` up to `end`, with the stretches that are none. Any thread.
+
+    Opens the files by itself; sectors that cannot be read count as damaged.
+    """
+    for segment in segments:
+        stop = segment.end if end is None else min(segment.end, end)
+        if stop <= position:
+            continue
+        if position < segment.start:
+            yield _nothing(position, segment.start)
+        if position < segment.start + SEGMENT_HEADER_BYTES:
+            if not segment.is_header_whole:
+                yield _nothing(segment.start, min(segment.start + SEGMENT_HEADER_BYTES, stop))
+            position = segment.start + SEGMENT_HEADER_BYTES
+        file = files.open(segment.path)
+        try:
+            yield from scan(_reading(file, segment), position, stop)
+        finally:
+            file.close()
+        position = max(position, stop)
+
+
+def _reading(file: OpenFile, segment: Segment) -> Read:
+    return lambda position, size: read_or_zeros(file, size, position - segment.start)
 
 
 def _start(segment: Segment) -> int:

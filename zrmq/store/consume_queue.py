@@ -50,7 +50,7 @@ _CRC = struct.Struct("<I")
 _ENTRY = struct.Struct("<QQIIqQI")
 ENTRY_BYTES = _ENTRY.size
 _CRC_AT = _BODY.size
-_NOWHERE = 1 << 63  # first position of a queue without entries: behind everything
+_NOWHERE = (1 << 63) - 1  # first position of a queue without entries: behind everything
 
 assert (_CRC_AT, ENTRY_BYTES) == (40, 44)
 
@@ -146,8 +146,7 @@ class Shelf:
                 file.fdatasync()
             finally:
                 file.close()
-        for parent in (folder, folder.parent, folder.parent.parent):
-            self.files.fsync_dir(parent)
+        self.files.fsync_dir(folder)
 
     def has(self, folder: Path, number: int, end: int) -> bool:
         """Whether files long enough to hold entries `number` up to `end` are there."""
@@ -179,8 +178,8 @@ class ConsumeQueue:
     """The entries of one queue. Loop thread only. Small: a broker has up to 10,000 of them, most of them quiet."""
 
     __slots__ = (
-        "_hints", "_shelf", "filed", "first", "first_position", "is_spilling", "max_timestamp_ms", "queue", "saved_min_offset",
-        "saved_next_offset", "synced", "tail",
+        "_hints", "filed", "first", "first_position", "is_spilling", "max_timestamp_ms", "queue", "saved_min_offset",
+        "saved_next_offset", "shelf", "synced", "tail",
     )
 
     def __init__(self, queue: Queue, shelf: Shelf) -> None:
@@ -191,9 +190,9 @@ class ConsumeQueue:
         self.tail = bytearray()
         self.first_position = _NOWHERE
         self.max_timestamp_ms = 0
-        self.is_spilling = False  # a job writes the beginning of the tail to a file
+        self.is_spilling = False  # a job counts on the numbers: neither spill nor trim
         self.saved_min_offset = self.saved_next_offset = 0  # what views.db has
-        self._shelf = shelf
+        self.shelf = shelf
         self._hints: dict[int, int] | None = None  # offset a reader goes on at, to the number of its entry
 
     @property
@@ -204,7 +203,7 @@ class ConsumeQueue:
     @property
     def folder(self) -> Path:
         """Where its files are, if it has any."""
-        return self._shelf.folder_of(self.queue)
+        return self.shelf.folder_of(self.queue)
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
@@ -225,7 +224,7 @@ class ConsumeQueue:
         """Move the tail to a file if it is long. Raises `OSError`; then it stays where it is."""
         if len(self.tail) <= TAIL_BYTES_MAX or self.is_spilling:
             return
-        self._shelf.write(self.folder, self.filed, bytes(self.tail))
+        self.shelf.write(self.folder, self.filed, bytes(self.tail))
         self.filed = self.end
         self.tail.clear()
 
@@ -235,15 +234,7 @@ class ConsumeQueue:
             return
         numbers = range(self.first, self.end)
         first = self.first + bisect_left(numbers, log_start, key=lambda number: self.entry(number).position)
-        if first == self.end:
-            self.first_position = _NOWHERE
-            self.queue.min_offset = self.queue.next_offset
-        else:
-            entry = self.entry(first)
-            self.first_position, self.queue.min_offset = entry.position, entry.base_offset
-        self._drop_below(first)
-
-    def _drop_below(self, first: int) -> None:
+        self._begin_with(first)
         self.first = first
         if first > self.filed:
             del self.tail[: (first - self.filed) * ENTRY_BYTES]
@@ -251,14 +242,27 @@ class ConsumeQueue:
         self.synced = max(self.synced, first)
         self._hints = None
 
-    def replace(self, entries: ConsumeQueue) -> None:
-        """Take the entries of another one, made from the log, in place of all before its end. They get new numbers and files."""
-        old_end = entries.end
-        newer = self.tail[max(old_end - self.filed, 0) * ENTRY_BYTES :] if self.end > old_end else b""
-        self.first = self.synced = self.filed = self._shelf.next_file(self.end)
-        self.tail = entries.tail + newer
-        self.first_position = entries.first_position
+    def _begin_with(self, first: int) -> None:
+        """The entry with this number is the queue's first from now on."""
+        if first == self.end:
+            self.first_position = _NOWHERE
+            self.queue.min_offset = self.queue.next_offset
+        else:
+            entry = self.entry(first)
+            self.first_position, self.queue.min_offset = entry.position, entry.base_offset
+
+    def replace(self, made: ConsumeQueue, end: int) -> None:
+        """Take the entries that were made from the log in place of those before number `end`; they get new numbers and files.
+
+        Nothing may have been spilled or trimmed since `end` was the end: see `is_spilling`.
+        """
+        newer = self.tail[max(end - self.filed, 0) * ENTRY_BYTES :]
+        self.first = self.synced = self.filed = self.shelf.next_file(self.end)
+        self.tail = made.tail + newer
+        self.max_timestamp_ms = max(self.max_timestamp_ms, made.max_timestamp_ms)
+        self.saved_next_offset = -1
         self._hints = None
+        self._begin_with(self.first)
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
@@ -266,12 +270,12 @@ class ConsumeQueue:
         """The entry with this number, `first <= number < end`. Raises `DamageError`."""
         if number >= self.filed:
             return QueueEntry._make(_ENTRY.unpack_from(self.tail, (number - self.filed) * ENTRY_BYTES))
-        return _checked(QueueEntry._make(_ENTRY.unpack(self._shelf.read(self.folder, number, 1))))
+        return _checked(QueueEntry._make(_ENTRY.unpack(self.shelf.read(self.folder, number, 1))))
 
     def entries(self, number: int) -> Iterator[QueueEntry]:
         """The entries from this number on. Nothing may be added meanwhile. Raises `DamageError`."""
         while number < self.filed:
-            block = self._shelf.read(self.folder, number, min(self.filed - number, BLOCK_ENTRIES))
+            block = self.shelf.read(self.folder, number, min(self.filed - number, BLOCK_ENTRIES))
             yield from map(_checked, map(QueueEntry._make, _ENTRY.iter_unpack(block)))
             number += len(block) // ENTRY_BYTES
         while number < self.end:
@@ -296,6 +300,13 @@ class ConsumeQueue:
         numbers = range(self.first, self.end)
         return self.first + bisect_left(numbers, timestamp_ms, key=lambda number: self.entry(number).store_timestamp_ms)
 
+    def number_at(self, position: int) -> int:
+        """Number of the first entry, of those in memory, that is at or behind this position of the log."""
+        number = self.end
+        while number > self.filed and self.entry(number - 1).position >= position:
+            number -= 1
+        return number
+
     def remember(self, offset: int, number: int, asked_offset: int) -> None:
         """A reader that asked for `asked_offset` goes on at `offset`, which entry `number` has or will have."""
         hints = self._hints
@@ -317,7 +328,7 @@ class ConsumeQueue:
         """What has to be written for the queue to be on disk as it is now; `finish_save` belongs to it."""
         spill = bytes(self.tail) if len(self.tail) > ROW_TAIL_BYTES_MAX else b""
         self.is_spilling = bool(spill)
-        return QueueSave(self, self._shelf, spill)
+        return QueueSave(self, self.shelf, spill)
 
     def finish_save(self, save: QueueSave, is_done: bool) -> None:
         """The save is on disk, or it failed and nothing has changed."""
@@ -337,7 +348,7 @@ class ConsumeQueue:
 
     def has_files(self) -> bool:
         """Whether the files that should have entries are there."""
-        return self._shelf.has(self.folder, self.first, self.filed)
+        return self.first >= self.filed or self.shelf.has(self.folder, self.first, self.filed)
 
 
 class QueueSave:
@@ -361,9 +372,12 @@ class QueueSave:
         self._first = index.first
 
     def write(self) -> None:
-        """The files, synced. Any thread. Raises `OSError`."""
+        """What goes to files, into the page cache. Any thread. Raises `OSError`."""
         if self.spill:
             self._shelf.write(self._folder, self.spill_at, self.spill)
+
+    def sync(self) -> None:
+        """The files, to the disk. Any thread. Raises `OSError`: then what they hold is not known."""
         if self._synced < self.row.filed:
             self._shelf.sync(self._folder, self._synced, self.row.filed)
 

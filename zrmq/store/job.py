@@ -10,6 +10,7 @@ class Job:
     """
 
     error: Exception | None = None
+    has_run = False
 
     def run(self) -> None:
         """The slow part. Never raises an `Exception`: what went wrong waits in `error` for the loop's thread to deal with."""
@@ -17,6 +18,7 @@ class Job:
             self.work()
         except Exception as error:  # noqa: BLE001 (it is not lost: `finish` decides what it means)
             self.error = error
+        self.has_run = True
 
     def work(self) -> None:
         """What `run` does."""

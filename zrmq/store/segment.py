@@ -19,6 +19,7 @@ out. That is also what finds the way again behind damage: an entry is where its 
 
 from __future__ import annotations
 
+import errno
 import re
 import struct
 from collections.abc import Callable, Iterator
@@ -55,6 +56,7 @@ _MARK = MAGIC + bytes([FORMAT_VERSION])
 _POSITION = struct.Struct("<Q")
 _POSITION_AT = ASSIGNED_AT + 4
 _SECTOR_BYTES = 4096
+_UNREADABLE = (errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO))  # the latter two: a file system's own checksums
 _NAME = re.compile(r"(\d{20})\.log\Z")
 
 assert _HEADER.size == SEGMENT_HEADER_BYTES
@@ -225,10 +227,12 @@ def batch_header_checks_out(block: bytes, header: EntryHeader, at: int) -> bool:
 
 
 def read_or_zeros(file: OpenFile, size: int, position: int) -> bytes:
-    """What can be read: sectors that the disk refuses to give come as zeros, which check out as nothing."""
+    """What can be read: sectors that the disk cannot give come as zeros, which check out as nothing. Raises other `OSError`s."""
     try:
         return read_fully(file, size, position)
-    except OSError:
+    except OSError as error:
+        if error.errno not in _UNREADABLE:
+            raise
         if size <= _SECTOR_BYTES:
             return bytes(size)
         ends = range(position, position + size, _SECTOR_BYTES)

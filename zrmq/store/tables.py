@@ -245,10 +245,6 @@ class Tables:
 
     def _broker_stopped(self, event: BrokerStopped) -> None:
         self.is_stopped = True
-        for group in self.groups.values():
-            if group.leases:
-                group.leases.clear()
-                self._changed.groups.add(group.name)
 
     def _topic_put(self, event: TopicPut) -> None:
         topic = self.topics_by_id.get(event.topic_id)

@@ -7,10 +7,10 @@ The machine has one process, a page cache and a disk. The process reads and writ
 **Power cut** (`crash`). Of each file the synced bytes are there. Each write since the last `fdatasync` of that file is, by the
 dice, kept whole, lost whole, or taken apart into its sectors of 512 bytes, each of which is then kept, lost or torn (its first
 bytes are new, the rest is as before). So a later write may be there and an earlier one not. A write never harms a byte that it
-does not cover. A file's length is where its last kept byte ends. Likewise each change of a folder (a file made, renamed, removed,
-a folder made) since its last `fsync_dir` is there or not, each on its own; a rename is there as a whole or not at all; what lies
-in a folder that is not there is gone with it. `cut_power_after(n)` ends the machine in the middle of the n-th change from now,
-whatever it is: `PowerCut` comes out of it and out of everything until `crash`.
+does not cover. A file's length is where its last kept byte ends. Likewise each change of a folder (a file made, renamed,
+removed, a folder removed) since its last `fsync_dir` is there or not, each on its own; a rename is there as a whole or not at
+all; a folder that was made is there. `cut_power_after(n)` ends the machine in the middle of the n-th change from now, whatever
+it is: `PowerCut` comes out of it and out of everything until `crash`.
 
 **End of the process** (`kill`). Open files and locks are gone, the page cache is not, and nothing is synced by it.
 
@@ -156,6 +156,9 @@ class FaultyFiles:
             if path not in self._names:
                 self.change("mkdir", path)
                 self._apply(_Change(made=path))
+                self._changes.pop().apply(self._synced_names)
+            elif self._names[path] is not None:
+                raise _error(errno.ENOTDIR, path)
 
     def rename(self, old: Path, new: Path) -> None:
         self.change("rename", old)

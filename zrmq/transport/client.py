@@ -6,7 +6,6 @@ what is sent before it may go to nobody. For inproc there are neither events nor
 
 from __future__ import annotations
 
-import struct
 from typing import TYPE_CHECKING
 
 import zmq
@@ -15,17 +14,13 @@ from zrmq.errors import InvalidArgumentError
 from zrmq.transport.address import Address
 from zrmq.transport.inproc import Watch, directory_of
 from zrmq.transport.interface import Connection, ConnectionListener, Frames
-from zrmq.transport.options import LINGER_MS, Context, Socket, open_socket
+from zrmq.transport.monitor import CONNECTED, DISCONNECTED, Monitor
+from zrmq.transport.options import LINGER_MS, Socket, open_socket
 from zrmq.transport.server import BURST_MESSAGES_MAX
 from zrmq.transport.wire import is_readable, receive_message, send_message
 
 if TYPE_CHECKING:
     from zrmq.transport.reactor import Reactor
-
-_EVENT = struct.Struct("=HI")  # of a monitor: event, value
-CONNECTED = int(zmq.EVENT_HANDSHAKE_SUCCEEDED)
-_DISCONNECTED = int(zmq.EVENT_DISCONNECTED)
-
 
 def connect(reactor: Reactor, address: Address, listener: ConnectionListener) -> Connection:
     """The connection for this kind of address."""
@@ -61,31 +56,6 @@ def try_send(sock: Socket, frames: Frames) -> bool:
     return True
 
 
-class Monitor:
-    """The connects and disconnects of one tcp or ipc socket."""
-
-    def __init__(self, context: Context, watched: Socket) -> None:
-        address = f"inproc://zrmq-monitor-{id(watched)}-{watched.underlying}"
-        self._watched = watched
-        watched.monitor(address, CONNECTED | _DISCONNECTED)
-        self.socket: Socket = context.socket(zmq.PAIR)
-        self.socket.connect(address)
-
-    def next_event(self) -> int:
-        """The next event, or 0."""
-        try:
-            frames = receive_message(self.socket)
-        except zmq.Again:
-            return 0
-        event: int = _EVENT.unpack(frames[0])[0]
-        return event
-
-    def close(self) -> None:
-        """Stop watching; before the watched socket is closed."""
-        self._watched.disable_monitor()
-        self.socket.close(0)
-
-
 class SocketConnection:
     """A DEALER over tcp or ipc. Implements `zrmq.transport.interface.Connection`; loop thread only."""
 
@@ -95,7 +65,7 @@ class SocketConnection:
         self._is_connected = False
         self._is_closed = False
         self._socket = open_socket(reactor.context, zmq.DEALER)
-        self._monitor = Monitor(reactor.context, self._socket)
+        self._monitor = Monitor(reactor.context, self._socket, CONNECTED | DISCONNECTED)
         try:
             connect_socket(self._socket, address)
         except InvalidArgumentError:

@@ -34,17 +34,25 @@ class Host:
     def __init__(self, *roles: Role, name: str = "zrmq") -> None:
         self._roles = roles
         self._name = name
-        self.reactor = Reactor()
+        self._reactor: Reactor | None = None
         self._thread: threading.Thread | None = None
         self._opened = threading.Event()
         self._error: BaseException | None = None
         self._stopping = False
         self._running = 0
 
+    @property
+    def reactor(self) -> Reactor:
+        """What the roles run on. Raises `ClosedError` before the start."""
+        if self._reactor is None:
+            raise ClosedError(f"{self._name} is not running; start it first.")
+        return self._reactor
+
     def start(self) -> None:
         """Open the roles in a new thread and return when all are open. Raises what the first that cannot open raises."""
         if self._thread is not None:
             raise ClosedError(f"{self._name} was started already; make a new one to start again.")
+        self._reactor = Reactor()
         self._thread = threading.Thread(target=self._main, name=self._name, daemon=True)
         self._thread.start()
         self._opened.wait()
@@ -63,6 +71,7 @@ class Host:
 
     def run(self, on_open: Callable[[], None] = lambda: None) -> None:
         """Run in the calling thread, which must be the main one, until SIGINT or SIGTERM. `on_open` is called when all is open."""
+        self._reactor = Reactor()
         before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             self._main(on_open)

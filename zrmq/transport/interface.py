@@ -65,7 +65,9 @@ RequestHandler = Callable[[bytes, list[bytes]], None]  # peer, [header, payload.
 class Loop(Protocol):
     """One thread of events: sockets, timers, calls from other threads."""
 
-    clock: Clock
+    @property
+    def clock(self) -> Clock:
+        """The time, as this thread's machine sees it."""
 
     def call_later(self, delay_ms: float, callback: Callable[[], None]) -> Timer:
         """Call once, on this thread, not before `delay_ms` from now. Timers that are due together run in the order made."""

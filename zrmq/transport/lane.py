@@ -27,9 +27,10 @@ from zrmq.logs import get_logger
 from zrmq.protocol.limits import PROTOCOL_VERSION
 from zrmq.protocol.requests import AnyReply, Bye, Failed, Hello, Request, Welcome, decode_reply, encode
 from zrmq.transport.address import Address, parse_connect_address
-from zrmq.transport.client import CONNECTED, Monitor, connect_socket, try_send
+from zrmq.transport.client import connect_socket, try_send
 from zrmq.transport.inproc import directory_of
 from zrmq.transport.interface import Frames
+from zrmq.transport.monitor import CONNECTED, DISCONNECTED, Monitor
 from zrmq.transport.options import Context, Socket, check_fork, fork_count, open_socket
 from zrmq.transport.sessions import PASSING_REFUSALS
 from zrmq.transport.wire import receive_message
@@ -275,7 +276,7 @@ class _SocketLine(_Line):
 
     def __init__(self, context: Context, address: Address) -> None:
         super().__init__(open_socket(context, zmq.DEALER))
-        self._monitor = Monitor(context, self.socket)
+        self._monitor = Monitor(context, self.socket, CONNECTED | DISCONNECTED)
         self._connections = 0
         self._is_connected = False
         try:

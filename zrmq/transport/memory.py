@@ -133,8 +133,12 @@ class MemoryNetwork:
     def schedule(self, loop: MemoryLoop | None, delay_ms: float, callback: Callback) -> MemoryTimer:
         """Call in a turn of the loop, or, for None, between turns: what happens in the network itself, or a test's fault."""
         timer = MemoryTimer(loop, callback)
-        heappush(self._events, (self.now_ms + max(0.0, delay_ms), next(self._numbers), timer))
+        self.put(timer, delay_ms)
         return timer
+
+    def put(self, timer: MemoryTimer, delay_ms: float) -> None:
+        """Fire the timer in `delay_ms`, behind what is due then already."""
+        heappush(self._events, (self.now_ms + max(0.0, delay_ms), next(self._numbers), timer))
 
     def _next_ms(self) -> float | None:
         while self._events and self._events[0][2].callback is None:
@@ -258,7 +262,8 @@ class MemoryLoop:
         """Go on, with everything that came meanwhile."""
         self.is_paused = False
         held, self._held = self._held, []
-        self.network.schedule(None, 0.0, lambda: self.turn(held))
+        for timer in held:
+            self.network.put(timer, 0.0)
         for circuit in self._circuits():
             circuit.speak_again()
 
@@ -329,6 +334,7 @@ class MemoryConnection:
         if self._is_closed:
             return
         self._is_closed = True
+        self._is_established = False
         self._retry.cancel()
         self.loop.forget(self)
         if self._circuit is not None:
@@ -400,7 +406,8 @@ class MemoryEndpoint:
         self._is_closed = True
         del self.loop.network.endpoints[self.address]
         self.loop.forget(self)
-        for circuit in list(self._peers.values()):
+        peers, self._peers = self._peers, {}
+        for circuit in peers.values():
             circuit.close_server()
 
     def accept(self, circuit: Circuit) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import stat
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import zmq
@@ -17,13 +18,15 @@ from zrmq.errors import AddressInUseError, InvalidArgumentError
 from zrmq.transport.address import Address
 from zrmq.transport.inproc import directory_of
 from zrmq.transport.interface import Frames, RequestHandler
-from zrmq.transport.options import LINGER_MS, Socket, open_socket
+from zrmq.transport.monitor import Monitor
+from zrmq.transport.options import LINGER_MS, Context, Socket, open_socket
 from zrmq.transport.wire import is_readable, receive_message, send_message
 
 if TYPE_CHECKING:
     from zrmq.transport.reactor import Reactor
 
 BURST_MESSAGES_MAX = 256  # read in one turn from one socket, so that timers and other sockets have theirs
+UNBIND_TIMEOUT_MS = 1_000
 BURST_BYTES_MAX = 8 * 1024 * 1024  # the same in bytes: what one group commit may hold
 
 
@@ -78,6 +81,8 @@ class SocketEndpoint:
             directory_of(self._reactor.context).note_down(self.address)
         self._reactor.unwatch(self._socket)
         self._reactor.closed(self)
+        with suppress(zmq.ContextTerminated):  # whoever ended the context under us: nothing listens any more
+            unbind(self._reactor.context, self._socket)
         self._socket.close(self._linger_ms)
 
     def _read(self) -> None:
@@ -102,6 +107,21 @@ def bind(sock: Socket, address: Address) -> Address:
         endpoint: bytes = sock.get(zmq.LAST_ENDPOINT)  # type: ignore[assignment]
         return Address("tcp", address.place, int(endpoint.rstrip(b"\0").rpartition(b":")[2]))
     return address
+
+
+def unbind(context: Context, sock: Socket) -> None:
+    """Stop listening, and return when that is so, or after a second.
+
+    libzmq closes listeners in a thread of its own, some time after `close`; until then the port is taken and the path alive. The
+    file of an ipc path stays: removing it now could remove that of the next server.
+    """
+    endpoint: bytes = sock.get(zmq.LAST_ENDPOINT)  # type: ignore[assignment]
+    is_inproc = endpoint.startswith(b"inproc")  # has no listener: it is gone at once
+    monitor = None if is_inproc else Monitor(context, sock, zmq.EVENT_CLOSED)
+    sock.unbind(endpoint.rstrip(b"\0").decode())
+    if monitor is not None:
+        monitor.socket.poll(UNBIND_TIMEOUT_MS)
+        monitor.close()
 
 
 def _bind_error(address: Address, error: zmq.ZMQError) -> AddressInUseError | InvalidArgumentError:

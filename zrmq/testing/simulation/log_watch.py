@@ -24,7 +24,7 @@ from zrmq.protocol.batch import (
 )
 from zrmq.protocol.events import AnyEvent, decode_event
 from zrmq.store.tables import Tables
-from zrmq.testing.simulation.trace import SimulationError
+from zrmq.testing.simulation.trace import BrokenPromise
 
 SEGMENT_HEADER_BYTES = 64
 
@@ -64,7 +64,7 @@ class LogWatch:
         self._segment: tuple[int, int, OpenFile] | None = None  # start, end, file
 
     def advance(self, until: int) -> Iterator[Entry]:
-        """Each entry from where it was left to position `until`; raises `SimulationError` if there is something else.
+        """Each entry from where it was left to position `until`; raises `BrokenPromise` if there is something else.
 
         An entry is folded when the caller asks for the next one: at first sight the tables are as they were before it.
         """
@@ -92,7 +92,7 @@ class LogWatch:
             whole = file.pread(header.length, self.end - start)
             if entry_checks_out(whole, header):
                 return self._decode(header, whole, segment_end)
-        raise SimulationError("log", f"{self._folder}: no entry at {self.end}, though the log is said to reach {until}.")
+        raise BrokenPromise("log", f"{self._folder}: no entry at {self.end}, though the log is said to reach {until}.")
 
     def _decode(self, header: EntryHeader, whole: bytes, segment_end: int) -> Entry | None:
         end = self.end + header.length
@@ -102,7 +102,7 @@ class LogWatch:
         if header.kind == KIND_EVENT:
             return Entry(self.end, end, header.entry_crc, None, [], decode_event(whole[ENTRY_HEADER_BYTES:]))
         if header.kind != KIND_BATCH:
-            raise SimulationError("log", f"{self._folder}: an entry of kind {header.kind} at {self.end}.")
+            raise BrokenPromise("log", f"{self._folder}: an entry of kind {header.kind} at {self.end}.")
         batch = peek_batch(whole)
         return Entry(self.end, end, header.entry_crc, batch, decode_records(batch, whole).bodies, None)
 
@@ -131,4 +131,4 @@ class LogWatch:
             end = start + self._files.size(path)
             if start <= self.end < end:
                 return start, end, self._files.open(path)
-        raise SimulationError("log", f"{self._folder}: no segment has position {self.end}.")
+        raise BrokenPromise("log", f"{self._folder}: no segment has position {self.end}.")

@@ -5,6 +5,7 @@ A run has some of the faults, at rates of its own, and not all of them always: w
 
 from __future__ import annotations
 
+import math
 from random import Random
 
 import msgspec
@@ -48,6 +49,7 @@ class GroupPlan(msgspec.Struct, frozen=True):
     message_model: MessageModel
     consume_from: ConsumeFrom
     members: int  # at most
+    allocation: str
     in_order: bool
     workers: int  # units a member works on at once
     message_ms: float  # a listener's mean time for one message
@@ -105,7 +107,7 @@ def draw_plan(seed: int) -> Plan:
 
 
 def _log_uniform(rng: Random, least: float, most: float) -> float:
-    return least * (most / least) ** rng.random()
+    return least * math.exp(math.log(most / least) * rng.random())
 
 
 def _topic(rng: Random, number: int) -> TopicPlan:
@@ -129,6 +131,7 @@ def _group(rng: Random, name: str, topics: tuple[TopicPlan, ...], model: Message
         message_model=model,
         consume_from=ConsumeFrom.EARLIEST if rng.random() < 0.5 else ConsumeFrom.LATEST,
         members=rng.randint(1, 4) if model is MessageModel.CLUSTERING else rng.randint(1, 2),
+        allocation=rng.choice(("averagely", "by circle", "consistent hash")),
         in_order=rng.random() < 0.3,
         workers=rng.randint(1, 3),
         message_ms=rng.choice((0.0, 0.5, 5.0, 30.0)),

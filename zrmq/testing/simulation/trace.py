@@ -8,21 +8,34 @@ from hashlib import blake2b
 EVENTS_KEPT = 200
 
 
-class SimulationError(Exception):
-    """A promise was broken, or the cluster did not become healthy. The message has the seed that repeats it and the last events.
+class BrokenPromise(BaseException):
+    """A checker found what must not be. Not an `Exception`, since no code under test may handle it.
 
-    `seed` repeats the run exactly; `reason` is the broken promise in one sentence; `kind` names the checker.
+    `kind` names the checker, `reason` says in a sentence what is wrong.
     """
 
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)
         self.kind = kind
         self.reason = reason
-        self.seed = -1
-        self.story = ""
+
+
+class SimulationError(Exception):
+    """A run in which a promise was broken, or the cluster did not become healthy. The text has all that is needed to repeat it.
+
+    `seed` repeats the run exactly; `kind` names the checker, `reason` the broken promise in one sentence; `story` has the plan and
+    the last events.
+    """
+
+    def __init__(self, seed: int, kind: str, reason: str, story: str) -> None:
+        super().__init__(seed, kind, reason, story)
+        self.seed = seed
+        self.kind = kind
+        self.reason = reason
+        self.story = story
 
     def __str__(self) -> str:
-        return f"[{self.kind}] {self.reason}\n{self.story}" if self.story else f"[{self.kind}] {self.reason}"
+        return f"[{self.kind}] {self.reason}\n{self.story}"
 
 
 class Trace:

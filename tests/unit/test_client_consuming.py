@@ -1,0 +1,1154 @@
+"""The consumer's core against brokers in memory: who reads what, from where, what is committed, and what goes wrong on the way."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.unit.reading_cluster import Member, ReadingBroker, ReadingCluster
+from zrmq.client.reading import Bounds
+from zrmq.errors import (
+    Code,
+    FencedError,
+    InvalidArgumentError,
+    RequestRefusedError,
+    SubscriptionMismatchError,
+    UnreachableError,
+    ZrmqError,
+)
+from zrmq.message import ConsumeFrom, MessageModel, MessageQueue
+from zrmq.protocol.requests import (
+    AcquireLease,
+    CommitOffsets,
+    DescribeGroups,
+    JoinGroup,
+    Leased,
+    Offsets,
+    Pull,
+    Pulled,
+    PullStatus,
+    QueryOffsets,
+    ReleaseLease,
+)
+
+Q0, Q1 = MessageQueue("meters", "broker-a", 0), MessageQueue("meters", "broker-a", 1)
+EARLIEST = {"consume_from": ConsumeFrom.EARLIEST}
+
+
+@pytest.fixture
+def cluster() -> ReadingCluster:
+    """One broker with the topic `meters` in two queues."""
+    made = ReadingCluster()
+    made.add_topic()
+    return made
+
+
+def wait_for_messages(cluster: ReadingCluster, *members: Member) -> None:
+    cluster.run_until(lambda: any(member.inbox._ready.items for member in members))  # type: ignore[attr-defined]
+
+
+def offsets_seen(member: Member, queue: MessageQueue = Q0) -> list[int]:
+    return [message.queue_offset for message in member.seen if message.queue == queue]
+
+
+# --- reading ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_lone_member_reads_every_queue(cluster: ReadingCluster) -> None:
+    member = cluster.started("one")
+    cluster.run_until(lambda: member.queues == [Q0, Q1])
+    cluster.broker.store("meters", 0, 3)
+    cluster.broker.store("meters", 1, 2)
+    wait_for_messages(cluster, member)
+    cluster.run_for(5)
+    member.take_all()
+    assert offsets_seen(member, Q0) == [0, 1, 2]
+    assert offsets_seen(member, Q1) == [0, 1]
+
+
+def test_a_pull_always_waits_at_the_broker(cluster: ReadingCluster) -> None:
+    member = cluster.started("one")
+    cluster.run_for(100_000)
+    assert {(request.topic, request.queue_id) for _, request in cluster.broker.held} == {("meters", 0), ("meters", 1)}
+    sent_ms = cluster.network.now_ms
+    cluster.broker.store("meters", 1, 1)
+    wait_for_messages(cluster, member)
+    assert cluster.network.now_ms - sent_ms < 1.0
+
+
+def test_the_next_pull_does_not_wait_for_the_caller(cluster: ReadingCluster) -> None:
+    cluster.broker.store("meters", 0, 1)
+    cluster.started("one", **EARLIEST)
+    cluster.run_for(5)
+    for _ in range(5):
+        cluster.broker.store("meters", 0, 1)
+        cluster.run_for(2)
+    assert [pull.offset for pull in cluster.broker.asked(Pull) if pull.queue_id == 0] == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_only_wanted_tags_come(cluster: ReadingCluster) -> None:
+    member = cluster.started("one", filters={"meters": "hall || kitchen"})
+    cluster.run_until(lambda: member.queues == [Q0, Q1])
+    cluster.broker.store("meters", 0, 3, tags=["hall", None, "kitchen"])
+    wait_for_messages(cluster, member)
+    member.take_all()
+    assert offsets_seen(member) == [0, 2]
+    assert all(pull.tag_mask for pull in cluster.broker.asked(Pull))
+
+
+# --- committing ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_finished_is_committed_within_the_interval(cluster: ReadingCluster) -> None:
+    member = cluster.started("one")
+    cluster.run_until(lambda: member.queues == [Q0, Q1])
+    cluster.broker.store("meters", 0, 3)
+    wait_for_messages(cluster, member)
+    unit = member.take()
+    cluster.run_for(3_000)
+    assert cluster.broker.committed("reports", "meters", 0) is None
+    assert unit is not None
+    member.inbox.done(unit)
+    cluster.run_for(1_100)
+    assert cluster.broker.committed("reports", "meters", 0) == 3
+
+
+def test_nothing_new_is_not_committed_again(cluster: ReadingCluster) -> None:
+    member = cluster.started("one", eager=1.0)
+    cluster.broker.store("meters", 0, 3)
+    cluster.run_for(10_000)
+    assert len(cluster.broker.asked(CommitOffsets)) == 1
+    assert len(member.seen) == 3
+
+
+def test_closing_commits_and_gives_everything_back(cluster: ReadingCluster) -> None:
+    member = cluster.started("one", eager=1.0)
+    cluster.run_until(lambda: member.queues == [Q0, Q1])
+    cluster.broker.store("meters", 1, 4)
+    cluster.run_for(5)
+    member.close()
+    assert cluster.broker.committed("reports", "meters", 1) == 4
+    assert cluster.broker.leases == {}
+    assert not cluster.broker.members["reports"]
+
+
+def test_the_group_goes_on_where_it_was(cluster: ReadingCluster) -> None:
+    first = cluster.started("one", eager=1.0)
+    cluster.run_until(lambda: first.queues == [Q0, Q1])
+    cluster.broker.store("meters", 0, 4)
+    cluster.run_for(5)
+    first.close()
+    cluster.broker.store("meters", 0, 2)
+    second = cluster.started("two", eager=1.0)
+    cluster.run_for(50)
+    assert offsets_seen(second) == [4, 5]
+
+
+def test_manual_commits_happen_when_asked(cluster: ReadingCluster) -> None:
+    member = cluster.started("one", eager=1.0, auto_commit=False)
+    cluster.broker.store("meters", 0, 3)
+    cluster.run_for(5_000)
+    assert cluster.broker.asked(CommitOffsets) == []
+    answers: list[ZrmqError | None] = []
+    member.core.commit(answers.append, 1_000)
+    cluster.run_until(lambda: answers == [None])
+    assert cluster.broker.committed("reports", "meters", 0) == 3
+    member.core.commit(answers.append, 1_000)
+    assert answers == [None, None]
+
+
+def test_a_commit_that_nobody_answers_fails(cluster: ReadingCluster) -> None:
+    member = cluster.started("one", eager=1.0, auto_commit=False)
+    cluster.broker.store("meters", 0, 3)
+    cluster.run_for(100)
+    cluster.network.cut("one", "broker-a")
+    answers: list[ZrmqError | None] = []
+    member.core.commit(answers.append, 1_000)
+    cluster.run_for(1_500)
+    assert [type(answer).__name__ for answer in answers] == ["RequestTimeoutError"]
+
+
+# --- where a group begins -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("consume_from", "first"), [(ConsumeFrom.LATEST, 3), (ConsumeFrom.EARLIEST, 0)])
+def test_where_a_group_begins(cluster: ReadingCluster, consume_from: ConsumeFrom, first: int) -> None:
+    cluster.broker.store("meters", 0, 3)
+    member = cluster.started("one", eager=1.0, consume_from=consume_from)
+    cluster.run_until(lambda: member.queues == [Q0, Q1])
+    cluster.broker.store("meters", 0, 3)
+    cluster.run_for(10)
+    assert offsets_seen(member) == list(range(first, 6))
+
+
+def test_a_group_begins_at_a_time(cluster: ReadingCluster) -> None:
+    cluster.broker.store("meters", 0, 3)
+    cluster.run_for(1_000)
+    at_ms = member_clock_ms(cluster)
+    cluster.broker.store("meters", 0, 3)
+    member = cluster.started("one", eager=1.0, consume_from=ConsumeFrom.TIMESTAMP, consume_timestamp_ms=at_ms)
+    cluster.run_for(50)
+    assert offsets_seen(member) == [3, 4, 5]
+
+
+def member_clock_ms(cluster: ReadingCluster) -> int:
+    assert cluster.broker.loop is not None
+    return cluster.broker.loop.clock.time_ms()
+
+
+def test_started_means_that_nothing_stored_from_now_on_is_missed(cluster: ReadingCluster) -> None:
+    member = cluster.member("one", eager=1.0)
+    cluster.run_until(lambda: member.started_ms is not None)
+    cluster.broker.store("meters", 0, 1)  # before the lease is there
+    cluster.run_for(50)
+    assert offsets_seen(member) == [0]
+
+
+def test_a_broker_that_is_new_to_the_group_begins_when_the_group_did() -> None:
+    cluster = ReadingCluster(brokers=2)
+    old, new = cluster.brokers
+    old.add_topic("meters", 1)
+    new.crash()
+    cluster.run_for(12_000)
+    cluster.started("one").close()
+    cluster.run_for(1_000)
+    new.start()
+    new.add_topic("meters", 1)
+    cluster.run_for(1_000)
+    new.store("meters", 0, 3)  # the group subscribed before this, at the other broker
+    cluster.run_for(1_000)
+    member = cluster.started("two", eager=1.0)
+    cluster.run_for(100)
+    assert offsets_seen(member, MessageQueue("meters", "broker-b", 0)) == [0, 1, 2]
+    assert len(old.asked(DescribeGroups, "two")) == len(new.asked(DescribeGroups, "two")) == 1
+
+
+def test_a_broker_that_appears_is_joined_with_the_same_time() -> None:
+    cluster = ReadingCluster(brokers=2)
+    old, new = cluster.brokers
+    old.add_topic("meters", 1)
+    new.crash()
+    cluster.run_for(12_000)
+    member = cluster.started("one", eager=1.0)
+    cluster.run_for(5_000)
+    new.start()
+    new.add_topic("meters", 1)
+    new.store("meters", 0, 3)
+    cluster.run_until(lambda: len(member.queues) == 2)
+    cluster.run_for(100)
+    assert offsets_seen(member, MessageQueue("meters", "broker-b", 0)) == [0, 1, 2]
+    assert new.groups["reports"].since_ms == old.groups["reports"].since_ms
+
+
+def test_a_new_group_has_one_time_at_all_brokers() -> None:
+    cluster = ReadingCluster(brokers=3)
+    cluster.add_topic()
+    cluster.started("one")
+    assert len({broker.groups["reports"].since_ms["meters"] for broker in cluster.brokers}) == 1
+
+
+def test_a_broker_nobody_reaches_does_not_hold_the_others_up_for_ever() -> None:
+    cluster = ReadingCluster(brokers=2)
+    cluster.add_topic()
+    cluster.network.cut("one", "broker-b")
+    member = cluster.member("one")
+    cluster.run_for(3_500)
+    assert [queue.broker_name for queue in member.queues] == ["broker-a", "broker-a"]
+
+
+def test_subscribing_creates_the_topic() -> None:
+    cluster = ReadingCluster(brokers=2)
+    member = cluster.started("one", eager=1.0)
+    cluster.run_until(lambda: len(member.queues) == 8)
+    cluster.brokers[1].store("meters", 3, 1)
+    cluster.run_for(10)
+    assert len(member.seen) == 1
+
+
+def test_a_topic_that_may_not_be_created_is_waited_for() -> None:
+    cluster = ReadingCluster(auto_create=False)
+    member = cluster.started("one", eager=1.0)
+    cluster.run_for(20_000)
+    assert member.queues == []
+    cluster.broker.add_topic("meters", 1)
+    cluster.broker.store("meters", 0, 2)
+    cluster.run_for(2_000)
+    assert offsets_seen(member) == [0, 1]
+
+
+# --- sharing ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_member_gets_its_share_at_once(cluster: ReadingCluster) -> None:
+    first = cluster.started("one", eager=1.0)
+    cluster.run_until(lambda: first.queues == [Q0, Q1])
+    cluster.broker.store("meters", 1, 5)
+    cluster.run_for(10)
+    second = cluster.member("two", eager=1.0)
+    cluster.run_until(lambda: bool(cluster.broker.asked(JoinGroup, "two")))
+    joined_ms = cluster.network.now_ms
+    cluster.run_until(lambda: (first.queues, second.queues) == ([Q0], [Q1]))
+    assert cluster.network.now_ms - joined_ms < 10
+    cluster.broker.store("meters", 0, 1)
+    cluster.broker.store("meters", 1, 1)
+    cluster.run_for(10)
+    assert (offsets_seen(first, Q0), offsets_seen(first, Q1)) == ([0], [0, 1, 2, 3, 4])
+    assert (offsets_seen(second, Q0), offsets_seen(second, Q1)) == ([], [5])
+
+
+def test_what_is_in_flight_is_finished_before_the_queue_goes(cluster: ReadingCluster) -> None:
+    first = cluster.started("one")
+    cluster.run_until(lambda: first.queues == [Q0, Q1])
+    cluster.broker.store("meters", 1, 5)
+    wait_for_messages(cluster, first)
+    unit = first.take(2)
+    assert unit is not None
+    second = cluster.started("two", eager=1.0)
+    cluster.run_for(20_000)
+    assert (first.queues, second.queues) == ([Q0, Q1], [])
+    assert first.take() is None, "nothing more of a queue that somebody waits for"
+    first.inbox.done(unit)
+    cluster.run_for(10)
+    assert (first.queues, second.queues) == ([Q0], [Q1])
+    assert offsets_seen(second, Q1) == [2, 3, 4]
+
+
+def test_a_queue_is_given_up_when_its_messages_never_come_to_an_end(cluster: ReadingCluster) -> None:
+    first = cluster.started("one")
+    cluster.run_until(lambda: first.queues == [Q0, Q1])
+    cluster.broker.store("meters", 1, 5)
+    wait_for_messages(cluster, first)
+    unit = first.take(2)
+    second = cluster.started("two", eager=1.0)
+    cluster.run_for(59_000)
+    assert second.queues == []
+    cluster.run_for(20_000)
+    assert second.queues == [Q1]
+    assert offsets_seen(second, Q1) == [0, 1, 2, 3, 4]
+    assert unit is not None
+    first.inbox.done(unit)
+    cluster.run_for(5_000)
+    assert cluster.broker.committed("reports", "meters", 1) == 5
+
+
+def test_a_member_that_leaves_makes_room_at_once(cluster: ReadingCluster) -> None:
+    first, second = cluster.started("one", eager=1.0), cluster.started("two", eager=1.0)
+    cluster.run_until(lambda: (first.queues, second.queues) == ([Q0], [Q1]))
+    left_ms = cluster.network.now_ms
+    first.close()
+    cluster.run_until(lambda: second.queues == [Q0, Q1])
+    assert cluster.network.now_ms - left_ms < 20
+
+
+def test_a_member_that_dies_makes_room_after_the_session_timeout(cluster: ReadingCluster) -> None:
+    first, second = cluster.started("one", eager=1.0), cluster.started("two", eager=1.0)
+    cluster.run_until(lambda: (first.queues, second.queues) == ([Q0], [Q1]))
+    died_ms = cluster.network.now_ms
+    first.crash()
+    cluster.run_until(lambda: second.queues == [Q0, Q1])
+    assert 8_000 < cluster.network.now_ms - died_ms < 11_000
+
+
+def test_a_member_is_believed_in_when_every_broker_knows_it() -> None:
+    cluster = ReadingCluster(brokers=2)
+    cluster.add_topic(queue_count=1)
+    first = cluster.started("one")
+    cluster.run_until(lambda: len(first.queues) == 2)
+    cluster.network.cut("two", "broker-b")
+    second = cluster.member("two")
+    cluster.run_for(8_000)
+    assert len(first.queues) == 2
+    assert second.queues == []
+    cluster.network.heal("two", "broker-b")
+    cluster.run_until(lambda: len(first.queues) == len(second.queues) == 1)
+
+
+def test_a_lost_notice_is_noticed(cluster: ReadingCluster) -> None:
+    first = cluster.started("one", eager=1.0)
+    cluster.broker.loses_notices = True
+    second = cluster.started("two", eager=1.0)
+    cluster.run_for(2)
+    assert (first.queues, second.queues) == ([Q0, Q1], [])
+    cluster.run_for(6_000)
+    assert (first.queues, second.queues) == ([Q0], [Q1])
+
+
+def test_a_lease_that_is_not_wanted_any_more_is_released(cluster: ReadingCluster) -> None:
+    first = cluster.started("one")
+    cluster.run_until(lambda: first.queues == [Q0, Q1])
+    cluster.broker.store("meters", 1, 1)
+    wait_for_messages(cluster, first)
+    unit = first.take()
+    second = cluster.started("two")
+    cluster.run_for(10)
+    third = cluster.started("three")  # sorted: one, three, two; two queues, so the last one has none
+    cluster.run_for(10)
+    assert unit is not None
+    first.inbox.done(unit)
+    cluster.run_for(500)
+    assert (first.queues, third.queues, second.queues) == ([Q0], [Q1], [])
+    assert len(cluster.broker.asked(ReleaseLease, "two")) == 1
+
+
+def test_a_strategy_that_fails_is_told_to_the_caller(cluster: ReadingCluster) -> None:
+    def broken(*_: Any) -> list[MessageQueue]:
+        raise KeyError("room")
+
+    member = cluster.started("one", allocation=broken)
+    assert isinstance(member.inbox.failure, InvalidArgumentError)
+    assert "strategy broken failed with KeyError('room')" in member.inbox.failure.message
+
+
+# --- refusals of the group ----------------------------------------------------------------------------------------------
+
+
+def test_a_member_that_subscribes_otherwise_is_refused(cluster: ReadingCluster) -> None:
+    first = cluster.started("one")
+    second = cluster.started("two", filters={"meters": "hall"})
+    assert isinstance(second.inbox.failure, SubscriptionMismatchError)
+    assert "{'meters': '*'}" in second.inbox.failure.message
+    assert "{'meters': 'hall'}" in second.inbox.failure.message
+    assert second.take() is None
+    cluster.run_for(20_000)
+    assert (first.queues, second.queues) == ([Q0, Q1], [])
+
+
+def test_a_second_instance_of_one_name_is_refused_when_it_cannot_be_a_ghost(cluster: ReadingCluster) -> None:
+    cluster.started("one", message_model=MessageModel.BROADCASTING, instance_name="hall")
+    second = cluster.member("two", message_model=MessageModel.BROADCASTING, instance_name="hall")
+    cluster.run_for(9_000)
+    assert second.inbox.failure is None
+    cluster.run_for(4_000)
+    assert isinstance(second.inbox.failure, RequestRefusedError)
+    assert second.inbox.failure.code is Code.INSTANCE_NAME_TAKEN
+
+
+def test_an_instance_comes_back_after_its_former_life_was_killed(cluster: ReadingCluster) -> None:
+    first = cluster.started("one", message_model=MessageModel.BROADCASTING, instance_name="hall", eager=1.0)
+    cluster.run_until(lambda: first.queues == [Q0, Q1])
+    cluster.broker.store("meters", 0, 3)
+    cluster.run_for(2_000)
+    first.crash()
+    second = cluster.member("two", message_model=MessageModel.BROADCASTING, instance_name="hall", eager=1.0)
+    cluster.run_until(lambda: second.queues == [Q0, Q1])
+    cluster.broker.store("meters", 0, 1)
+    cluster.run_for(10)
+    assert offsets_seen(second) == [3]
+
+
+@pytest.mark.parametrize("code", [Code.NOT_READY, Code.STOPPING, Code.TOO_MANY_REQUESTS, Code.DISK_FULL])
+def test_refusals_that_pass_are_waited_out(cluster: ReadingCluster, code: Code) -> None:
+    refuse_kind(cluster.broker, JoinGroup, RequestRefusedError("Not now.", code=code))
+    member = cluster.member("one")
+    cluster.run_for(5_000)
+    assert member.inbox.failure is None
+    cluster.broker.refuse = lambda session, request: None
+    cluster.run_until(lambda: member.queues == [Q0, Q1])
+
+
+def test_a_refusal_that_does_not_pass_is_told(cluster: ReadingCluster) -> None:
+    refuse_kind(cluster.broker, JoinGroup, RequestRefusedError("Nobody may.", code=Code.FORBIDDEN))
+    assert str(cluster.started("one").inbox.failure) == "Nobody may. [40300 FORBIDDEN]"
+
+
+def refuse_kind(broker: ReadingBroker, kind: type[Any], error: ZrmqError) -> None:
+    broker.refuse = lambda session, request: error if isinstance(request, kind) else None
+
+
+# --- leases -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_fenced_pull_drops_the_queue_and_claims_it_again(cluster: ReadingCluster) -> None:
+    member = cluster.started("one")
+    cluster.run_until(lambda: member.queues == [Q0, Q1])
+    cluster.broker.store("meters", 0, 3)
+    wait_for_messages(cluster, member)
+    unit = member.take(1)
+    assert unit is not None
+    cluster.broker.leases["reports", "meters", 0] = ("stranger", 99)
+    cluster.broker.store("meters", 0, 1)
+    cluster.run_for(10)
+    assert member.queues == [Q1]
+    assert member.take() is None, "what was buffered is nobody's"
+    member.inbox.done(unit)
+    cluster.run_for(3_000)
+    assert cluster.broker.committed("reports", "meters", 0) is None, "what was in flight is not committed"
+    cluster.broker._end_lease(("reports", "meters", 0))
+    cluster.run_for(10)
+    assert member.queues == [Q0, Q1]
+    member.take_all()
+    assert offsets_seen(member) == [0, 0, 1, 2, 3]
+
+
+def test_a_fenced_commit_drops_the_queue(cluster: ReadingCluster) -> None:
+    member = cluster.started("one", eager=1.0)
+    cluster.run_until(lambda: member.queues == [Q0, Q1])
+    cluster.broker.store("meters", 0, 3)
+    cluster.broker.store("meters", 1, 3)
+    cluster.run_for(5)
+    cluster.broker.leases["reports", "meters", 0] = ("stranger", 99)
+    cluster.run_for(1_500)
+    assert member.queues == [Q1]
+    assert cluster.broker.committed("reports", "meters", 1) == 3
+
+
+def test_a_lease_nobody_confirms_ends_on_this_side_first(cluster: ReadingCluster) -> None:
+    member = cluster.started("one")
+    cluster.run_until(lambda: member.queues == [Q0, Q1])
+    cluster.broker.store("meters", 0, 3)
+    wait_for_messages(cluster, member)
+    cluster.network.cut("one", "broker-a")
+    cut_ms = cluster.network.now_ms
+    cluster.run_for(6_000)
+    assert member.take(1) is not None, "short silences do no harm"
+    cluster.run_until(lambda: member.queues == [])
+    assert cluster.network.now_ms - cut_ms < 8_600
+    assert member.take() is None
+    assert cluster.broker.holder("reports", "meters", 0) == "one", "the broker still keeps the lease for it"
+
+
+def test_what_is_buffered_is_checked_when_it_is_handed_out(cluster: ReadingCluster) -> None:
+    """A process that stood still wakes up with messages in its hands: its callers may run before its loop does."""
+    member = cluster.started("one")
+    cluster.run_until(lambda: member.queues == [Q0, Q1])
+    cluster.broker.store("meters", 0, 3)
+    wait_for_messages(cluster, member)
+    member.loop.pause()
+    cluster.run_for(60_000)
+    assert member.take() is None
+    member.loop.resume()
+    cluster.run_for(3_000)
+    member.take_all()
+    assert offsets_seen(member) == [0, 1, 2]
+
+
+def test_a_connection_that_breaks_and_heals_loses_nothing(cluster: ReadingCluster) -> None:
+    member = cluster.started("one", eager=1.0)
+    cluster.run_until(lambda: member.queues == [Q0, Q1])
+    for _ in range(5):
+        cluster.broker.store("meters", 0, 2)
+        cluster.network.break_connections("one", "broker-a")
+        cluster.broker.store("meters", 0, 2)
+        cluster.run_for(1_000)
+    assert offsets_seen(member) == list(range(20))
+    assert cluster.broker.committed("reports", "meters", 0) is not None
+
+
+def test_a_restarted_broker_finds_its_reader_where_it_was(cluster: ReadingCluster) -> None:
+    member = cluster.started("one", eager=1.0)
+    cluster.run_until(lambda: member.queues == [Q0, Q1])
+    cluster.broker.store("meters", 0, 2)
+    cluster.run_for(1_100)
+    epochs = dict(cluster.broker.leases)
+    cluster.broker.crash()
+    cluster.run_for(500)
+    cluster.broker.start()
+    cluster.broker.store("meters", 0, 2)
+    cluster.run_for(3_000)
+    assert offsets_seen(member) == [0, 1, 2, 3]
+    assert cluster.broker.leases == epochs, "it kept its leases over the restart"
+
+
+def test_a_broker_that_left_and_came_back_is_read_on(cluster: ReadingCluster) -> None:
+    member = cluster.started("one", eager=1.0)
+    cluster.run_until(lambda: member.queues == [Q0, Q1])
+    cluster.broker.store("meters", 0, 2)
+    cluster.run_for(2_000)
+    cluster.broker.crash()
+    cluster.run_for(15_000)
+    assert member.queues == []
+    cluster.broker.leases.clear()
+    cluster.broker.start()
+    cluster.broker.store("meters", 0, 1)
+    cluster.run_until(lambda: member.queues == [Q0, Q1])
+    cluster.run_for(20)
+    assert offsets_seen(member) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("code", [Code.FORBIDDEN, Code.INTERNAL_ERROR, Code.LEASE_HELD])
+def test_a_refused_lease_is_asked_for_again(cluster: ReadingCluster, code: Code) -> None:
+    refuse_kind(cluster.broker, AcquireLease, RequestRefusedError("Not now.", code=code))
+    member = cluster.started("one")
+    cluster.run_for(3_000)
+    assert len(cluster.broker.asked(AcquireLease)) < 100, "but not in a tight circle"
+    cluster.broker.refuse = lambda session, request: None
+    cluster.run_for(1_500)
+    assert member.queues == [Q0, Q1]
+
+
+def test_a_lease_of_unknown_outcome_is_asked_for_until_it_is_known(cluster: ReadingCluster) -> None:
+    """The answer may be lost with a lease in it; nobody must hold a queue without reading it."""
+    broker = cluster.broker
+    grant = broker._do_AcquireLease
+    swallowed = []
+
+    def swallow(session: Any, request: AcquireLease) -> Any:
+        reply = grant(session, request)
+        swallowed.append(reply)
+        return None
+
+    broker._do_AcquireLease = swallow  # type: ignore[method-assign]
+    member = cluster.started("one")
+    cluster.run_for(1_000)
+    assert [type(reply) for reply in swallowed] == [Leased, Leased]
+    broker._do_AcquireLease = grant  # type: ignore[method-assign]
+    cluster.run_for(16_000)
+    assert member.queues == [Q0, Q1]
+
+
+def test_a_release_of_unknown_outcome_is_repeated(cluster: ReadingCluster) -> None:
+    broker = cluster.broker
+    first = cluster.started("one", eager=1.0)
+    cluster.run_until(lambda: first.queues == [Q0, Q1])
+    release = broker._do_ReleaseLease
+    broker._do_ReleaseLease = lambda session, request: None  # type: ignore[method-assign,assignment,return-value]
+    second = cluster.started("two", eager=1.0)
+    cluster.run_for(1_000)
+    assert second.queues == []
+    broker._do_ReleaseLease = release  # type: ignore[method-assign]
+    cluster.run_for(6_000)
+    assert (first.queues, second.queues) == ([Q0], [Q1])
+
+
+# --- what pulls may bring -----------------------------------------------------------------------------------------------
+
+
+def answer_once(broker: ReadingBroker, queue_id: int, answer: Callable[[Pull], Pulled]) -> None:
+    """The next pull of the queue gets this answer; later ones what is there."""
+    left = [True]
+
+    def answer_pull(request: Pull) -> tuple[Pulled, list[bytes]] | None:
+        if request.queue_id == queue_id and left.pop() if left else False:
+            return answer(request), []
+        return None
+
+    broker.answer_pull = answer_pull
+
+
+def test_what_expired_is_passed_over(cluster: ReadingCluster) -> None:
+    cluster.broker.store("meters", 0, 3)
+    cluster.broker.store("meters", 0, 3)
+    member = cluster.started("one", eager=1.0, **EARLIEST)
+    log = cluster.broker.topics["meters"][0]
+    log.min_offset, log.batches = 3, log.batches[1:]
+    cluster.run_for(1_500)
+    assert offsets_seen(member) == [3, 4, 5]
+    assert cluster.broker.committed("reports", "meters", 0) == 6
+
+
+def test_a_damaged_batch_is_passed_over_and_counted(cluster: ReadingCluster) -> None:
+    cluster.broker.store("meters", 0, 3)
+    cluster.broker.store("meters", 0, 3)
+    answer_once(cluster.broker, 0, lambda pull: Pulled(pull.number, PullStatus.CORRUPT, 3, 0, 6))
+    member = cluster.started("one", eager=1.0, **EARLIEST)
+    cluster.run_for(1_500)
+    assert offsets_seen(member) == [3, 4, 5]
+    assert member.core.reader.corrupt_count == 1
+    assert cluster.broker.committed("reports", "meters", 0) == 6
+
+
+def test_an_offset_beyond_the_queue_goes_back_and_so_does_the_commit(cluster: ReadingCluster) -> None:
+    member = cluster.started("one", eager=1.0)
+    cluster.run_until(lambda: member.queues == [Q0, Q1])
+    cluster.broker.store("meters", 0, 3)
+    cluster.broker.store("meters", 0, 3)
+    cluster.run_for(1_500)
+    assert cluster.broker.committed("reports", "meters", 0) == 6
+    log = cluster.broker.topics["meters"][0]
+    log.batches.pop()
+    log.next_offset = 3  # as a failover may do that loses an unconfirmed tail
+    cluster.network.break_connections("one", "broker-a")
+    cluster.run_for(2_500)
+    assert cluster.broker.committed("reports", "meters", 0) == 3
+    cluster.broker.store("meters", 0, 1)
+    cluster.run_for(10)
+    assert offsets_seen(member)[-1] == 3
+
+
+def test_nonsense_from_a_broker_is_not_a_tight_circle(cluster: ReadingCluster) -> None:
+    from tests.unit.stored import stored_batch
+
+    def nonsense(request: Pull) -> tuple[Pulled, list[bytes]]:
+        return Pulled(request.number, PullStatus.FOUND, request.offset, 0, 0), [stored_batch(0, 1)]
+
+    cluster.broker.answer_pull = nonsense
+    member = cluster.started("one", eager=1.0)
+    cluster.run_for(5_000)
+    assert len(cluster.broker.asked(Pull)) < 20
+    assert member.seen == []
+
+
+@pytest.mark.parametrize("code", [Code.INTERNAL_ERROR, Code.TOO_MANY_REQUESTS, Code.FORBIDDEN, Code.TOPIC_NOT_FOUND])
+def test_a_refused_pull_is_asked_again_later(cluster: ReadingCluster, code: Code) -> None:
+    refuse_kind(cluster.broker, Pull, RequestRefusedError("Not now.", code=code))
+    member = cluster.started("one", eager=1.0)
+    cluster.run_for(5_000)
+    assert 4 <= len(cluster.broker.asked(Pull)) < 20
+    cluster.broker.refuse = lambda session, request: None
+    cluster.broker.store("meters", 0, 1)
+    cluster.run_for(1_500)
+    assert offsets_seen(member) == [0]
+
+
+def test_a_pull_that_is_never_answered_is_made_again(cluster: ReadingCluster) -> None:
+    member = cluster.started("one", eager=1.0)
+    cluster.run_until(lambda: len(cluster.broker.held) == 2)
+    cluster.broker.held.clear()
+    cluster.broker.store("meters", 0, 1)
+    cluster.run_for(21_000)
+    assert offsets_seen(member) == [0]
+
+
+def test_a_batch_damaged_on_the_way_is_pulled_again(cluster: ReadingCluster) -> None:
+    cluster.broker.store("meters", 0, 3)
+    good = cluster.broker.topics["meters"][0].batches[0][2]
+    answers = [(Pulled(0, PullStatus.FOUND, 3, 0, 3), good[:-1] + b"\xff")]
+
+    def answer_pull(request: Pull) -> tuple[Pulled, list[bytes]] | None:
+        if request.queue_id or not answers:
+            return None
+        reply, frame = answers.pop()
+        return Pulled(request.number, reply.status, reply.next_offset, 0, 3), [frame]
+
+    cluster.broker.answer_pull = answer_pull
+    member = cluster.started("one", eager=1.0, **EARLIEST)
+    cluster.run_for(50)
+    assert offsets_seen(member) == [0, 1, 2]
+    assert member.inbox.damaged_count == 1
+
+
+# --- room ---------------------------------------------------------------------------------------------------------------
+
+
+def test_pulls_stop_when_the_buffer_is_full_and_go_on_when_there_is_room(cluster: ReadingCluster) -> None:
+    for _ in range(40):
+        cluster.broker.store("meters", 0, 10)
+    cluster.broker.answer_pull = one_batch_at_a_time(cluster.broker)
+    member = cluster.started("one", bounds=Bounds(32 << 20, 100), **EARLIEST)
+    cluster.run_for(1_000)
+    assert 50 <= member.inbox.account.messages <= 110
+    for _ in range(100):
+        for unit in member.take_all():
+            member.inbox.done(unit)
+        cluster.run_for(1)
+    assert offsets_seen(member) == list(range(400))
+    assert (member.inbox.account.messages, member.inbox.account.size_bytes) == (0, 0)
+
+
+def test_room_is_counted_in_bytes_too(cluster: ReadingCluster) -> None:
+    for _ in range(40):
+        cluster.broker.store("meters", 0, 10)
+    cluster.broker.answer_pull = one_batch_at_a_time(cluster.broker)
+    size = len(cluster.broker.topics["meters"][0].batches[0][2])
+    member = cluster.started("one", bounds=Bounds(10 * size, 100_000), **EARLIEST)
+    cluster.run_for(1_000)
+    assert 5 * size <= member.inbox.account.size_bytes <= 11 * size
+
+
+def one_batch_at_a_time(broker: ReadingBroker) -> Callable[[Pull], tuple[Pulled, list[bytes]] | None]:
+    def answer(request: Pull) -> tuple[Pulled, list[bytes]] | None:
+        for base, count, frame in broker.topics[request.topic][request.queue_id].batches:
+            if base <= request.offset < base + count:
+                return Pulled(request.number, PullStatus.FOUND, base + count, 0, 0), [frame]
+        return None
+
+    return answer
+
+
+def test_a_queue_that_is_stuck_leaves_room_for_the_others(cluster: ReadingCluster) -> None:
+    for _ in range(40):
+        cluster.broker.store("meters", 0, 10)
+    cluster.broker.answer_pull = one_batch_at_a_time(cluster.broker)
+    member = cluster.started("one", bounds=Bounds(32 << 20, 100), in_order=True, **EARLIEST)
+    cluster.run_for(100)
+    stuck = member.take(1)
+    assert stuck is not None
+    cluster.run_for(100)
+    for _ in range(20):
+        cluster.broker.store("meters", 1, 10)
+        cluster.run_for(5)
+        for unit in member.take_all():
+            member.inbox.done(unit)
+    assert offsets_seen(member, Q1) == list(range(200))
+    assert offsets_seen(member, Q0) == [0]
+
+
+def test_many_queues_ask_for_less_each() -> None:
+    cluster = ReadingCluster()
+    cluster.add_topic(queue_count=64)
+    cluster.started("one", bounds=Bounds(4 << 20, 100_000))
+    cluster.run_for(100)
+    asked = {pull.bytes_max for pull in cluster.broker.asked(Pull)}
+    assert asked == {(4 << 20) // 128}
+
+
+# --- broadcasting -------------------------------------------------------------------------------------------------------
+
+
+def test_every_instance_gets_every_message(cluster: ReadingCluster) -> None:
+    options: dict[str, Any] = {"message_model": MessageModel.BROADCASTING, "eager": 1.0}
+    one, two = (cluster.started(name, instance_name=name, **options) for name in ("one", "two"))
+    cluster.run_until(lambda: one.queues == two.queues == [Q0, Q1])
+    cluster.broker.store("meters", 0, 3)
+    cluster.run_for(2_000)
+    assert offsets_seen(one) == offsets_seen(two) == [0, 1, 2]
+    assert cluster.broker.committed("reports", "meters", 0, "one") == 3
+    assert cluster.broker.committed("reports", "meters", 0, "two") == 3
+    assert cluster.broker.leases == {}
+
+
+def test_an_instance_goes_on_where_it_was(cluster: ReadingCluster) -> None:
+    options: dict[str, Any] = {"message_model": MessageModel.BROADCASTING, "eager": 1.0, "instance_name": "hall"}
+    one = cluster.started("one", **options)
+    cluster.run_until(lambda: one.queues == [Q0, Q1])
+    cluster.broker.store("meters", 0, 3)
+    cluster.run_for(100)
+    one.close()
+    cluster.broker.store("meters", 0, 2)
+    two = cluster.started("two", **options)
+    cluster.run_for(100)
+    assert offsets_seen(two) == [3, 4]
+
+
+# --- without a group ----------------------------------------------------------------------------------------------------
+
+PLAIN: dict[str, Any] = {"group": "", "eager": 1.0}
+
+
+@pytest.mark.parametrize(("consume_from", "first"), [(ConsumeFrom.LATEST, 3), (ConsumeFrom.EARLIEST, 0)])
+def test_reading_without_a_group(cluster: ReadingCluster, consume_from: ConsumeFrom, first: int) -> None:
+    cluster.broker.store("meters", 0, 3)
+    member = cluster.started("one", consume_from=consume_from, **PLAIN)
+    cluster.broker.store("meters", 0, 2)
+    cluster.run_for(5_000)
+    assert offsets_seen(member) == list(range(first, 5))
+    assert cluster.broker.asked(CommitOffsets) == cluster.broker.asked(JoinGroup) == cluster.broker.asked(AcquireLease) == []
+
+
+def test_a_topic_that_appears_is_read_from_its_beginning() -> None:
+    cluster = ReadingCluster()
+    member = cluster.started("one", **PLAIN)
+    cluster.run_for(2_000)
+    assert cluster.broker.topics == {}, "reading creates no topics"
+    cluster.broker.add_topic("meters", 1)
+    cluster.broker.store("meters", 0, 2)
+    cluster.run_for(1_000)
+    assert offsets_seen(member) == [0, 1]
+
+
+def test_a_broker_that_was_away_is_read_on_where_it_was(cluster: ReadingCluster) -> None:
+    cluster.broker.store("meters", 0, 3)
+    member = cluster.started("one", **PLAIN)
+    cluster.broker.store("meters", 0, 1)
+    cluster.run_for(100)
+    cluster.broker.crash()
+    cluster.run_for(15_000)
+    cluster.broker.store("meters", 0, 1)
+    cluster.broker.start()
+    cluster.run_for(5_000)
+    assert offsets_seen(member) == [3, 4]
+
+
+def test_a_broker_that_appears_late_shows_what_is_younger_than_the_reader() -> None:
+    cluster = ReadingCluster(brokers=2)
+    cluster.add_topic(queue_count=1)
+    late = cluster.brokers[1]
+    late.store("meters", 0, 5)
+    late.crash()
+    cluster.run_for(12_000)
+    member = cluster.started("one", **PLAIN)
+    late.start()
+    late.store("meters", 0, 1)
+    cluster.run_for(5_000)
+    assert offsets_seen(member, MessageQueue("meters", "broker-b", 0)) == [5]
+
+
+# --- assigned queues ----------------------------------------------------------------------------------------------------
+
+ASSIGNED: dict[str, Any] = {"is_assigned": True, "filters": {}, "eager": 1.0}
+
+
+def assigned(cluster: ReadingCluster, name: str, *queues: MessageQueue, **options: Any) -> Member:
+    member = cluster.member(name, **{**ASSIGNED, **options})
+    member.core.assign(queues)
+    cluster.run_until(lambda: member.queues == sorted(queues))
+    return member
+
+
+def test_assigned_queues_are_read_without_asking_anybody(cluster: ReadingCluster) -> None:
+    cluster.broker.store("meters", 0, 1)
+    cluster.broker.store("meters", 1, 1)
+    member = assigned(cluster, "one", Q1, consume_from=ConsumeFrom.EARLIEST, group="")
+    cluster.run_for(50)
+    assert (offsets_seen(member, Q0), offsets_seen(member, Q1)) == ([], [0])
+    assert cluster.broker.asked(JoinGroup) == []
+
+
+def test_assigned_queues_commit_for_the_group_and_begin_there(cluster: ReadingCluster) -> None:
+    cluster.broker.store("meters", 0, 3)
+    assigned(cluster, "one", Q0, consume_from=ConsumeFrom.EARLIEST)
+    cluster.run_for(2_000)
+    assert cluster.broker.committed("reports", "meters", 0) == 3
+    cluster.broker.groups["reports"].since_ms["meters"] = 1
+    cluster.broker.store("meters", 0, 1)
+    second = assigned(cluster, "two", Q0, consume_from=ConsumeFrom.EARLIEST)
+    cluster.run_for(50)
+    assert offsets_seen(second) == [3]
+
+
+def test_another_assignment_takes_the_place_of_the_first(cluster: ReadingCluster) -> None:
+    member = assigned(cluster, "one", Q0)
+    member.core.assign([Q1])
+    cluster.run_until(lambda: member.queues == [Q1])
+    cluster.broker.store("meters", 0, 1)
+    cluster.broker.store("meters", 1, 1)
+    cluster.run_for(50)
+    assert (offsets_seen(member, Q0), offsets_seen(member, Q1)) == ([], [0])
+
+
+def test_a_queue_the_topic_does_not_have_is_refused(cluster: ReadingCluster) -> None:
+    member = cluster.member("one", **{**ASSIGNED, "group": ""})
+    member.core.assign([MessageQueue("meters", "broker-a", 7)])
+    cluster.run_until(lambda: member.inbox.failure is not None)
+    assert "has queues 0 to 1, not 7" in str(member.inbox.failure)
+
+
+def test_commits_of_assigned_queues_that_members_hold_are_refused_but_reading_goes_on(cluster: ReadingCluster) -> None:
+    cluster.started("one")
+    member = assigned(cluster, "two", Q0)
+    cluster.run_for(10)
+    cluster.broker.store("meters", 0, 2)
+    answers: list[ZrmqError | None] = []
+    cluster.run_for(10)
+    member.core.commit(answers.append, 1_000)
+    cluster.run_until(lambda: bool(answers))
+    assert isinstance(answers[0], FencedError)
+    assert member.queues == [Q0]
+
+
+# --- seek, pause, resume ------------------------------------------------------------------------------------------------
+
+
+def test_seeking_back_reads_again_and_commits_it(cluster: ReadingCluster) -> None:
+    cluster.broker.store("meters", 0, 5)
+    member = cluster.started("one", eager=1.0, **EARLIEST)
+    cluster.run_for(1_500)
+    assert cluster.broker.committed("reports", "meters", 0) == 5
+    member.core.seek(Q0, 2)
+    cluster.run_for(20)
+    assert offsets_seen(member) == [0, 1, 2, 3, 4, 2, 3, 4]
+    member.core.seek(Q0, 1)
+    member.core.pause([Q0], True)
+    cluster.run_for(2_000)
+    assert cluster.broker.committed("reports", "meters", 0) == 1
+    commits = cluster.broker.asked(CommitOffsets)
+    assert commits[-1].reset
+    assert not commits[0].reset
+
+
+def test_seeking_forward_passes_over(cluster: ReadingCluster) -> None:
+    for _ in range(5):
+        cluster.broker.store("meters", 0, 1)
+    member = cluster.started("one", **EARLIEST)
+    cluster.run_until(lambda: member.queues == [Q0, Q1])
+    wait_for_messages(cluster, member)
+    member.core.seek(Q0, 4)
+    cluster.run_for(20)
+    member.take_all()
+    assert offsets_seen(member) == [4]
+
+
+def test_what_was_taken_before_a_seek_counts_for_nothing(cluster: ReadingCluster) -> None:
+    cluster.broker.store("meters", 0, 5)
+    member = cluster.started("one", **EARLIEST)
+    wait_for_messages(cluster, member)
+    unit = member.take()
+    assert unit is not None
+    member.core.seek(Q0, 0)
+    member.inbox.done(unit)
+    cluster.run_for(2_000)
+    assert cluster.broker.committed("reports", "meters", 0) == 0
+
+
+def test_paused_queues_hold_and_pull_nothing(cluster: ReadingCluster) -> None:
+    cluster.broker.store("meters", 0, 5)
+    member = cluster.started("one", **EARLIEST)
+    wait_for_messages(cluster, member)
+    first = member.take(2)
+    assert first is not None
+    member.core.pause([Q0], True)
+    cluster.broker.store("meters", 0, 5)
+    cluster.run_for(20_000)
+    assert member.take() is None
+    assert member.inbox.account.messages == 0
+    member.inbox.done(first)
+    cluster.run_for(1_500)
+    assert cluster.broker.committed("reports", "meters", 0) == 2
+    member.core.pause([Q0], False)
+    cluster.run_for(20)
+    member.take_all()
+    assert offsets_seen(member) == list(range(10))
+
+
+def test_pausing_everything_holds_for_queues_that_come_later(cluster: ReadingCluster) -> None:
+    first = cluster.started("one")
+    first.core.pause_all(True)
+    second = cluster.started("two")
+    cluster.run_until(lambda: (first.queues, second.queues) == ([Q0], [Q1]))
+    second.close()
+    cluster.run_until(lambda: first.queues == [Q0, Q1])
+    cluster.broker.store("meters", 1, 1)
+    cluster.run_for(100)
+    assert first.take() is None
+    first.core.pause_all(False)
+    cluster.run_for(10)
+    assert first.take() is not None
+
+
+def test_seek_and_pause_of_a_queue_that_is_not_ours(cluster: ReadingCluster) -> None:
+    member = cluster.started("one")
+    elsewhere = MessageQueue("doors", "broker-a", 3)
+    with pytest.raises(InvalidArgumentError, match="Queue 3 of 'doors' at broker-a is not assigned to this consumer"):
+        member.core.seek(elsewhere, 0)
+    cluster.run_until(lambda: member.queues == [Q0, Q1])
+    with pytest.raises(InvalidArgumentError, match="not assigned"):
+        member.core.pause([Q0, elsewhere], True)
+    assert not member.reading(Q0).is_paused
+
+
+# --- asking and ending --------------------------------------------------------------------------------------------------
+
+
+def test_brokers_are_asked_by_name(cluster: ReadingCluster) -> None:
+    member = cluster.started("one")
+    answers: list[Any] = []
+    for name in ("broker-a", "broker-z"):
+        member.core.ask(
+            name, QueryOffsets, "meters", [], -1, timeout_ms=1_000, on_reply=lambda reply, frames: answers.append(reply)
+        )
+    cluster.run_until(lambda: len(answers) == 2)
+    assert isinstance(answers[0], UnreachableError)
+    assert isinstance(answers[1], Offsets)
+
+
+def test_closing_while_nobody_can_be_reached_ends_too(cluster: ReadingCluster) -> None:
+    member = cluster.started("one", eager=1.0)
+    cluster.broker.store("meters", 0, 2)
+    cluster.run_for(10)
+    cluster.network.cut("one", "broker-a")
+    began_ms = cluster.network.now_ms
+    member.close()
+    assert cluster.network.now_ms - began_ms < 2_000
+
+
+def test_closing_before_anything_was_there() -> None:
+    cluster = ReadingCluster()
+    cluster.member("one").close()
+
+
+def test_a_lease_that_arrives_after_the_end_is_not_read(cluster: ReadingCluster) -> None:
+    member = cluster.member("one")
+    cluster.run_until(lambda: bool(cluster.broker.asked(AcquireLease)))
+    member.close()
+    assert member.queues == []
+    assert cluster.broker.leases == {}
+
+
+# --- everything at once -------------------------------------------------------------------------------------------------
+
+
+class Storm:
+    """Members come, go, die and stall, connections break, brokers restart, messages come in, for a while; then all is quiet.
+
+    Watched all the time: a unit is only ever handed out by the member that holds the queue's lease, and what a member gets of a queue
+    under one lease has no gap and no repetition. Afterwards: every message was handed out, everything is committed.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        self.cluster = ReadingCluster(brokers=2, seed=seed)
+        self.cluster.add_topic(queue_count=3)
+        self.members: dict[str, Member] = {}
+        self.born = 0
+        self.seen: set[tuple[str, int, int]] = set()
+        self.next_offsets: dict[Any, int] = {}
+        self.handed_out: Counter[str] = Counter()
+
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            self.rng.choice([self.join, self.join, self.leave, self.die, self.store, self.store, self.disturb, self.restart])()
+            for _ in range(self.rng.randint(1, 40)):
+                self.cluster.run_for(self.rng.choice([1.0, 10.0, 100.0]))
+                for member in self.members.values():
+                    self.take(member)
+        while len(self.members) < 2:
+            self.join()
+        for _ in range(400):
+            self.cluster.run_for(100)
+            for member in self.members.values():
+                self.take(member)
+
+    def take(self, member: Member) -> None:
+        while self.rng.random() < 0.8 and (unit := member.take(self.rng.randint(1, 5))) is not None:
+            queue = unit.process_queue
+            broker = next(each for each in self.cluster.brokers if each.name == queue.queue.broker_name)
+            assert broker.holder("reports", "meters", queue.queue.queue_id) == member.config.client_id
+            assert self.next_offsets.get(queue, unit.offset) == unit.offset
+            self.next_offsets[queue] = unit.next_offset
+            self.seen |= {(queue.queue.broker_name, queue.queue.queue_id, message.queue_offset) for message in unit.messages}
+            self.handed_out[member.config.client_id] += 1
+            member.inbox.done(unit)
+
+    def join(self) -> None:
+        if len(self.members) < 4:
+            self.born += 1
+            name = f"member-{self.born}"
+            self.members[name] = self.cluster.member(name, consume_from=ConsumeFrom.EARLIEST)
+
+    def leave(self) -> None:
+        if self.members:
+            self.members.pop(self.rng.choice(sorted(self.members))).close()
+
+    def die(self) -> None:
+        if self.members:
+            self.members.pop(self.rng.choice(sorted(self.members))).crash()
+
+    def store(self) -> None:
+        broker = self.rng.choice(self.cluster.brokers)
+        if broker.loop is not None:
+            broker.store("meters", self.rng.randrange(3), self.rng.randint(1, 20))
+
+    def disturb(self) -> None:
+        if self.members:
+            name, broker = self.rng.choice(sorted(self.members)), self.rng.choice(self.cluster.brokers).name
+            if self.rng.random() < 0.5:
+                self.cluster.network.break_connections(name, broker)
+            else:
+                self.cluster.network.cut(name, broker)
+                self.cluster.network.schedule(
+                    None, self.rng.choice([500.0, 5_000.0, 15_000.0]), lambda: self.cluster.network.heal(name, broker)
+                )
+
+    def restart(self) -> None:
+        broker = self.rng.choice(self.cluster.brokers)
+        broker.crash()
+        self.cluster.run_for(self.rng.choice([50.0, 3_000.0]))
+        broker.start()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_storm_loses_nothing_and_never_gives_a_queue_two_owners(seed: int) -> None:
+    storm = Storm(seed)
+    storm.run(30)
+    for broker in storm.cluster.brokers:
+        for queue_id, log in enumerate(broker.topics["meters"]):
+            expected = {(broker.name, queue_id, offset) for offset in range(log.next_offset)}
+            assert expected <= storm.seen, f"seed {seed}"
+            assert (broker.committed("reports", "meters", queue_id) or 0) == log.next_offset, f"seed {seed}"
+    held = [queue for member in storm.members.values() for queue in member.queues]
+    assert sorted(held) == sorted(set(held))
+    assert len(held) == 6

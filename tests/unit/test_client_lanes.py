@@ -1,0 +1,280 @@
+"""One message at a time in the caller's thread, and how it goes on through the core when its lane fails."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from tests.unit.fake_cluster import FakeCluster, StoringBroker
+from tests.unit.test_client_producing import A0, B0, Desk
+from zrmq.client.accumulator import Extras
+from zrmq.client.lanes import Lanes
+from zrmq.errors import DiskFullError, PayloadTooLargeError, RequestTimeoutError, UnreachableError, ZrmqError, refused
+from zrmq.message import MessageQueue, SendReceipt
+from zrmq.protocol.requests import Done, Request
+
+LANE_PRODUCER_ID = 99
+
+
+class BrokerLane:
+    """A lane that calls the fake broker's store as a function; `fail` may answer in its place, before or after."""
+
+    def __init__(self, broker: StoringBroker) -> None:
+        self.broker = broker
+        self.is_closed = False
+        self.before: ZrmqError | None = None
+        self.after: ZrmqError | None = None
+        self.requests = 0
+
+    def request(self, kind: type[Request], *fields: object, payload: Sequence[Any] = (), timeout_ms: int) -> tuple[Any, list[bytes]]:
+        self.requests += 1
+        if self.before is not None:
+            raise self.before
+        try:
+            reply = self.broker._store(kind(1, timeout_ms, *fields), payload[0])  # type: ignore[arg-type]
+        except ZrmqError as error:
+            raise refused(error.code, error.message, error.facts) from error
+        if self.after is not None:
+            raise self.after
+        return reply, []
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+class LaneDesk(Desk):
+    """A core with lanes. What a caller's thread waits for is run by a second thread, which turns the network meanwhile."""
+
+    def __init__(self, cluster: FakeCluster, *topics: str, **config: Any) -> None:
+        super().__init__(cluster, *topics, **config)
+        self.opened: dict[str, BrokerLane] = {}
+        self.lanes = Lanes(
+            self.core, self.accumulator, LANE_PRODUCER_ID, open_lane=self.open_lane,
+            post=self.loop.call_soon_threadsafe, new_lock=threading.Lock,
+        )
+
+    def open_lane(self, address: str) -> BrokerLane:
+        (broker,) = [broker for broker in self.cluster.brokers.values() if broker.address == address]
+        return self.opened.setdefault(broker.name, BrokerLane(broker))
+
+    def send_now(self, target: str | MessageQueue = "t", body: bytes = b"x", timeout_ms: int = 3_000) -> SendReceipt | None:
+        return self.lanes.send(target, body, len(body) + 64, None, timeout_ms)
+
+    def send_and_turn(self, target: str | MessageQueue = "t", body: bytes = b"x", timeout_ms: int = 8_000) -> SendReceipt:
+        """For a send that is handed over: the network runs here while the send waits in a thread."""
+        results: list[SendReceipt | BaseException | None] = []
+
+        def run() -> None:
+            try:
+                results.append(self.send_now(target, body, timeout_ms))
+            except ZrmqError as error:
+                results.append(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        wait_until(lambda: bool(results) or any(batch.waiters for batch in self.accumulator.unfinished()))
+        self.network.run_until(lambda: not self.accumulator.unfinished())
+        thread.join(30)
+        (result,) = results
+        if isinstance(result, BaseException):
+            raise result
+        assert result is not None
+        return result
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    pause = threading.Event()
+    while not condition():
+        pause.wait(0.001)
+
+
+def one(**config: Any) -> LaneDesk:
+    desk = LaneDesk(FakeCluster("a", queue_count=2), "t", **config)
+    desk.send_now()  # opens the lane
+    return desk
+
+
+def two(**config: Any) -> LaneDesk:
+    cluster = FakeCluster("a", "b", queue_count=1)
+    for broker in cluster.brokers.values():
+        broker.add_topic("t")
+    desk = LaneDesk(cluster, "t", **config)
+    desk.send_now()
+    desk.send_now()
+    return desk
+
+
+def test_a_receipt_comes_back_in_the_same_call() -> None:
+    desk = one()
+    receipt = desk.send_now(A0, b"body")
+    assert receipt is not None
+    assert (receipt.queue, receipt.topic, receipt.duplicate) == (A0, "t", False)
+    assert receipt.message_id == f"{LANE_PRODUCER_ID:016X}{2:016X}"
+    assert desk.cluster["a"].logs["t", 0][receipt.queue_offset].bodies == [b"body"]
+    assert desk.accumulator.buffered_bytes == 0
+
+
+def test_extras_travel_too() -> None:
+    desk = one()
+    desk.lanes.send(A0, b"x", 70, Extras("tag", ("k",), {"a": "b"}, "g"), 3_000)
+    header = desk.cluster["a"].logs["t", 0][-1].header
+    assert (header.flags, header.record_count) == (15, 1)
+
+
+def test_free_messages_take_turns() -> None:
+    desk = two()
+    receipts = [desk.send_now() for _ in range(4)]
+    assert {receipt.broker_name for receipt in receipts if receipt} == {"a", "b"}
+
+
+def test_sequences_are_shared_by_all_lanes() -> None:
+    desk = two()
+    ids = [receipt.message_id for receipt in (desk.send_now() for _ in range(6)) if receipt]
+    assert len(set(ids)) == 6
+
+
+def test_a_lane_in_use_is_not_waited_for() -> None:
+    desk = one()
+    desk.lanes._slots["a"].lock.acquire()
+    assert desk.send_now() is None
+    desk.lanes._slots["a"].lock.release()
+    assert desk.send_now() is not None
+
+
+def test_another_brokers_lane_is_taken_instead() -> None:
+    desk = two()
+    desk.lanes._slots["a"].lock.acquire()
+    receipts = [desk.send_now(), desk.send_now()]
+    assert {receipt.broker_name for receipt in receipts if receipt} == {"b"}
+    assert desk.send_now(A0) is None
+
+
+def test_a_broker_without_a_session_has_no_lane() -> None:
+    desk = two()
+    desk.cluster["a"].crash()
+    desk.network.run_until(lambda: desk.core.reachable == {"b"})
+    assert desk.send_now(A0) is None
+    assert desk.send_now("t") is not None
+
+
+def test_the_batchs_own_fault_is_raised() -> None:
+    desk = one()
+    desk.opened["a"].before = PayloadTooLargeError("Too large.")
+    with pytest.raises(PayloadTooLargeError):
+        desk.send_now()
+    desk.opened["a"].before = None
+    assert desk.send_now() is not None  # the lane is free again
+
+
+def test_a_strange_answer_is_an_error() -> None:
+    desk = one()
+    desk.opened["a"].request = lambda *a, **k: (Done(1), [])  # type: ignore[method-assign]
+    with pytest.raises(ZrmqError, match="Done"):
+        desk.send_now()
+
+
+def test_trouble_moves_the_same_message_to_another_broker() -> None:
+    desk = two()
+    for name in ("a", "b"):
+        desk.opened[name].before = DiskFullError("full")
+    receipt = desk.send_and_turn(body=b"moved")
+    other = receipt.broker_name
+    assert receipt.message_id.startswith(f"{LANE_PRODUCER_ID:016X}")
+    assert b"moved" in desk.cluster[other].bodies
+    assert desk.core.faults.is_avoided({"a": "b", "b": "a"}[other], desk.network.now_ms)
+
+
+def test_trouble_without_another_broker_is_tried_again_in_place() -> None:
+    desk = one()
+    desk.opened["a"].before = DiskFullError("full")
+    started_ms = desk.network.now_ms
+    receipt = desk.send_and_turn()
+    assert receipt.broker_name == "a"
+    assert desk.network.now_ms - started_ms >= 100
+
+
+def test_trouble_without_retries_is_raised() -> None:
+    desk = one(retries=0)
+    desk.opened["a"].before = DiskFullError("full")
+    with pytest.raises(DiskFullError):
+        desk.send_and_turn()
+
+
+def test_an_unanswered_message_is_recognised_by_its_queue() -> None:
+    desk = one()
+    desk.opened["a"].after = RequestTimeoutError("no answer")
+    receipt = desk.send_and_turn(A0, b"once")
+    assert receipt.duplicate
+    assert desk.cluster["a"].bodies.count(b"once") == 1
+
+
+def test_an_unanswered_free_message_goes_elsewhere_with_its_id() -> None:
+    desk = two()
+    for name in ("a", "b"):
+        desk.opened[name].after = RequestTimeoutError("no answer")
+    receipt = desk.send_and_turn(body=b"twice at most")
+    stored = [broker.name for broker in desk.cluster.brokers.values() if b"twice at most" in broker.bodies]
+    assert sorted(stored) == ["a", "b"]
+    ids = {
+        entry.header.first_sequence
+        for broker in desk.cluster.brokers.values() for entry in broker.logs["t", 0] if entry.bodies == [b"twice at most"]
+    }
+    assert len(ids) == 1
+    assert not receipt.duplicate
+
+
+def test_a_bound_message_that_nobody_took_waits_for_its_broker() -> None:
+    desk = two()
+    desk.opened["b"].before = UnreachableError("down")
+    receipt = desk.send_and_turn(B0, b"bound")
+    assert (receipt.broker_name, receipt.duplicate) == ("b", False)
+
+
+def test_a_short_timeout_is_over_when_the_lane_gives_up() -> None:
+    desk = one()
+    desk.opened["a"].after = RequestTimeoutError("no answer")
+    with pytest.raises(RequestTimeoutError):
+        desk.send_now(timeout_ms=500)
+
+
+def test_a_broker_that_moved_gets_a_new_lane() -> None:
+    desk = one()
+    old = desk.opened.pop("a")
+    assert desk.core.route is not None
+    desk.lanes._slots["a"].address = "tcp://127.0.0.1:1"
+    assert desk.send_now() is not None
+    assert old.is_closed
+    assert desk.opened["a"] is not old
+
+
+def test_closed_lanes_send_nothing_more() -> None:
+    desk = two()
+    desk.lanes.close()
+    assert all(lane.is_closed for lane in desk.opened.values())
+    assert desk.send_now() is None
+
+
+def test_closing_waits_for_a_lane_in_use() -> None:
+    desk = one()
+    slot = desk.lanes._slots["a"]
+    slot.lock.acquire()
+    thread = threading.Thread(target=desk.lanes.close)
+    thread.start()
+    wait_until(lambda: desk.lanes._is_closed)
+    assert not desk.opened["a"].is_closed
+    slot.lock.release()
+    thread.join(30)
+    assert desk.opened["a"].is_closed
+
+
+def test_a_handed_over_message_ends_when_the_core_is_closed() -> None:
+    desk = one()
+    desk.opened["a"].after = RequestTimeoutError("no answer")
+    desk.core.close()
+    with pytest.raises(ZrmqError, match="closed"):
+        desk.send_and_turn()
+
+

@@ -1,0 +1,97 @@
+"""What callers give as messages: accepted kinds, and a typed refusal for every wrong one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgpack
+import pytest
+
+from zrmq.client.accumulator import ITEM_OVERHEAD_BYTES, RECORD_OVERHEAD_BYTES, Extras
+from zrmq.client.outgoing import NO_VALUE, outgoing, outgoing_record
+from zrmq.errors import Code, InvalidArgumentError, PayloadTooLargeError
+from zrmq.message import Record
+from zrmq.protocol import limits
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [(b"abc", b"abc"), (b"", b""), ("21.5 °C", "21.5 °C".encode()), (bytearray(b"abc"), b"abc"), (memoryview(b"xabcx")[1:4], b"abc"),
+     (memoryview(b"a-b-c")[::2], b"abc")],
+)
+def test_bodies_become_bytes(body: Any, expected: bytes) -> None:
+    assert outgoing(body) == (expected, len(expected) + RECORD_OVERHEAD_BYTES, None)
+
+
+@pytest.mark.parametrize("value", [None, 0, 21.5, "text", b"raw", [1, 2], {"a": {"b": None}}, True])
+def test_values_are_packed(value: Any) -> None:
+    body, _, _ = outgoing(None, value)
+    assert msgpack.unpackb(body) == value
+
+
+def test_what_can_still_be_changed_is_copied() -> None:
+    body, keys, properties = bytearray(b"abc"), ["dev-7"], {"unit": "C"}
+    data, _, extras = outgoing(body, keys=keys, properties=properties)
+    body[0] = 0
+    keys.append("later")
+    properties["later"] = "x"
+    assert data == b"abc"
+    assert extras == Extras(None, ("dev-7",), {"unit": "C"}, None)
+
+
+def test_empty_extras_are_none() -> None:
+    assert outgoing(b"x", keys=[], properties={})[2] is None
+
+
+def test_the_size_counts_everything() -> None:
+    _, size_bytes, extras = outgoing(b"12345", NO_VALUE, "tag", ["k1", "k22"], {"p": "vv"}, "group")
+    assert extras == Extras("tag", ("k1", "k22"), {"p": "vv"}, "group")
+    assert size_bytes == 5 + 3 + 2 + 3 + 3 + 5 + RECORD_OVERHEAD_BYTES + 4 * ITEM_OVERHEAD_BYTES
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"body": None}, "NoneType"),
+        ({"body": 5}, "int"),
+        ({"body": ["a"]}, "list"),
+        ({"body": "\ud800"}, "UTF-8"),
+        ({"body": b"x", "value": 1}, "not both"),
+        ({"body": None, "value": object()}, "MessagePack"),
+        ({"body": None, "value": 1 << 70}, "MessagePack"),
+        ({"body": None, "value": "\ud800"}, "MessagePack"),
+        ({"body": b"x", "tag": ""}, "tag"),
+        ({"body": b"x", "tag": 5}, "tag"),
+        ({"body": b"x", "tag": "a|b"}, "tag"),
+        ({"body": b"x", "keys": "dev-7"}, "keys"),
+        ({"body": b"x", "keys": {"dev-7"}}, "keys"),
+        ({"body": b"x", "keys": [5]}, "key"),
+        ({"body": b"x", "keys": ["k"] * (limits.KEY_COUNT_MAX + 1)}, "keys"),
+        ({"body": b"x", "properties": [("a", "b")]}, "properties"),
+        ({"body": b"x", "properties": {"a": 1}}, "property"),
+        ({"body": b"x", "message_group": "g" * 65}, "message group"),
+        ({"body": b"x", "message_group": 7}, "message group"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments: dict[str, Any], text: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=text):
+        outgoing(**arguments)
+
+
+def test_too_much_is_refused() -> None:
+    with pytest.raises(PayloadTooLargeError) as caught:
+        outgoing(bytes(limits.BODY_BYTES_MAX + 1))
+    assert caught.value.code is Code.MESSAGE_BODY_TOO_LARGE
+    with pytest.raises(PayloadTooLargeError) as caught:
+        outgoing(b"", properties={"p": "v" * limits.PROPERTIES_BYTES_MAX})
+    assert caught.value.code is Code.MESSAGE_PROPERTIES_TOO_LARGE
+
+
+def test_records_of_a_batch_may_be_plain_or_whole() -> None:
+    assert outgoing_record("text", None)[0] == b"text"
+    assert outgoing_record("text", "g")[2] == Extras(None, (), None, "g")
+    whole = Record(b"x", "tag", ["k"], "g", {"a": "b"})
+    assert outgoing_record(whole, None)[2] == Extras("tag", ("k",), {"a": "b"}, "g")
+    assert outgoing_record(whole, "g")[2] == Extras("tag", ("k",), {"a": "b"}, "g")
+    with pytest.raises(InvalidArgumentError, match="message_group"):
+        outgoing_record(whole, "other")

@@ -1,0 +1,82 @@
+"""`zrmq send`: one message from the command line, or one for each line of stdin."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+
+from zrmq.cli.options import client_options, examples
+from zrmq.cli.printing import print_json
+
+if TYPE_CHECKING:
+    from zrmq.message import SendReceipt
+    from zrmq.producer import Producer
+
+GROUP = "zrmq-send"
+AHEAD_MAX = 10_000  # lines sent whose receipts are not printed yet: enough for full batches, few to lose sight of
+
+
+def parse_property(text: str) -> tuple[str, str]:
+    """Name and value of `K=V`. Raises `click.BadParameter`."""
+    name, separator, value = text.partition("=")
+    if not separator or not name:
+        raise click.BadParameter(f"{text!r} is no property; write NAME=VALUE.")
+    return name, value
+
+
+@click.command(epilog=examples(
+    "zrmq send meters 21.5 --tag kitchen --key dev-7",
+    "zrmq send meters 21.5 --property unit=C --message-group house-1",
+    "journalctl -f | zrmq send logs - --json",
+))
+@click.argument("topic")
+@click.argument("body")
+@click.option("--tag", help="The message's tag; consumers select by it.")
+@click.option("--key", "keys", multiple=True, help="A key to find the message by; give it again for more.")
+@click.option("--property", "properties", multiple=True, metavar="NAME=VALUE", help="A property; give it again for more.")
+@click.option("--message-group", help="Messages of one group keep their order.")
+@client_options
+def send(topic: str, body: str, timeout_ms: int, nameservers: str | None, as_json: bool, **given: Any) -> None:
+    """Send BODY to TOPIC; `-` sends each line of stdin as a message. Ends with 0 only when all of them are stored."""
+    import zrmq
+
+    parts = {
+        "tag": given["tag"],
+        "keys": given["keys"],
+        "message_group": given["message_group"],
+        "properties": dict(map(parse_property, given["properties"])) or None,
+    }
+    with zrmq.Producer(GROUP, nameservers=nameservers, send_timeout_ms=timeout_ms) as producer:
+        if body != "-":
+            print_receipt(producer.send(topic, body.encode(errors="surrogateescape"), **parts), as_json)
+            return
+        count = 0
+        for count, receipt in enumerate(send_lines(producer, topic, click.get_binary_stream("stdin"), parts), 1):  # noqa: B007
+            if as_json:
+                print_receipt(receipt, as_json)
+    if not as_json:
+        click.echo(f"stored {count} messages in {topic}")
+
+
+def send_lines(producer: Producer, topic: str, lines: Iterable[bytes], parts: dict[str, Any]) -> Iterator[SendReceipt]:
+    """Send each line without its end; the receipts in the order of the lines, a while behind them."""
+    handles: deque[Any] = deque()
+    for line in lines:
+        handles.append(producer.send_async(topic, line.rstrip(b"\r\n"), **parts))
+        while handles and (len(handles) > AHEAD_MAX or handles[0].done()):
+            yield handles.popleft().result()
+    while handles:
+        yield handles.popleft().result()
+
+
+def print_receipt(receipt: SendReceipt, as_json: bool) -> None:
+    """Where a message is, and how safe."""
+    if as_json:
+        print_json(msgspec.structs.asdict(receipt))
+        return
+    place = f"{receipt.topic}, queue {receipt.queue_id} of {receipt.broker_name}, offset {receipt.queue_offset}"
+    click.echo(f"stored {receipt.message_id} in {place} ({receipt.durability.value})")

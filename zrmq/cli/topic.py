@@ -1,0 +1,158 @@
+"""`zrmq topic`: list, create, update, delete and show topics."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from zrmq.cli.administration import open_admin
+from zrmq.cli.options import F, client_options, examples
+from zrmq.cli.printing import print_json, print_table
+from zrmq.config import parse_duration, parse_size
+from zrmq.errors import InvalidArgumentError
+from zrmq.message import FlushMode
+from zrmq.protocol.limits import QUEUES_PER_TOPIC_MAX
+
+if TYPE_CHECKING:
+    from zrmq.protocol.requests import TopicInfo
+
+QUEUE_COUNT = click.IntRange(1, QUEUES_PER_TOPIC_MAX)
+PERMISSIONS = {"rw": 6, "r": 4, "w": 2, "none": 0}
+FLUSH_MODES = [mode.value for mode in FlushMode]
+PERMISSION_NAMES = {value: name for name, value in PERMISSIONS.items()}
+
+
+def settings(command: F) -> F:
+    """What can be set for a topic. What is not given stays None."""
+    for option in (
+        click.option("--retention-bytes", type=parse_size, metavar="SIZE", help="Oldest messages beyond it are deleted: 1GiB."),
+        click.option("--retention-ms", "--retention", type=parse_duration, metavar="AGE", help="Older ones are deleted: 72h."),
+        click.option("--permission", type=click.Choice(list(PERMISSIONS)), help="What clients may do: read, write."),
+        click.option("--flush-mode", type=click.Choice(FLUSH_MODES), help="Acknowledge after the flush (sync) or not."),
+        click.option("--queue-count", "--queues", type=QUEUE_COUNT, help="Queues at each broker; only ever more."),
+    ):
+        command = option(command)
+    return command
+
+
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    """The settings that were given, as `Admin` takes them."""
+    known = {name: value for name, value in options.items() if value is not None}
+    if "permission" in known:
+        known["permission"] = PERMISSIONS[known["permission"]]
+    if "flush_mode" in known:
+        known["flush_mode"] = FlushMode(known["flush_mode"])
+    return known
+
+
+@click.group()
+def topic() -> None:
+    """List, create, update, delete and show topics."""
+
+
+@topic.command("list", epilog=examples("zrmq topic list", "zrmq topic list --json"))
+@client_options
+def list_topics(as_json: bool, **where: Any) -> None:
+    """All topics, with what they hold."""
+    with open_admin(**where) as admin:
+        rows = [summary(name, brokers) for name, brokers in sorted(admin.topics().items())]
+    if as_json:
+        for row in rows:
+            print_json(row)
+        return
+    shown = ("topic", "brokers", "queue_count", "messages", "flush_mode", "permission")
+    cells = ({**row, "brokers": ",".join(row["brokers"])} for row in rows)
+    print_table(("topic", "brokers", "queues", "messages", "flush", "permission"), ([row[key] for key in shown] for row in cells))
+
+
+def summary(name: str, brokers: dict[str, TopicInfo]) -> dict[str, Any]:
+    """What a topic is over all its brokers. Settings are those of the first; `zrmq topic show` has each."""
+    first = brokers[min(brokers)].config
+    queues = [queue for info in brokers.values() for queue in info.queues]
+    return {
+        "topic": name,
+        "brokers": sorted(brokers),
+        "queue_count": len(queues),
+        "messages": sum(queue.max_offset - queue.min_offset for queue in queues),
+        "flush_mode": first.flush_mode.value,
+        "permission": PERMISSION_NAMES.get(first.permission, first.permission),
+        "retention_ms": first.retention_ms,
+        "retention_bytes": first.retention_bytes,
+    }
+
+
+@topic.command(epilog=examples("zrmq topic show meters"))
+@click.argument("name", metavar="TOPIC")
+@client_options
+def show(name: str, as_json: bool, **where: Any) -> None:
+    """One topic: its settings and its queues, broker by broker."""
+    with open_admin(**where) as admin:
+        brokers = admin.topic(name)
+    facts = summary(name, brokers)
+    queues = [
+        {"broker_name": broker, "queue_id": queue.queue_id, "min_offset": queue.min_offset, "max_offset": queue.max_offset}
+        for broker, info in sorted(brokers.items()) for queue in info.queues
+    ]
+    if as_json:
+        print_json({**facts, "queues": queues})
+        return
+    for key in ("topic", "flush_mode", "permission", "retention_ms", "retention_bytes"):
+        if facts[key] is not None:
+            click.echo(f"{key}: {facts[key]}")
+    print_table(("broker", "queue", "min offset", "max offset"), (list(queue.values()) for queue in queues))
+
+
+@topic.command(epilog=examples("zrmq topic create meters", "zrmq topic create alarms --queues 1 --retention 7d"))
+@click.argument("name", metavar="TOPIC")
+@settings
+@client_options
+def create(name: str, nameservers: str | None, timeout_ms: int, as_json: bool, **options: Any) -> None:
+    """Create a topic at every broker. A topic that exists with these settings is left as it is; with others it is refused."""
+    with open_admin(nameservers, timeout_ms) as admin:
+        admin.create_topic(name, **given(options))
+        _print_done("created", name, admin.topic(name), as_json)
+
+
+@topic.command(epilog=examples("zrmq topic update meters --queues 8", "zrmq topic update meters --permission r"))
+@click.argument("name", metavar="TOPIC")
+@settings
+@client_options
+def update(name: str, nameservers: str | None, timeout_ms: int, as_json: bool, **options: Any) -> None:
+    """Change what is given of a topic, at every broker that has it."""
+    changes = given(options)
+    if not changes:
+        raise click.UsageError("Nothing to change is given; see --help for what can be set.")
+    with open_admin(nameservers, timeout_ms) as admin:
+        admin.update_topic(name, **changes)
+        _print_done("updated", name, admin.topic(name), as_json)
+
+
+@topic.command(epilog=examples("zrmq topic delete meters", "zrmq topic delete meters --yes"))
+@click.argument("name", metavar="TOPIC")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@client_options
+def delete(name: str, yes: bool, as_json: bool, **where: Any) -> None:
+    """Delete a topic with its messages and all groups' offsets on it, at every broker."""
+    with open_admin(**where) as admin:
+        facts = summary(name, admin.topic(name))
+        if not yes and not confirm(f"Delete {name} with its {facts['messages']} messages?"):
+            raise InvalidArgumentError(f"{name} was not deleted; say --yes to delete without being asked.", topic=name)
+        admin.delete_topic(name)
+    if as_json:
+        print_json({"topic": name, "deleted": True})
+    else:
+        click.echo(f"deleted {name}")
+
+
+def confirm(question: str) -> bool:
+    """Ask, where there is somebody to ask."""
+    return click.get_text_stream("stdin").isatty() and click.confirm(question)
+
+
+def _print_done(what: str, name: str, brokers: dict[str, TopicInfo], as_json: bool) -> None:
+    facts = summary(name, brokers)
+    if as_json:
+        print_json(facts)
+    else:
+        click.echo(f"{what} {name}: {facts['queue_count']} queues at {', '.join(facts['brokers'])}, flush {facts['flush_mode']}")

@@ -1,0 +1,315 @@
+"""Looking after a cluster from a program: topics, groups and brokers, over all live master brokers at once.
+
+    with zrmq.connect().admin() as admin:
+        admin.create_topic("meters", queue_count=8)
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from random import Random
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+import msgspec
+
+from zrmq.client.instance import ClientInstance
+from zrmq.client.link import Identity
+from zrmq.client.runtime import ClientThread
+from zrmq.config import find_nameservers
+from zrmq.errors import (
+    Code,
+    ConsumerGroupNotFoundError,
+    InvalidArgumentError,
+    InvalidFrameError,
+    RequestRefusedError,
+    TopicNotFoundError,
+    UnreachableError,
+    ZrmqError,
+)
+from zrmq.protocol.events import TopicConfig
+from zrmq.protocol.limits import check_group, check_topic
+from zrmq.protocol.requests import (
+    AnyReply,
+    BrokerInfo,
+    BrokerState,
+    DeleteTopic,
+    DescribeBroker,
+    DescribeGroups,
+    DescribeTopics,
+    GroupInfo,
+    Groups,
+    PutTopic,
+    Request,
+    TopicInfo,
+    Topics,
+)
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from zrmq.transport.options import Context
+
+TIMEOUT_MS = 5_000
+
+Answers = dict[str, AnyReply | ZrmqError]  # by broker name
+OnFailure = Callable[[str, ZrmqError], None]
+T = TypeVar("T")
+Finish = Callable[[T | ZrmqError], None]
+
+
+class Admin:
+    """A client for people and programs that look after a cluster. Calls block; any thread may make them.
+
+    What lists things asks every live master. A broker that does not answer fails the call; with `on_failure(broker_name, error)`
+    that is called for it instead, and the others' answers are returned, unless there are none. What changes things always fails
+    when one broker does, after all have been asked; doing it again is safe.
+
+    Every call may raise `UnreachableError`, `RequestTimeoutError` (after `timeout_ms`), `ClosedError`.
+    """
+
+    def __init__(
+        self,
+        nameservers: str | Sequence[str] | None = None,
+        *,
+        timeout_ms: int = TIMEOUT_MS,
+        on_failure: OnFailure | None = None,
+        context: Context | None = None,
+    ) -> None:
+        """`nameservers` as everywhere: the argument, else `ZRMQ_NAMESERVERS`, else this machine's. Connects in the background.
+
+        Raises `ConfigError` or `InvalidArgumentError` for addresses that cannot be any.
+        """
+        addresses = find_nameservers(nameservers)
+        self._timeout_ms = timeout_ms
+        self._on_failure = on_failure
+        self._thread = ClientThread("zrmq-admin", context=context)
+        rng = Random()
+        identity = Identity(f"admin-{rng.getrandbits(64):016x}", "admin")
+        try:
+            self._instance = self._thread.call(lambda: ClientInstance(self._thread.loop, addresses, identity, rng))
+        except ZrmqError:
+            self._thread.close()
+            raise
+        self._thread.at_close(self._instance.close)
+
+    def close(self) -> None:
+        """End the sessions and the thread. Closing twice does nothing."""
+        self._thread.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    # --- brokers ------------------------------------------------------------------------------------------------------
+
+    def cluster(self) -> list[BrokerInfo]:
+        """The live master brokers, sorted by name. Those silent for 3 s are `suspect`; none when none is registered."""
+        self._wait(self._begin_route)
+        route = self._instance.route
+        return [] if route is None else [route.brokers[name] for name in sorted(route.brokers)]
+
+    def broker_state(self, broker_name: str) -> dict[str, Any]:
+        """What a broker counts and holds: names to numbers or text. Raises `RequestRefusedError` (NOT_FOUND) for no such name."""
+        answer = self._ask(DescribeBroker, only=[broker_name])[broker_name]
+        return _expect(BrokerState, answer).facts
+
+    # --- topics -------------------------------------------------------------------------------------------------------
+
+    def topics(self) -> dict[str, dict[str, TopicInfo]]:
+        """All topics: by topic, then by broker name."""
+        return self._describe_topics([])
+
+    def topic(self, name: str) -> dict[str, TopicInfo]:
+        """One topic, by broker name. Raises `TopicNotFoundError`."""
+        check_topic(name)
+        found = self._describe_topics([name]).get(name)
+        if not found:
+            raise TopicNotFoundError(f"Topic {name!r} does not exist; 'zrmq topic list' shows those that do.", topic=name)
+        return found
+
+    def create_topic(self, name: str, **settings: Any) -> None:
+        """Create the topic at every live master, with `settings` as in `TopicConfig`; return when the route shows it.
+
+        Brokers that have it are left as they are. Raises `RequestRefusedError` where one has it with another of the settings
+        given, `InvalidArgumentError` for settings that cannot be.
+        """
+        config = _configure(TopicConfig(name), settings)
+        self._wait(self._begin_route)
+        present = self._describe_topics([name]).get(name, {})
+        for broker_name, info in present.items():
+            _check_alike(broker_name, info.config, {setting: getattr(config, setting) for setting in settings})
+        route = self._instance.route
+        missing = sorted(route.brokers.keys() - present.keys()) if route is not None else []
+        if missing:
+            self._change(self._ask(PutTopic, config, True, only=missing))
+        self._wait(partial(self._begin_route, topic=name))
+
+    def update_topic(self, name: str, **changes: Any) -> None:
+        """Change these settings of the topic at every broker that has it. Raises as `topic` and `create_topic`."""
+        for broker_name, info in self.topic(name).items():
+            self._change(self._ask(PutTopic, _configure(info.config, changes), only=[broker_name]))
+
+    def delete_topic(self, name: str) -> None:
+        """Delete the topic with its messages and offsets at every broker. Raises `TopicNotFoundError` when none has it."""
+        check_topic(name)
+        answers = self._ask(DeleteTopic, name)
+        if all(_is_code(answer, Code.TOPIC_NOT_FOUND) for answer in answers.values()):
+            raise TopicNotFoundError(f"Topic {name!r} does not exist; 'zrmq topic list' shows those that do.", topic=name)
+        self._change({broker: answer for broker, answer in answers.items() if not _is_code(answer, Code.TOPIC_NOT_FOUND)})
+
+    # --- consumer groups ----------------------------------------------------------------------------------------------
+
+    def groups(self) -> dict[str, dict[str, GroupInfo]]:
+        """All consumer groups: by group, then by broker name."""
+        return self._describe_groups([])
+
+    def group(self, name: str) -> dict[str, GroupInfo]:
+        """One consumer group, by broker name. Raises `ConsumerGroupNotFoundError`."""
+        check_group(name)
+        found = self._describe_groups([name]).get(name)
+        if not found:
+            raise ConsumerGroupNotFoundError(f"Group {name!r} does not exist; 'zrmq group list' shows those that do.", group=name)
+        return found
+
+    # --- asking -------------------------------------------------------------------------------------------------------
+
+    def _describe_topics(self, names: list[str]) -> dict[str, dict[str, TopicInfo]]:
+        found: dict[str, dict[str, TopicInfo]] = {}
+        for broker_name, reply in self._list(self._ask(DescribeTopics, names), Code.TOPIC_NOT_FOUND).items():
+            for info in _expect(Topics, reply).topics:
+                found.setdefault(info.config.topic, {})[broker_name] = info
+        return found
+
+    def _describe_groups(self, names: list[str]) -> dict[str, dict[str, GroupInfo]]:
+        found: dict[str, dict[str, GroupInfo]] = {}
+        for broker_name, reply in self._list(self._ask(DescribeGroups, names), Code.CONSUMER_GROUP_NOT_FOUND).items():
+            for info in _expect(Groups, reply).groups:
+                found.setdefault(info.group, {})[broker_name] = info
+        return found
+
+    def _ask(self, kind: type[Request], *fields: object, only: Sequence[str] | None = None) -> Answers:
+        """One request to each live master, or to `only` these, at once; what each of them said."""
+        return self._wait(partial(self._begin_asking, kind, fields, only))
+
+    def _list(self, answers: Answers, absent: Code) -> Answers:
+        """The good answers; a broker that does not have the thing says `absent`, which is an answer too."""
+        replies: Answers = {name: answer for name, answer in answers.items() if not isinstance(answer, ZrmqError)}
+        failures = {name: answer for name, answer in answers.items() if isinstance(answer, ZrmqError) and answer.code != absent}
+        for name, error in failures.items():
+            if self._on_failure is None or len(failures) == len(answers):
+                raise error
+            self._on_failure(name, error)
+        return replies
+
+    def _change(self, answers: Answers) -> None:
+        for broker_name, answer in answers.items():
+            if isinstance(answer, ZrmqError):
+                answer.facts["broker_name"] = broker_name
+                raise answer
+
+    def _wait(self, begin: Callable[[Finish[T]], None]) -> T:
+        """Run `begin(finish)` on the thread and wait until `finish` is called; raise the error it may be called with."""
+        finished = threading.Event()
+        results: list[T | ZrmqError] = []
+
+        def finish(result: T | ZrmqError) -> None:
+            results.append(result)
+            finished.set()
+
+        self._thread.call(lambda: begin(finish))
+        finished.wait()
+        if isinstance(results[0], ZrmqError):
+            raise results[0]
+        return results[0]
+
+    # --- on the thread ------------------------------------------------------------------------------------------------
+
+    def _begin_route(self, finish: Callable[[ZrmqError | None], None], topic: str | None = None) -> None:
+        self._instance.await_route(finish, self._timeout_ms, topic)
+
+    def _begin_asking(
+        self, kind: type[Request], fields: tuple[object, ...], only: Sequence[str] | None, finish: Finish[Answers]
+    ) -> None:
+        def ask(error: ZrmqError | None) -> None:
+            if error is not None:
+                finish(error)
+                return
+            _Round(self._instance, only, finish).ask(kind, fields, self._timeout_ms)
+
+        self._begin_route(ask)
+
+
+class _Round:
+    """The same request to several brokers; `finish` gets all answers when the last is there. Loop thread only."""
+
+    def __init__(
+        self, instance: ClientInstance, only: Sequence[str] | None, finish: Finish[Answers]
+    ) -> None:
+        assert instance.route is not None
+        self._instance = instance
+        self._names = sorted(instance.route.brokers) if only is None else list(only)
+        self._answers: Answers = {}
+        self._finish = finish
+
+    def ask(self, kind: type[Request], fields: tuple[object, ...], timeout_ms: int) -> None:
+        """Ask all of them."""
+        if not self._names:
+            self._finish(UnreachableError("The NameServer knows no broker; start one: zrmq broker, or zrmq up for both."))
+        for name in self._names:
+            link = self._instance.link(name)
+            if link is None:
+                self._take(name, _unknown(name), [])
+            else:
+                link.request(kind, *fields, timeout_ms=timeout_ms, on_reply=partial(self._take, name))
+
+    def _take(self, name: str, answer: AnyReply | ZrmqError, frames: list[bytes]) -> None:
+        self._answers[name] = answer
+        if len(self._answers) == len(self._names):
+            self._finish(self._answers)
+
+
+def _unknown(broker_name: str) -> RequestRefusedError:
+    return RequestRefusedError(
+        f"No live broker is named {broker_name!r}; 'zrmq cluster' shows those that are.",
+        code=Code.NOT_FOUND, broker_name=broker_name,
+    )
+
+
+def _expect(kind: type[T], answer: AnyReply | ZrmqError) -> T:
+    if isinstance(answer, ZrmqError):
+        raise answer
+    if not isinstance(answer, kind):
+        raise InvalidFrameError(f"A broker answered with {type(answer).__name__}; is it a zrmq broker of this version?")
+    return answer
+
+
+def _is_code(answer: AnyReply | ZrmqError, code: Code) -> bool:
+    return isinstance(answer, ZrmqError) and answer.code == code
+
+
+def _configure(config: TopicConfig, settings: dict[str, Any]) -> TopicConfig:
+    """The configuration with these settings. Raises `InvalidArgumentError` for a name or a setting that cannot be."""
+    check_topic(config.topic)
+    names = [field.name for field in msgspec.structs.fields(TopicConfig)]
+    unknown = settings.keys() - set(names[1:])
+    if unknown:
+        raise InvalidArgumentError(f"A topic has no setting {min(unknown)!r}.", setting=min(unknown))
+    try:
+        return msgspec.convert(msgspec.to_builtins(msgspec.structs.replace(config, **settings)), TopicConfig)
+    except msgspec.ValidationError as error:
+        name = names[int(str(error).rpartition("$[")[2].rstrip("]`"))]  # msgspec ends with where: at `$[3]`
+        raise InvalidArgumentError(f"{name} cannot be {settings[name]!r}.", topic=config.topic, setting=name) from error
+
+
+def _check_alike(broker_name: str, config: TopicConfig, settings: dict[str, Any]) -> None:
+    for name, value in settings.items():
+        if getattr(config, name) != value:
+            raise RequestRefusedError(
+                f"Topic {config.topic!r} exists at {broker_name} with {name} {getattr(config, name)}; change it with"
+                f" 'zrmq topic update {config.topic}', or create one of another name.",
+                code=Code.BAD_REQUEST, topic=config.topic, broker_name=broker_name, setting=name,
+            )

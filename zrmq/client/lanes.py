@@ -1,0 +1,174 @@
+"""Sending one message in the calling thread: a lane per broker, used by whoever finds it free.
+
+A thread that waits for its receipt anyway need not hand its message to another thread and back. It may only do so while nothing
+of the topic is on its way through the I/O thread, or it would overtake; the door sees to that. Lanes have a producer id of their
+own, shared by all lanes of a producer, since its sequences and the accumulator's would cross.
+
+A lane does the good case only. A message that is refused by a broker in trouble, or not answered for as long as a failover takes,
+goes on through the I/O thread as the very bytes that were sent: with the same id, so that its queue recognises it, and with all
+the rules of `producing.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import count
+from typing import Protocol
+
+from zrmq.client.accumulator import Accumulator, Extras, Lock, SendHandle, columns_of
+from zrmq.client.producing import BROKERS_TROUBLE, FAILOVER_AFTER_MS, ProducerCore
+from zrmq.errors import InvalidFrameError, RequestTimeoutError, UnreachableError, ZrmqError
+from zrmq.message import MessageQueue, SendReceipt, message_id
+from zrmq.protocol.batch import encode_batch
+from zrmq.protocol.requests import AnyReply, Request, Send, Sent
+from zrmq.transport.interface import Frames
+
+
+class Lane(Protocol):
+    """A `zrmq.transport.lane.Lane`."""
+
+    def request(
+        self, kind: type[Request], *fields: object, payload: Frames = (), timeout_ms: int
+    ) -> tuple[AnyReply, list[bytes]]: ...
+
+    def close(self) -> None: ...
+
+
+class _Slot:
+    """The lane to one broker. Who holds the lock may use it."""
+
+    def __init__(self, lock: Lock, address: str, lane: Lane) -> None:
+        self.lock = lock
+        self.address = address
+        self.lane = lane
+
+
+class Lanes:
+    """All lanes of one producer. Any thread, but for the constructor."""
+
+    def __init__(
+        self,
+        core: ProducerCore,
+        accumulator: Accumulator,
+        producer_id: int,
+        *,
+        open_lane: Callable[[str], Lane],
+        post: Callable[[Callable[[], None]], None],
+        new_lock: Callable[[], Lock],
+    ) -> None:
+        """`open_lane` makes a lane to an address; `post` has something called on the loop's thread."""
+        self._core = core
+        self._accumulator = accumulator
+        self._producer_id = producer_id
+        self._open_lane = open_lane
+        self._post = post
+        self._new_lock = new_lock
+        self._now_ms = accumulator.clock.monotonic_ms
+        self._sequences = count(1)
+        self._turns = count()
+        self._slots: dict[str, _Slot] = {}
+        self._slots_lock = new_lock()
+        self._is_closed = False
+
+    def send(
+        self, target: str | MessageQueue, body: bytes, size_bytes: int, extras: Extras | None, timeout_ms: int
+    ) -> SendReceipt | None:
+        """Send one checked message and wait for its receipt. None: no lane is free for it, so nothing was done.
+
+        Raises what the message failed with.
+        """
+        taken = self._take(target)
+        if taken is None:
+            return None
+        queue, slot = taken
+        sequence = next(self._sequences)
+        now_ms = self._accumulator.clock.time_ms()
+        frame = encode_batch(
+            columns_of([body], None if extras is None else [extras]), producer_id=self._producer_id, first_sequence=sequence,
+            first_born_ms=now_ms, last_born_ms=now_ms, compress=self._accumulator.config.compress,
+        )
+        started_ms = self._now_ms()
+        try:
+            sent = self._request(slot, queue, frame, timeout_ms)
+        except (RequestTimeoutError, UnreachableError) as error:
+            if timeout_ms <= FAILOVER_AFTER_MS:
+                raise
+            trouble: ZrmqError = error
+        except ZrmqError as error:
+            if error.code not in BROKERS_TROUBLE:
+                raise
+            trouble = error
+        else:
+            ended_ms = self._now_ms()
+            self._core.faults.record(queue.broker_name, ended_ms - started_ms, ended_ms)
+            return SendReceipt(
+                queue.topic, queue.broker_name, queue.queue_id, sent.base_offset, message_id(self._producer_id, sequence),
+                sent.store_timestamp_ms, sent.durability, sent.duplicate,
+            )
+        batch = self._accumulator.adopt(target, self._producer_id, sequence, frame, size_bytes, started_ms + timeout_ms)
+        self._post(lambda: self._core.adopt(batch, queue, trouble))
+        return SendHandle(batch, 0).result()
+
+    def _request(self, slot: _Slot, queue: MessageQueue, frame: bytes, timeout_ms: int) -> Sent:
+        """Ask and let go of the slot."""
+        try:
+            reply, _ = slot.lane.request(
+                Send, queue.topic, queue.queue_id, 0, payload=(frame,), timeout_ms=min(timeout_ms, int(FAILOVER_AFTER_MS))
+            )
+        finally:
+            slot.lock.release()
+        if not isinstance(reply, Sent):
+            name = type(reply).__name__
+            raise InvalidFrameError(f"Broker {queue.broker_name} answered a send with {name}; upgrade it.")
+        return reply
+
+    # --- choosing -----------------------------------------------------------------------------------------------------
+
+    def _take(self, target: str | MessageQueue) -> tuple[MessageQueue, _Slot] | None:
+        """The next queue in turn whose broker has a lane free, with its lock taken."""
+        queues = [target] if isinstance(target, MessageQueue) else self._core.usable_queues(target)
+        turn = next(self._turns)
+        for step in range(len(queues)):
+            queue = queues[(turn + step) % len(queues)]
+            slot = self._slot(queue.broker_name)
+            if slot is not None and slot.lock.acquire(False):
+                if self._slots.get(queue.broker_name) is slot:
+                    return queue, slot
+                slot.lock.release()  # replaced or closed meanwhile
+        return None
+
+    def _slot(self, broker_name: str) -> _Slot | None:
+        """The broker's slot if its session is open; the I/O thread is better at waiting for one."""
+        route = self._core.route
+        if route is None or broker_name not in self._core.reachable or self._is_closed:
+            return None
+        broker = route.brokers.get(broker_name)
+        slot = self._slots.get(broker_name)
+        if broker is None or (slot is not None and slot.address == broker.address):
+            return slot
+        return self._make_slot(broker_name, broker.address)
+
+    def _make_slot(self, broker_name: str, address: str) -> _Slot | None:
+        with self._slots_lock:
+            old = self._slots.get(broker_name)
+            if self._is_closed or (old is not None and old.address == address):
+                return old
+            if old is not None:  # the broker moved
+                if not old.lock.acquire(False):
+                    return None
+                del self._slots[broker_name]
+                old.lane.close()
+                old.lock.release()
+            slot = self._slots[broker_name] = _Slot(self._new_lock(), address, self._open_lane(address))
+            return slot
+
+    def close(self) -> None:
+        """Close every lane; one in use first gets its answer, or waits for that as long as a failover takes."""
+        with self._slots_lock:
+            self._is_closed = True
+            slots = list(self._slots.values())
+            self._slots.clear()
+        for slot in slots:
+            slot.lock.acquire()
+            slot.lane.close()
+            slot.lock.release()

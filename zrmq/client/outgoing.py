@@ -1,0 +1,88 @@
+"""What a caller gives as a message, checked and made ours: nothing is sent of what cannot be, or can still be changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from zrmq.client.accumulator import ITEM_OVERHEAD_BYTES, RECORD_OVERHEAD_BYTES, Extras
+from zrmq.errors import InvalidArgumentError
+from zrmq.message import Record
+from zrmq.protocol.limits import check_record
+
+Body = bytes | bytearray | memoryview | str
+
+
+class _NoValue:
+    """Told from None, which is a value."""
+
+    def __repr__(self) -> str:
+        return "no value"
+
+
+NO_VALUE: Any = _NoValue()
+
+Outgoing = tuple[bytes, int, Extras | None]  # body, its part of the buffer, what it has besides the body
+
+
+def outgoing(
+    body: Body | None,
+    value: Any = NO_VALUE,
+    tag: str | None = None,
+    keys: Sequence[str] = (),
+    properties: dict[str, str] | None = None,
+    message_group: str | None = None,
+) -> Outgoing:
+    """One message, checked, with copies of whatever its owner may still change.
+
+    Raises `InvalidArgumentError`, `PayloadTooLargeError`.
+    """
+    data = body if type(body) is bytes and value is NO_VALUE else as_bytes(body, value)
+    size_bytes = check_record(data, tag, keys, message_group, properties) + RECORD_OVERHEAD_BYTES
+    if tag is None and not keys and not properties and message_group is None:
+        return data, size_bytes, None
+    size_bytes += ITEM_OVERHEAD_BYTES * (len(keys) + 2 * len(properties or ()))
+    return data, size_bytes, Extras(tag, tuple(keys), dict(properties) if properties else None, message_group)
+
+
+def outgoing_record(record: Body | Record, message_group: str | None) -> Outgoing:
+    """One message of `send_batch`; `message_group` is that of the whole call."""
+    if not isinstance(record, Record):
+        return outgoing(record, message_group=message_group)
+    if message_group is not None and record.message_group not in (None, message_group):
+        raise InvalidArgumentError(
+            f"The record has message_group={record.message_group!r} and the call {message_group!r}; give one of them.",
+            message_group=record.message_group,
+        )
+    return outgoing(
+        record.body, NO_VALUE, record.tag, record.keys, record.properties, record.message_group or message_group
+    )
+
+
+def as_bytes(body: Body | None, value: Any = NO_VALUE) -> bytes:
+    """The body's bytes: text as UTF-8, buffers copied, `value` packed with MessagePack. Raises `InvalidArgumentError`."""
+    if value is not NO_VALUE:
+        if body is not None:
+            raise InvalidArgumentError("A message has a body or a value, not both; leave one of them out.")
+        return _packed(value)
+    if isinstance(body, str):
+        try:
+            return body.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidArgumentError(f"The body cannot be written as UTF-8 ({error.reason}); give bytes.") from error
+    if isinstance(body, bytes | bytearray | memoryview):
+        return bytes(body)
+    raise InvalidArgumentError(
+        f"The body is of type {type(body).__name__}; give bytes or str, or value= for what MessagePack can pack.",
+        type=type(body).__name__,
+    )
+
+
+def _packed(value: Any) -> bytes:
+    import msgpack
+
+    try:
+        packed: bytes = msgpack.packb(value)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise InvalidArgumentError(f"MessagePack cannot pack the value ({error}); convert it, or send bytes.") from error
+    return packed

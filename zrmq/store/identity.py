@@ -1,0 +1,54 @@
+"""broker.toml: whose data a folder holds. Written once, so that a folder given to the wrong broker is refused."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+
+from zrmq.errors import FolderUnusableError
+from zrmq.files import Files, read_file, replace_file
+
+FOLDER_FORMAT_VERSION = 1
+
+
+def claim(files: Files, folder: Path, broker_name: str, cluster: str) -> None:
+    """Make the folder this broker's, or make sure that it is.
+
+    Raises `FolderUnusableError` for another broker's, one of a newer format, or a file that is not what was written; `OSError`.
+    """
+    path = folder / "broker.toml"
+    try:
+        text = read_file(files, path).decode()
+        said = tomllib.loads(text)
+    except FileNotFoundError:
+        replace_file(files, path, _text(broker_name, cluster).encode())
+        return
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise FolderUnusableError(
+            f"{path} cannot be read: {error}. It says whose data this is: bring it back, or delete it if you know.",
+            path=str(path),
+        ) from error
+    version = said.get("format_version")
+    if not isinstance(version, int) or version > FOLDER_FORMAT_VERSION:
+        raise FolderUnusableError(
+            f"{folder} has format {version}; this zrmq reads up to {FOLDER_FORMAT_VERSION}. Upgrade.",
+            folder=str(folder), format_version=version,
+        )
+    owner, its_cluster = said.get("broker_name"), said.get("cluster")
+    if (owner, its_cluster) != (broker_name, cluster):
+        raise FolderUnusableError(
+            f"{folder} holds the data of broker {owner!r} of cluster {its_cluster!r}, not of {broker_name!r} of {cluster!r}."
+            " Give this broker a folder of its own, or start it under that name.",
+            folder=str(folder), broker_name=owner, cluster=its_cluster,
+        )
+
+
+def _text(broker_name: str, cluster: str) -> str:
+    name, its_cluster = (json.dumps(text, ensure_ascii=False) for text in (broker_name, cluster))
+    return (
+        "# Whose data this folder holds. Written once by zrmq; not to be edited.\n"
+        f"format_version = {FOLDER_FORMAT_VERSION}\n"
+        f"broker_name = {name}\n"
+        f"cluster = {its_cluster}\n"
+    )

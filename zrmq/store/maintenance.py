@@ -1,0 +1,258 @@
+"""Upkeep: segments that expired go, files for the next ones are made, the disk's room is watched, damage is looked for.
+
+Decisions are taken on the loop's thread from what is in memory; one job at a time carries out what takes long. A segment leaves
+the log before its file is touched, so nobody reads what is about to be overwritten; a file becomes a spare, to be overwritten,
+only after its old name is gone from the disk.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+
+from zrmq.clock import Clock
+from zrmq.errors import DamageError
+from zrmq.files import fill_zeros
+from zrmq.logs import get_logger
+from zrmq.store.commit_log import CommitLog, scan_segments
+from zrmq.store.config import StoreConfig
+from zrmq.store.consume_queue import ConsumeQueue
+from zrmq.store.job import Job
+from zrmq.store.retention import expired_count
+from zrmq.store.segment import SEGMENT_HEADER_BYTES, Segment
+from zrmq.store.tables import Queue
+from zrmq.store.views import Views, index_anew
+
+log = get_logger("store")
+
+INTERVAL_MS = 1_000  # between two looks at the disk
+SCRUB_BYTES = 4 << 20  # checked by one job
+TRIMS_MAX = 200  # queues cut at their front by one call; each may read from a file
+WARN_AGAIN_MS = 3_600_000
+
+Damage = tuple[int, int]  # stretch of the log: position, end
+
+
+class Upkeep:
+    """Decides what is to be done. Loop thread only."""
+
+    def __init__(
+        self, clock: Clock, config: StoreConfig, commit_log: CommitLog, views: Views, on_damage: Callable[[Damage], None],
+        on_free_bytes: Callable[[int], None],
+    ) -> None:
+        self.free_bytes: int | None = None  # of the file system, as last seen
+        self.reindexing: list[Queue] = []  # whose entries are being made anew
+        self._clock = clock
+        self._config = config
+        self._log = commit_log
+        self._views = views
+        self._on_damage = on_damage
+        self._on_free_bytes = on_free_bytes
+        self._damaged_queues: dict[Queue, None] = {}
+        self._running: Maintenance | None = None
+        self._next_ms = -1.0
+        self._next_warning_ms = -1.0
+        self._is_trimming = True
+        self._scrubbing: tuple[Segment, int] | None = None  # how far
+
+    def queue_damaged(self, queue: Queue) -> None:
+        """The queue's files do not check out: its entries are to be made anew."""
+        if queue not in self._damaged_queues and queue not in self.reindexing:
+            log.error("queue_files_damaged", topic=queue.topic.config.topic, queue_id=queue.queue_id)
+            self._damaged_queues[queue] = None
+
+    def begin(self, saved_position: int, may_reindex: bool) -> Maintenance | None:
+        """The next job, if there is something to do. `saved_position`: what views.db has; segments before it may go."""
+        if self._running is not None:
+            return None
+        if self._is_trimming:
+            self._is_trimming = self._trim()
+        now_ms = self._clock.monotonic_ms()
+        if now_ms < self._next_ms:
+            return None
+        self._next_ms = now_ms + INTERVAL_MS
+        job = Maintenance(self._log, self._finish)
+        job.removed = self._expire(saved_position)
+        job.new_spare = self._wanted_spare(job)
+        job.scrub = self._next_scrub()
+        if may_reindex and self._damaged_queues:
+            self._begin_reindex(job)
+        self._running = job
+        return job
+
+    def trim(self, index: ConsumeQueue) -> None:
+        """Let the queue begin where the log does."""
+        try:
+            index.trim(self._log.start)
+        except DamageError:
+            self.queue_damaged(index.queue)
+
+    def _trim(self) -> bool:
+        """Some of the queues that begin before the log does. Returns whether there are more."""
+        behind = [index for index in self._views.indexes() if index.first_position < self._log.start]
+        for index in behind[:TRIMS_MAX]:
+            self.trim(index)
+        return bool(behind)
+
+    # --- segments -----------------------------------------------------------------------------------------------------
+
+    def _expire(self, saved_position: int) -> list[tuple[Segment, Path | None]]:
+        config = self._config
+        excess_bytes = max(self._log.size_bytes - config.store_bytes_max, 0) if config.store_bytes_max else 0
+        is_disk_low = self.free_bytes is not None and self.free_bytes < config.free_bytes_delete
+        if is_disk_low:
+            excess_bytes = max(excess_bytes, 1)  # one segment; then the disk is looked at again
+        count = expired_count(
+            self._log.segments, self._views.tables.topics_by_id, now_ms=self._clock.time_ms(), retention_ms=config.retention_ms,
+            saved_position=saved_position, excess_bytes=excess_bytes,
+        )
+        removed: list[tuple[Segment, Path | None]] = []
+        for _ in range(count):
+            segment = self._log.take_front()
+            may_recycle = not excess_bytes and segment.end - segment.start == self._log.segment_bytes
+            spares = len(self._log.spares) + sum(spare is not None for _, spare in removed)
+            is_kept = may_recycle and spares < config.spare_segments_max
+            removed.append((segment, self._log.next_spare() if is_kept else None))
+            log.info("segment_deleted", position=segment.start, forced=bool(excess_bytes), recycled=is_kept)
+        self._is_trimming = self._is_trimming or bool(removed)
+        return removed
+
+    def _wanted_spare(self, job: Maintenance) -> Path | None:
+        """A spare is made when half of the segment is used up, and there is room for it beside what has to stay free."""
+        if self._log.spares or any(spare for _, spare in job.removed):
+            return None
+        half_bytes = self._log.segment_bytes // 2
+        is_half_full = self._log.limit - self._log.appended_position < half_bytes
+        room_bytes = (self.free_bytes or 0) - self._config.free_bytes_min
+        return self._log.next_spare() if is_half_full and room_bytes >= self._log.segment_bytes else None
+
+    # --- damage -------------------------------------------------------------------------------------------------------
+
+    def _next_scrub(self) -> tuple[Segment, int] | None:
+        """Where to look on for damage: in the segment begun, or in the first closed one whose last check is long ago."""
+        if self._scrubbing is not None and self._scrubbing[0] in self._log.segments:
+            return self._scrubbing
+        due_ms = self._clock.time_ms() - self._config.scrub_ms
+        closed = (segment for segment in self._log.segments[:-1] if segment.end <= self._log.flushed_position)
+        segment = next((segment for segment in closed if segment.scrubbed_ms < due_ms), None)
+        return (segment, segment.start) if segment is not None else None
+
+    def _begin_reindex(self, job: Maintenance) -> None:
+        self.reindexing, self._damaged_queues = list(self._damaged_queues), {}
+        position = self._log.written_position
+        for queue in self.reindexing:
+            index = self._views.index(queue)
+            index.is_spilling = True
+            job.reindex.append((index, index.number_at(position)))
+        job.reindex_segments, job.reindex_end = list(self._log.segments), position
+
+    # --- what a job brought -------------------------------------------------------------------------------------------
+
+    def _finish(self, job: Maintenance) -> None:
+        self._running = None
+        self._log.spares += job.spares
+        if job.free_bytes is not None:
+            self.free_bytes = job.free_bytes
+            self._warn_of_full_disk(job.free_bytes)
+            self._on_free_bytes(job.free_bytes)
+        for stretch in job.damage:
+            self._on_damage(stretch)
+        self._scrubbing = None
+        if job.scrub is not None and job.scrubbed_to is not None:
+            segment = job.scrub[0]
+            if job.scrubbed_to < segment.end:
+                self._scrubbing = segment, job.scrubbed_to
+            else:
+                segment.scrubbed_ms = self._clock.time_ms()
+        self._finish_reindex(job)
+        if job.error is not None:
+            log.warning("maintenance_failed", reason=str(job.error))
+
+    def _finish_reindex(self, job: Maintenance) -> None:
+        made = {index.queue: index for index in job.remade}
+        for index, end in job.reindex:
+            index.is_spilling = False
+            if index.queue in made:
+                index.replace(made[index.queue], end)
+                log.info("queue_reindexed", topic=index.queue.topic.config.topic, queue_id=index.queue.queue_id)
+            else:
+                self._damaged_queues[index.queue] = None
+        if job.reindex:
+            self.reindexing = []
+
+    def _warn_of_full_disk(self, free_bytes: int) -> None:
+        now_ms = self._clock.monotonic_ms()
+        if free_bytes < self._config.free_bytes_warn and now_ms >= self._next_warning_ms:
+            self._next_warning_ms = now_ms + WARN_AGAIN_MS
+            log.warning("disk_low", free_bytes=free_bytes, folder=str(self._log.folder.parent))
+
+
+class Maintenance(Job):
+    """One round of upkeep. What is to be done is in its attributes before, what came of it after."""
+
+    def __init__(self, commit_log: CommitLog, on_finished: Callable[[Maintenance], None]) -> None:
+        self.removed: list[tuple[Segment, Path | None]] = []  # out of the log; the name of the spare each becomes, if it does
+        self.new_spare: Path | None = None
+        self.scrub: tuple[Segment, int] | None = None
+        self.reindex: list[tuple[ConsumeQueue, int]] = []  # up to which entry's number
+        self.reindex_segments: list[Segment] = []
+        self.reindex_end = 0
+        self.spares: list[Path] = []
+        self.free_bytes: int | None = None
+        self.damage: list[Damage] = []
+        self.scrubbed_to: int | None = None
+        self.remade: list[ConsumeQueue] = []
+        self._files = commit_log.files
+        self._folder = commit_log.folder
+        self._segment_bytes = commit_log.segment_bytes
+        self._on_finished = on_finished
+
+    def work(self) -> None:
+        self._remove()
+        if self.new_spare is not None:
+            self._make_spare(self.new_spare)
+        self.free_bytes = self._files.free_bytes(self._folder)
+        if self.scrub is not None:
+            self._scrub(*self.scrub)
+        if self.reindex and self.reindex_segments:
+            shelf = self.reindex[0][0].shelf
+            entries = scan_segments(self._files, self.reindex_segments, self.reindex_segments[0].start, self.reindex_end)
+            self.remade = index_anew(entries, [index.queue for index, _ in self.reindex], shelf)
+
+    def finish(self) -> None:
+        self._on_finished(self)
+
+    def _remove(self) -> None:
+        for segment, spare in self.removed:
+            if spare is None:
+                self._files.unlink(segment.path)
+            else:
+                self._files.rename(segment.path, spare)
+        if self.removed:
+            self._files.fsync_dir(self._folder)
+        self.spares += [spare for _, spare in self.removed if spare is not None]
+
+    def _make_spare(self, path: Path) -> None:
+        """Zero-filled, not only allocated: the first write to an allocated block changes metadata, and a flush pays for it."""
+        file = self._files.open(path, create=True)
+        try:
+            fill_zeros(file, 0, self._segment_bytes)
+            file.fdatasync()
+        except OSError as error:
+            self._files.unlink(path)
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+        else:
+            self.spares.append(path)
+        finally:
+            file.close()
+
+    def _scrub(self, segment: Segment, position: int) -> None:
+        self.scrubbed_to = segment.end
+        for found in scan_segments(self._files, [segment], position):
+            if not found.is_whole:
+                self.damage.append((found.position, found.end))
+            if found.end - max(position, segment.start + SEGMENT_HEADER_BYTES) >= SCRUB_BYTES:
+                self.scrubbed_to = found.end
+                break

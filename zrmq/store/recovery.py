@@ -1,0 +1,243 @@
+"""Recovery: what the last run left on disk becomes a log that ends where it should, and views that are its fold.
+
+Where does the log end? Entries are written in order and synced in groups; what was written and not synced may be there after a
+crash, or not, or in part, in any order. So behind the last flushed position the log ends before the first entry that does not
+check out, and whatever lies behind that is erased, or a later crash could mistake it for new. Nobody was told that it is stored.
+
+Before the last flushed position an entry that does not check out was on disk once: it is *damaged*, by the disk, not by the
+crash. It is never cut off. It is stepped over, reported, and answered CORRUPT when it is read, and so is nothing else.
+
+Telling the two apart needs the last flushed position, and the crash took the number that the process had in mind. But every
+entry carries the flushed position of the moment it was appended, and views.db has one. The greatest of all that can be found, in
+front of the doubtful place *and behind it*, is what is known:
+
+      flushed      damaged, 3 says so        3: flushed = 2's end         torn: nothing behind says it was flushed
+    |----1----|xxxxxxxxx2xxxxxxxxxxxx|----------3----------|-----4-----|~~~~5~~~~|
+                                                                       ^ the log ends here
+
+What is kept behind the last flushed position is written once more and synced: a sync that failed in the last run may have left it
+in the page cache only, taken for written.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from zrmq.errors import FolderUnusableError, InvalidFrameError
+from zrmq.files import remove_tree
+from zrmq.logs import get_logger
+from zrmq.protocol.batch import ENTRY_HEADER_BYTES, KIND_BATCH, KIND_EVENT, KIND_SEGMENT_END, EntryHeader, peek_batch
+from zrmq.protocol.events import decode_event
+from zrmq.store.commit_log import CommitLog, scan_segments
+from zrmq.store.segment import Found, Segment, Share
+from zrmq.store.tables import Topic, Window
+from zrmq.store.views import Views, index_anew
+from zrmq.store.views_db import Saved, ViewsDb, group_of
+
+log = get_logger("store")
+
+
+class RecoveryReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What was found when the folder was opened."""
+
+    is_clean: bool  # the last run ended by `close`, or there was none
+    has_views: bool  # False: the views were made from the whole log
+    replayed_from: int  # position in the log
+    replayed_entries: int
+    end_position: int  # where the log went on
+    cut_bytes: int  # of unflushed entries behind one that did not check out
+    damage: list[tuple[int, int]]  # stretches (position, end) of flushed bytes that do not check out, as far as they were read
+    unplaced_batches: int  # of topics that are gone or that nobody knows any more
+    queues_reindexed: int  # whose files were missing
+
+
+def recover(commit_log: CommitLog, views: Views, database: ViewsDb) -> RecoveryReport:
+    """Fill the views, and let the log go on where it ends. `commit_log` has been loaded; nothing else runs.
+
+    Raises `FolderUnusableError` when files are missing or of a newer version, `OSError`, `sqlite3.Error`.
+    """
+    saved = database.load()
+    if saved is None:
+        database.wipe()
+        remove_tree(commit_log.files, views.shelf.folder)
+    else:
+        _restore(saved, commit_log, views)
+        commit_log.remove_before(saved.meta.log_start)
+    start = saved.meta.applied_position if saved else commit_log.start
+    queues_reindexed = _reindex(commit_log, views, start)
+    replay = Replay(commit_log, views, saved.meta.flushed_position if saved else 0)
+    if saved is not None and saved.meta.stopped:
+        _require(commit_log, start, start)
+        end = start
+    else:
+        end = replay.run(start)
+        replay.settle(end)
+    commit_log.begin_at(end)
+    _show(commit_log, views)
+    report = RecoveryReport(
+        is_clean=views.tables.is_stopped or bool(saved and saved.meta.stopped) or end == 0,
+        has_views=saved is not None, replayed_from=start, replayed_entries=replay.entries_count, end_position=end,
+        cut_bytes=max(replay.valid_end - end, 0), damage=replay.damage, unplaced_batches=replay.unplaced_count,
+        queues_reindexed=queues_reindexed,
+    )
+    log.info("log_recovered", **msgspec.structs.asdict(report))
+    return report
+
+
+class Replay:
+    """The fold of the log from one position to its end, which it finds."""
+
+    def __init__(self, commit_log: CommitLog, views: Views, flushed: int) -> None:
+        self.flushed = flushed  # the greatest flushed position known so far
+        self.valid_end = 0  # behind the last entry that checks out, be it part of the log or not
+        self.entries_count = 0
+        self.unplaced_count = 0
+        self.damage: list[tuple[int, int]] = []
+        self._log = commit_log
+        self._views = views
+        self._segment: Segment | None = None
+
+    def run(self, position: int) -> int:
+        """Fold everything from `position` on. Returns where the log ends."""
+        _require(self._log, position, self.flushed)
+        for found in self._log.scan(position):
+            if found.is_whole:
+                self._fold(found)
+                continue
+            if found.end > self.flushed:
+                self._look_ahead(found)
+            if found.position >= self.flushed:
+                return found.position
+            self._report(found)
+            if found.header is not None:
+                self._fold(found)
+            if found.end > self.flushed:
+                return self.flushed
+        end = self._log.segments[-1].end if self._log.segments else position
+        _require(self._log, end, self.flushed)
+        return end
+
+    def settle(self, end: int) -> None:
+        """Make the disk agree that the log ends at `end`, and that everything before is there."""
+        self._log.remove_behind(end)
+        self._log.erase(end, self.valid_end)
+        self._log.rewrite(min(self.flushed, end), end)
+
+    def _look_ahead(self, doubtful: Found) -> None:
+        """Look for entries behind the doubtful stretch that know more of what was flushed."""
+        for found in (doubtful, *self._log.scan(doubtful.end)):
+            if found.header is not None:
+                self.flushed = max(self.flushed, found.header.flushed_position)
+                self.valid_end = max(self.valid_end, found.end)
+
+    def _report(self, found: Found) -> None:
+        end = min(found.end, self.flushed)
+        self.damage.append((found.position, end))
+        log.error("damage_found", position=found.position, bytes=end - found.position, during="recovery")
+
+    def _fold(self, found: Found) -> None:
+        header = found.header
+        assert header is not None
+        self.flushed = max(self.flushed, header.flushed_position)
+        self.entries_count += 1
+        segment = self._segment
+        if segment is None or not segment.start <= found.position < segment.end:
+            self._segment = segment = self._log.segment_at(found.position)
+            assert segment is not None
+        if header.kind == KIND_BATCH:
+            self._fold_batch(found, segment)
+        elif header.kind == KIND_EVENT:
+            self._fold_event(found, header)
+            segment.note_event(header.store_timestamp_ms)
+        elif header.kind != KIND_SEGMENT_END:
+            raise _newer(f"an entry of kind {header.kind}", found.position)
+
+    def _fold_batch(self, found: Found, segment: Segment) -> None:
+        batch = peek_batch(found.block, found.at)
+        segment.note_batch(batch.topic_id, batch.store_timestamp_ms, batch.length)
+        queue = self._views.apply_batch(batch)
+        if queue is None:
+            self.unplaced_count += 1
+        else:
+            self._views.spill(self._views.index(queue))
+
+    def _fold_event(self, found: Found, header: EntryHeader) -> None:
+        try:
+            event = decode_event(memoryview(found.block)[found.at + ENTRY_HEADER_BYTES : found.at + header.length])
+        except InvalidFrameError as error:
+            raise _newer("an event", found.position) from error
+        self._views.apply_event(event)
+
+
+def _require(commit_log: CommitLog, position: int, flushed: int) -> None:
+    """Raise unless the log has `position`, and reaches as far as is known to be flushed."""
+    end = commit_log.segments[-1].end if commit_log.segments else 0
+    is_there = commit_log.segment_at(position) is not None or position in (end, commit_log.start)
+    if not is_there or flushed > end:
+        raise FolderUnusableError(
+            f"The log in {commit_log.folder} ends at {end}, but it once reached {max(position, flushed)}: files are missing."
+            " Bring them back; or delete views.db and consumequeue to go on with the messages that are left.",
+            folder=str(commit_log.folder.parent), end_position=end, known_position=max(position, flushed),
+        )
+
+
+def _newer(what: str, position: int) -> FolderUnusableError:
+    return FolderUnusableError(
+        f"The log has {what} at {position} that this version cannot read: a newer zrmq wrote it. Upgrade.", position=position
+    )
+
+
+def _restore(saved: Saved, commit_log: CommitLog, views: Views) -> None:
+    tables = views.tables
+    tables.boot, tables.next_topic_id = saved.meta.boot, saved.meta.next_topic_id
+    for topic_id, config in saved.topics:
+        topic = Topic(topic_id, config)
+        topic.grow(config.queue_count)
+        tables.topics[config.topic] = tables.topics_by_id[topic_id] = topic
+    for row in saved.queues:
+        topic = tables.topics_by_id[row.topic_id]
+        topic.grow(row.queue_id + 1)
+        queue = topic.queues[row.queue_id]
+        queue.min_offset, queue.next_offset = row.min_offset, row.next_offset
+        views.index(queue).restore(row)
+    for name, subscriptions, leases in saved.groups:
+        tables.groups[name] = group_of(name, subscriptions, leases)
+    for name, instance_name, topic_id, queue_id, offset in saved.offsets:
+        tables.groups[name].offsets[instance_name, topic_id, queue_id] = offset
+    for producer_id, topic_id, queue_id, position, highest_sequence, sent in saved.windows:
+        tables.windows[producer_id, topic_id, queue_id] = Window(position, highest_sequence, sent)
+    _restore_segments(saved, commit_log)
+
+
+def _restore_segments(saved: Saved, commit_log: CommitLog) -> None:
+    segments = {segment.start: segment for segment in commit_log.segments}
+    for start, last_ms, scrubbed_ms, shares in saved.segments:
+        segment = segments.get(start)
+        if segment is not None:
+            segment.last_ms, segment.scrubbed_ms, segment.saved_scrubbed_ms = last_ms, scrubbed_ms, scrubbed_ms
+            segment.shares = {topic_id: Share(*share) for topic_id, share in shares.items()}
+
+
+def _reindex(commit_log: CommitLog, views: Views, end: int) -> int:
+    """Make the entries of queues whose files are missing from the log. Returns their number."""
+    indexes = {index.queue: index for index in views.indexes() if not index.has_files()}
+    if indexes:
+        entries = scan_segments(commit_log.files, commit_log.segments, commit_log.start, end)
+        for made in index_anew(entries, indexes, views.shelf):
+            index = indexes[made.queue]
+            index.replace(made, index.end)
+            views.spill(index)
+        log.warning("queues_reindexed", queues=len(indexes))
+    return len(indexes)
+
+
+def _show(commit_log: CommitLog, views: Views) -> None:
+    """Everything that was recovered is flushed, so it is visible; what is not in the log any more is not in a queue either."""
+    for topic in views.tables.topics.values():
+        for queue in topic.queues:
+            queue.visible_offset = queue.next_offset
+    live = [views.shelf.folder_of_topic(topic) for topic in views.tables.topics.values()]
+    folders = {folder.name for folder in (*live, *views.dead_folders)}
+    for name in commit_log.files.listdir(views.shelf.folder):
+        if name not in folders:
+            remove_tree(commit_log.files, views.shelf.folder / name)

@@ -1,0 +1,61 @@
+"""Which segments may go: whole ones, the oldest first, when nobody's messages in them are wanted any more. Pure.
+
+A topic's messages in a segment are expired by the topic's own bounds, age or bytes, whichever comes first; by the store's age
+where the topic has none. A segment goes when all its topics' messages are expired. Two things force the oldest segment out,
+whatever is in it: the store's own size and a disk that fills up. What is not in a saved view yet never goes, nor does the
+segment that is written to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from zrmq.store.segment import Segment, Share
+from zrmq.store.tables import Topic
+
+
+def expired_count(
+    segments: Sequence[Segment], topics: Mapping[int, Topic], *, now_ms: int, retention_ms: int, saved_position: int,
+    excess_bytes: int,
+) -> int:
+    """How many segments at the front may be deleted. `excess_bytes`: how much has to go, expired or not."""
+    count = freed_bytes = 0
+    for index in range(len(segments) - 1):
+        segment = segments[index]
+        if segment.end > saved_position:
+            break
+        if freed_bytes >= excess_bytes and not _is_expired(segments, index, topics, now_ms, retention_ms):
+            break
+        freed_bytes += segment.end - segment.start
+        count += 1
+    return count
+
+
+def _is_expired(
+    segments: Sequence[Segment], index: int, topics: Mapping[int, Topic], now_ms: int, retention_ms: int
+) -> bool:
+    segment = segments[index]
+    if not segment.shares:
+        return now_ms - segment.last_ms > retention_ms
+    for topic_id, share in segment.shares.items():
+        topic = topics.get(topic_id)
+        if topic is not None and not _is_share_expired(segments, index, topic, share, now_ms, retention_ms):
+            return False
+    return True
+
+
+def _is_share_expired(
+    segments: Sequence[Segment], index: int, topic: Topic, share: Share, now_ms: int, retention_ms: int
+) -> bool:
+    config = topic.config
+    if config.retention_ms is None and config.retention_bytes is None:
+        return now_ms - share.last_ms > retention_ms
+    if config.retention_ms is not None and now_ms - share.last_ms > config.retention_ms:
+        return True
+    return config.retention_bytes is not None and _bytes_behind(segments, index, topic.topic_id) >= config.retention_bytes
+
+
+def _bytes_behind(segments: Sequence[Segment], index: int, topic_id: int) -> int:
+    """Bytes of a topic in the segments after this one."""
+    shares = (segment.shares.get(topic_id) for segment in segments[index + 1 :])
+    return sum(share.size_bytes for share in shares if share is not None)

@@ -1,0 +1,216 @@
+"""views.db: the views as they were at some position of the log, in SQLite, saved now and then as a whole.
+
+The database is a shortcut past the beginning of the log and nothing more: the log is replayed from `applied_position`. So it is
+saved rarely (a restart replays what was written since), in one transaction, on a thread of its own, and synced: segments behind
+`applied_position` may be deleted as soon as the save has returned, so a save that a power cut takes back would cost data.
+
+    meta       name, value              see `Meta`
+    topics     topic_id, config         config: TopicConfig as MessagePack
+    queues     one column per field of `consume_queue.QueueRow`
+    groups     name, state              state: MessagePack [subscriptions {topic: [since ms, {queue id: start}]},
+                                        leases [[topic id, queue id, client id, lease epoch], ...]]
+    offsets    group_name, instance_name, topic_id, queue_id, queue_offset
+    windows    producer_id (as a signed number), topic_id, queue_id, position, highest_sequence, sent: `tables.Window`
+    segments   start, last_ms, scrubbed_ms, shares (MessagePack {topic id: [last ms, size bytes]})
+
+A database of another format, or one that cannot be read, is as good as none: everything is in the log.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from zrmq.files import Files
+from zrmq.logs import get_logger
+from zrmq.protocol.events import TopicConfig
+from zrmq.store.consume_queue import QueueRow
+from zrmq.store.tables import Group, Lease, Subscribed
+
+log = get_logger("store")
+
+VIEWS_FORMAT_VERSION = 1
+
+_SCHEMA = """
+create table if not exists meta (name text primary key, value integer not null) without rowid;
+create table if not exists topics (topic_id integer primary key, config blob not null);
+create table if not exists queues (
+    topic_id integer not null, queue_id integer not null, min_offset integer not null, next_offset integer not null,
+    first integer not null, filed integer not null, first_position integer not null, max_timestamp_ms integer not null,
+    tail blob not null, primary key (topic_id, queue_id)
+);
+create table if not exists groups (name text primary key, state blob not null) without rowid;
+create table if not exists offsets (
+    group_name text not null, instance_name text not null, topic_id integer not null, queue_id integer not null,
+    queue_offset integer not null, primary key (group_name, instance_name, topic_id, queue_id)
+) without rowid;
+create index if not exists offsets_by_topic on offsets (topic_id);
+create table if not exists windows (
+    producer_id integer not null, topic_id integer not null, queue_id integer not null, position integer not null,
+    highest_sequence integer not null, sent blob not null, primary key (producer_id, topic_id, queue_id)
+);
+create index if not exists windows_by_position on windows (position);
+create table if not exists segments (
+    start integer primary key, last_ms integer not null, scrubbed_ms integer not null, shares blob not null
+);
+"""
+_TABLES = ("meta", "topics", "queues", "groups", "offsets", "windows", "segments")
+
+WindowRow = tuple[int, int, int, int, int, bytes]
+SegmentRow = tuple[int, int, int, dict[int, tuple[int, int]]]
+GroupState = tuple[dict[str, Subscribed], list[tuple[int, int, str, int]]]
+
+_config_decoder = msgspec.msgpack.Decoder(TopicConfig)
+_group_decoder = msgspec.msgpack.Decoder(GroupState)
+_shares_decoder = msgspec.msgpack.Decoder(dict[int, tuple[int, int]])
+
+
+class Meta(msgspec.Struct, kw_only=True):
+    """The single numbers."""
+
+    applied_position: int  # everything before it is in the views; the log is replayed from here
+    flushed_position: int  # known to be on disk
+    log_start: int  # segments before it are deleted, or about to be
+    boot: int
+    next_topic_id: int
+    stopped: int = 0  # 1: `applied_position` is the end of the log, and nobody has opened it since
+
+
+class Saved(msgspec.Struct, kw_only=True):
+    """What is saved at once: all rows that changed, and what goes. Also what is loaded: all rows."""
+
+    meta: Meta
+    topics: list[tuple[int, TopicConfig]] = []
+    topics_deleted: list[int] = []
+    queues: list[QueueRow] = []
+    groups: list[tuple[str, dict[str, Subscribed], list[tuple[int, int, str, int]]]] = []
+    groups_deleted: list[str] = []
+    offsets: list[tuple[str, str, int, int, int]] = []
+    windows: list[WindowRow] = []
+    windows_from: int = 0  # position of the oldest window that is still remembered
+    segments: list[SegmentRow] = []
+
+
+class ViewsDb:
+    """One thread at a time, any thread. Errors are `sqlite3.Error`."""
+
+    def __init__(self, files: Files, path: Path) -> None:
+        self._files = files
+        self._path = path
+        self._connection: sqlite3.Connection | None = None
+
+    def load(self) -> Saved | None:
+        """Everything that was saved; None if nothing was, or nothing that can be read: then `wipe` before saving."""
+        try:
+            connection = self._open()
+            if connection.execute("pragma user_version").fetchone()[0] != VIEWS_FORMAT_VERSION:
+                return None
+            return _load(connection)
+        except (sqlite3.Error, msgspec.MsgspecError, TypeError, ValueError) as error:
+            log.warning("views_unreadable", path=str(self._path), reason=str(error))
+            return None
+
+    def wipe(self) -> None:
+        """Begin with an empty database. Raises `OSError` too."""
+        self.close()
+        for suffix in ("", "-wal", "-shm", "-journal"):
+            self._files.unlink(self._path.with_name(self._path.name + suffix))
+        self._files.fsync_dir(self._path.parent)
+        connection = self._open()
+        for statement in _SCHEMA.split(";"):
+            connection.execute(statement)
+        connection.execute(f"pragma user_version = {VIEWS_FORMAT_VERSION}")
+
+    def save(self, saved: Saved) -> None:
+        """All of it, or nothing."""
+        self._transact(lambda connection: _save(connection, saved))
+
+    def mark_started(self) -> None:
+        """From now on the log may be longer than the views know."""
+        self._transact(lambda connection: connection.execute("update meta set value = 0 where name = 'stopped'"))
+
+    def close(self) -> None:
+        """Close the database."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _open(self) -> sqlite3.Connection:
+        if self._connection is None:
+            connection = self._files.connect(self._path)
+            self._connection = connection
+            connection.execute("pragma journal_mode = wal")
+            connection.execute("pragma synchronous = full")
+        return self._connection
+
+    def _transact(self, change: Any) -> None:
+        connection = self._open()
+        connection.execute("begin immediate")
+        try:
+            change(connection)
+            connection.execute("commit")
+        except Exception:
+            connection.rollback()
+            raise
+
+
+def _save(connection: sqlite3.Connection, saved: Saved) -> None:
+    for topic_id in saved.topics_deleted:
+        for table in ("topics", "queues", "offsets", "windows"):
+            connection.execute(f"delete from {table} where topic_id = ?", (topic_id,))
+    for name in saved.groups_deleted:
+        connection.execute("delete from groups where name = ?", (name,))
+        connection.execute("delete from offsets where group_name = ?", (name,))
+    connection.execute("delete from windows where position < ?", (saved.windows_from,))
+    connection.execute("delete from segments where start < ?", (saved.meta.log_start,))
+    encode = msgspec.msgpack.encode
+    _put(connection, "topics", 2, [(topic_id, encode(config)) for topic_id, config in saved.topics])
+    _put(connection, "queues", 9, saved.queues)
+    _put(connection, "groups", 2, [(name, encode((subscribed, leases))) for name, subscribed, leases in saved.groups])
+    _put(connection, "offsets", 5, saved.offsets)
+    _put(connection, "windows", 6, [(_signed(producer_id), *rest) for producer_id, *rest in saved.windows])
+    _put(connection, "segments", 4, [(*row[:3], encode(row[3])) for row in saved.segments])
+    _put(connection, "meta", 2, list(msgspec.structs.asdict(saved.meta).items()))
+
+
+def _put(connection: sqlite3.Connection, table: str, columns: int, rows: Any) -> None:
+    if rows:
+        connection.executemany(f"insert or replace into {table} values ({', '.join('?' * columns)})", rows)
+
+
+def _load(connection: sqlite3.Connection) -> Saved | None:
+    rows = {table: connection.execute(f"select * from {table}").fetchall() for table in _TABLES}
+    if not rows["meta"]:
+        return None
+    return Saved(
+        meta=Meta(**dict(rows["meta"])),
+        topics=[(topic_id, _config_decoder.decode(config)) for topic_id, config in rows["topics"]],
+        queues=[QueueRow(*row) for row in rows["queues"]],
+        groups=[(name, *_group_decoder.decode(state)) for name, state in rows["groups"]],
+        offsets=rows["offsets"],
+        windows=[(producer_id % (1 << 64), *rest) for producer_id, *rest in sorted(rows["windows"], key=lambda row: row[3])],
+        segments=[(*row[:3], _shares_decoder.decode(row[3])) for row in rows["segments"]],
+    )
+
+
+def _signed(number: int) -> int:
+    """SQLite's numbers have a sign; a producer id uses all 64 bits."""
+    return number - (1 << 64) if number >= 1 << 63 else number
+
+
+def group_row(group: Group) -> tuple[str, dict[str, Subscribed], list[tuple[int, int, str, int]]]:
+    """A group as it is saved, its offsets apart; a copy, for another thread."""
+    leases = [(*key, lease.client_id, lease.lease_epoch) for key, lease in group.leases.items()]
+    subscriptions = {topic: Subscribed(its.since_ms, dict(its.starts)) for topic, its in group.subscriptions.items()}
+    return group.name, subscriptions, leases
+
+
+def group_of(name: str, subscriptions: dict[str, Subscribed], leases: list[tuple[int, int, str, int]]) -> Group:
+    """A group as it was saved."""
+    group = Group(name)
+    group.subscriptions = subscriptions
+    group.leases = {(topic_id, queue_id): Lease(client_id, epoch) for topic_id, queue_id, client_id, epoch in leases}
+    return group

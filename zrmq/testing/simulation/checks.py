@@ -1,0 +1,179 @@
+"""The checks of a whole run: bounds while it lasts, health when nothing goes wrong any more, and the accounts at the end."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from zrmq.message import ConsumeFrom, MessageModel, MessageQueue
+from zrmq.testing.simulation.consumers import BOUNDS, VirtualConsumer
+from zrmq.testing.simulation.log_check import LogCheck
+from zrmq.testing.simulation.plan import GroupPlan
+from zrmq.testing.simulation.producers import BUFFER_BYTES
+from zrmq.testing.simulation.promises import Posting
+from zrmq.testing.simulation.servers import VirtualBroker
+from zrmq.testing.simulation.trace import BrokenPromise
+from zrmq.testing.simulation.world import World
+
+REPLIES_HELD_MAX = 2_000
+PULL_SLACK_BYTES = 64 * 1024  # pulls under way when a bound is reached still bring what they bring
+
+
+# --- while it lasts -----------------------------------------------------------------------------------------------------
+
+
+def check_bounds(world: World) -> None:
+    """Nobody's memory grows beyond what it is told to use."""
+    for broker in world.brokers.values():
+        if broker.machine is not None and broker.check is not None:
+            _check_broker_bounds(world, broker)
+    for consumer in world.consumers:
+        held_bytes = consumer.inbox.account.size_bytes
+        if not 0 <= held_bytes <= BOUNDS.size_bytes + PULL_SLACK_BYTES:
+            raise BrokenPromise("memory", f"{consumer.who} holds {held_bytes} bytes of messages; its bound is {BOUNDS.size_bytes}.")
+    for producer in world.producers:
+        held_bytes = producer.accumulator.buffered_bytes
+        if not 0 <= held_bytes <= BUFFER_BYTES:
+            raise BrokenPromise("memory", f"{producer.who} holds {held_bytes} bytes of messages; its bound is {BUFFER_BYTES}.")
+
+
+def _check_broker_bounds(world: World, broker: VirtualBroker) -> None:
+    core = broker.core
+    if len(core.outbox) > REPLIES_HELD_MAX:
+        raise BrokenPromise("memory", f"{broker.name} holds {len(core.outbox)} replies.")
+    queues = sum(topic.queue_count for topic in world.plan.topics)
+    pulls_max = 4 * queues * max(len(core.sessions), 1)
+    if core.pulling.held_count > pulls_max:
+        raise BrokenPromise("memory", f"{broker.name} holds {core.pulling.held_count} pulls of {len(core.sessions)} sessions.")
+
+
+# --- when nothing goes wrong any more ---------------------------------------------------------------------------------------
+
+
+def find_trouble(world: World) -> str:
+    """What is not well yet, in one sentence; empty when all is."""
+    return next(_troubles(world), "")
+
+
+def _troubles(world: World) -> Iterator[str]:
+    for broker in world.brokers.values():
+        if broker.machine is None or broker.check is None:
+            yield f"{broker.name} is down."
+            return
+    for producer in world.producers:
+        if not producer.machine.is_closed and producer.open_count:
+            yield f"{producer.who} has {producer.open_count} messages without an answer."
+    for group in world.plan.groups:
+        yield from _group_troubles(world, group)
+    for broker in world.brokers.values():
+        if len(broker.core.outbox) or broker.store.flushed_position < broker.store.written_position:
+            yield f"{broker.name} holds {len(broker.core.outbox)} replies and has flushed {broker.store.flushed_position}."
+
+
+def _group_troubles(world: World, group: GroupPlan) -> Iterator[str]:
+    members = [consumer for consumer in world.consumers if consumer.group is group]
+    if len(members) < group.members or not all(member.is_started for member in members):
+        yield f"Of the {group.members} members of {group.name} {len(members)} are there, and not all have started."
+        return
+    for topic in group.topics:
+        for queue in world.all_queues(topic):
+            broker = world.brokers[queue.broker_name]
+            if group.message_model is MessageModel.CLUSTERING:
+                yield from _lease_troubles(group, broker, queue, members)
+            for instance_name in sorted({member.instance_name for member in members}):
+                yield from _lag_troubles(group, broker, queue, instance_name)
+
+
+def _lease_troubles(group: GroupPlan, broker: VirtualBroker, queue: MessageQueue, members: list[VirtualConsumer]) -> Iterator[str]:
+    topic = broker.store.tables.topics[queue.topic]
+    known = broker.store.tables.groups.get(group.name)
+    lease = known.leases.get((topic.topic_id, queue.queue_id)) if known is not None else None
+    if lease is None or not any(member.who == lease.client_id and member.holds(queue) for member in members):
+        yield f"{queue} is leased to {lease} of {group.name}, and no live member holds it."
+
+
+def _lag_troubles(group: GroupPlan, broker: VirtualBroker, queue: MessageQueue, instance_name: str) -> Iterator[str]:
+    topic = broker.store.tables.topics[queue.topic]
+    known = broker.store.tables.groups.get(group.name)
+    committed = known.start_offset(topic, queue.queue_id, instance_name) if known is not None else None
+    next_offset = topic.queues[queue.queue_id].next_offset
+    if committed is None or committed < next_offset:
+        yield f"{group.name} {instance_name} has committed {committed} of {next_offset} on {queue}."
+
+
+# --- the accounts at the end ----------------------------------------------------------------------------------------------
+
+
+def check_accounts(world: World) -> None:
+    """Every promise of the run, once more, against what the logs have in the end."""
+    checks = {name: check for name, broker in world.brokers.items() if (check := broker.check) is not None}
+    for name, check in checks.items():
+        check.compare_tables(world.brokers[name].store.tables)
+        _check_views(world.brokers[name], check)
+    _check_acknowledged(world, checks)
+    _check_copies(world, checks)
+    for group in world.plan.groups:
+        _check_consumed(world, group, checks)
+
+
+def _check_views(broker: VirtualBroker, check: LogCheck) -> None:
+    """What the store reads by its queue files is what the log has."""
+    for topic in broker.store.tables.topics.values():
+        for queue in topic.queues:
+            contents = check.watch.queues.get((topic.topic_id, queue.queue_id), {})
+            bodies = dict(broker.read_all(queue))
+            if bodies != {offset: placed.body for offset, placed in contents.items()}:
+                raise BrokenPromise("views", f"{broker.name} serves {len(bodies)} messages of {queue!r}; its log has {len(contents)}.")
+
+
+def _check_acknowledged(world: World, checks: dict[str, LogCheck]) -> None:
+    """Everything acknowledged is at its acknowledged offset."""
+    for queue, postings in world.promises.acknowledged.items():
+        contents = checks[queue.broker_name].contents(queue)
+        for offset, posting in postings.items():
+            placed = contents.get(offset)
+            if (placed is None or placed.body != posting.body) and not world.promises.may_be_lost(posting):
+                raise BrokenPromise("lost", f"{posting} was acknowledged at {offset} of {queue}, where there is {placed} in the end.")
+
+
+def _check_copies(world: World, checks: dict[str, LogCheck]) -> None:
+    """Nothing is stored more often than its producer moved it to another broker, and nothing that was reported as not stored."""
+    copies: Counter[bytes] = Counter()
+    for check in checks.values():
+        for contents in check.watch.queues.values():
+            copies.update(placed.body for placed in contents.values())
+    for body, count in copies.items():
+        posting = world.promises.postings[body]
+        if count > _copies_max(posting):
+            raise BrokenPromise("double", f"{posting} is stored {count} times.")
+        if world.promises.is_known_unstored(posting):
+            raise BrokenPromise("answer", f"{posting} is stored, although its producer was told: {posting.error}")
+
+
+def _copies_max(posting: Posting) -> int:
+    """Once, and once more for each broker that it was moved away from with an unknown outcome."""
+    handle = posting.handle
+    return 1 if handle is None else 1 + len(getattr(handle.batch, "avoid", ()))
+
+
+def _check_consumed(world: World, group: GroupPlan, checks: dict[str, LogCheck]) -> None:
+    """Each group got everything it subscribed to; what was sent after it was ready counts as that."""
+    instances = sorted({name for known, name in world.ready_ms if known == group.name})
+    for topic in group.topics:
+        for queue in world.all_queues(topic):
+            check = checks[queue.broker_name]
+            start = _start(world, group, queue)
+            for offset, placed in check.contents(queue).items():
+                posting = world.promises.postings[placed.body]
+                for instance_name in instances:
+                    is_later = posting.posted_ms > world.ready_ms[group.name, instance_name]
+                    is_owed = is_later if group.message_model is MessageModel.BROADCASTING else offset >= start or is_later
+                    if is_owed and not world.promises.is_finished(group.name, instance_name, queue, offset, placed.body):
+                        raise BrokenPromise("missed", f"{group.name} {instance_name} never got {posting}, at {offset} of {queue} (start {start}).")
+
+
+def _start(world: World, group: GroupPlan, queue: MessageQueue) -> int:
+    if group.consume_from is ConsumeFrom.EARLIEST:
+        return 0
+    event = world.promises.subscriptions.get((queue.broker_name, group.name, queue.topic))
+    return 0 if event is None else dict(event.starts).get(queue.queue_id, 0)

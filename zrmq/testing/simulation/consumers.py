@@ -1,0 +1,173 @@
+"""The consumers of a run: the real core and inbox, workers in virtual time, and listeners that take a while and sometimes raise."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from random import Random
+from typing import TYPE_CHECKING
+
+from zrmq.client.allocation import AllocateAveragely, AllocateByCircle, AllocateConsistentHash
+from zrmq.client.consuming import ConsumerCore, ConsumingConfig
+from zrmq.client.inbox import Inbox, Ready
+from zrmq.client.instance import ClientInstance
+from zrmq.client.link import Identity
+from zrmq.client.listening import Outcome, Pace, run_unit
+from zrmq.client.process_queue import ProcessQueue, Unit
+from zrmq.client.reading import Bounds
+from zrmq.message import Message, MessageModel, MessageQueue
+from zrmq.testing.simulation.network import Machine
+from zrmq.testing.simulation.plan import GroupPlan
+
+if TYPE_CHECKING:
+    from zrmq.testing.simulation.world import World
+
+BOUNDS = Bounds(64 * 1024, 500)
+COMMIT_MS = 300
+CLOSE_MS = 2_000
+STRATEGIES = {"averagely": AllocateAveragely, "by circle": AllocateByCircle, "consistent hash": AllocateConsistentHash}
+
+
+class ReadyLine:
+    """`ReadyQueue` of a world with one thread: tells that there is something instead of letting anybody wait."""
+
+    def __init__(self, on_item: Callable[[], None]) -> None:
+        self._items: deque[Ready] = deque()
+        self._on_item = on_item
+
+    def put(self, item: Ready) -> None:
+        self._items.append(item)
+        self._on_item()
+
+    def take(self, timeout_s: float | None) -> tuple[Ready] | None:
+        return (self._items.popleft(),) if self._items else None
+
+
+class ListenerError(Exception):
+    """What a virtual listener raises."""
+
+
+class VirtualConsumer:
+    """One member of a group, from its start to its crash, its leave, or the end of the run."""
+
+    def __init__(self, world: World, group: GroupPlan, slot: int, life: int) -> None:
+        self.group = group
+        self.slot = slot
+        self.name = f"{group.name}-{slot}"
+        self.who = f"{self.name}#{life}"
+        self.is_broadcasting = group.message_model is MessageModel.BROADCASTING
+        self.instance_name = f"host-{slot}" if self.is_broadcasting else ""
+        self.is_started = False
+        self.is_leaving = False
+        self.in_flight = 0  # units with workers
+        self._world = world
+        self._rng = rng = Random(f"{world.plan.seed} {self.who}")
+        self.machine: Machine = world.network.machine(self.name)
+        self.inbox = Inbox(ReadyLine(self._work_soon), nullcontext(), self.machine.clock, self._wake, in_order=group.in_order)
+        identity = Identity(self.who, "consumer", group.name, self.instance_name)
+        self._instance = ClientInstance(self.machine, world.nameserver_addresses, identity, rng)
+        self.core = ConsumerCore(self.machine, self._config(), self.inbox, self._instance, rng, on_started=self._started)
+        self._idle = group.workers
+        self._pace = Pace()
+        self._is_woken = False
+        self._handed_out: dict[ProcessQueue, int] = {}
+        world.note(self.who, "started")
+
+    def _config(self) -> ConsumingConfig:
+        group = self.group
+        return ConsumingConfig(
+            client_id=self.who, group=group.name, filters=dict.fromkeys(group.topics, group.expression),
+            message_model=group.message_model, consume_from=group.consume_from, allocation=STRATEGIES[group.allocation](), bounds=BOUNDS,
+            commit_interval_ms=COMMIT_MS,
+        )
+
+    # --- lives --------------------------------------------------------------------------------------------------------
+
+    def _started(self) -> None:
+        self.is_started = True
+        self._world.note(self.who, "ready")
+        self._world.consumer_ready(self)
+
+    def crash(self) -> None:
+        """End without a word."""
+        self._world.note(self.who, "crashed", f"in_flight={self.in_flight}")
+        self.machine.close()
+
+    def leave(self) -> None:
+        """Finish what is in work, commit, say goodbye."""
+        if not self.is_leaving:
+            self._world.note(self.who, "leaving")
+            self.is_leaving = True
+            self._leave_when_idle()
+
+    def _leave_when_idle(self) -> None:
+        if self.in_flight == 0:
+            self.inbox.close()
+            self.core.close(self._core_closed, CLOSE_MS)
+
+    def _core_closed(self) -> None:
+        self._instance.close(self._gone)
+
+    def _gone(self) -> None:
+        self._world.note(self.who, "left")
+        self.machine.close()
+        self._world.consumer_left(self)
+
+    def holds(self, queue: MessageQueue) -> bool:
+        """Whether by its own rules the queue is its own at this moment."""
+        reading = self.core.reader.readings.get(queue)
+        if reading is None or reading.process_queue.is_dropped or (self.is_leaving and self.in_flight == 0):
+            return False
+        return reading.process_queue.valid_until_ms() > self.machine.clock.monotonic_ms()
+
+    # --- work ---------------------------------------------------------------------------------------------------------
+
+    def _wake(self) -> None:
+        self.machine.call_soon_threadsafe(self.core.look)
+
+    def _work_soon(self) -> None:
+        if not self._is_woken:
+            self._is_woken = True
+            self.machine.call_later(self._rng.uniform(0.0, 0.2), self._work)
+
+    def _work(self) -> None:
+        self._is_woken = False
+        while self._idle and not self.is_leaving:
+            unit = self.inbox.take(0.0, self._unit_size)
+            if unit is None:
+                return
+            self._idle -= 1
+            self.in_flight += 1
+            self._world.handed_out(self, unit)
+            self.machine.call_later(self._draw_ms(len(unit.messages)), partial(self._run, unit))
+
+    def _unit_size(self, queue: ProcessQueue) -> int:
+        return self._pace.messages if self.group.message_ms == 0.0 else self._rng.randint(1, 8)
+
+    def _draw_ms(self, messages: int) -> float:
+        mean_ms = self.group.message_ms * messages
+        return 0.0 if mean_ms == 0.0 else self._rng.expovariate(1.0 / mean_ms)
+
+    def _run(self, unit: Unit) -> None:
+        """The unit's listener calls, all at the end of their time; then what the door of a PushConsumer does with the outcome."""
+        outcome = run_unit(unit, self._listen, self._pace, self.machine.clock, in_order=self.group.in_order)
+        self.inbox.done(unit, [failure.unit for failure in outcome.failures], outcome.stop_offset)
+        self._rest(outcome)
+        self._idle += 1
+        self.in_flight -= 1
+        if self.is_leaving:
+            self._leave_when_idle()
+        else:
+            self._work_soon()
+
+    def _rest(self, outcome: Outcome) -> None:
+        for failure in outcome.failures:
+            self.machine.call_later(failure.retry_ms, partial(self.inbox.put_back, failure.unit))
+
+    def _listen(self, message: Message) -> None:
+        is_failing = message.delivery_attempt < 3 and self._rng.random() < self.group.failure_share
+        self._world.listened(self, message, is_failing)
+        if is_failing:
+            raise ListenerError

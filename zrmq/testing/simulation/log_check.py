@@ -1,0 +1,157 @@
+"""Checks of one broker's log while it grows: dense offsets, nothing twice, the order of each producer, leases and commits.
+
+Each life of a broker has a check of its own that reads the log from its beginning, so what recovery made of it is checked too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from zrmq.files import Files
+from zrmq.message import MessageQueue
+from zrmq.protocol.events import GroupSubscribed, LeaseGranted, OffsetsCommitted
+from zrmq.store.tables import Tables
+from zrmq.testing.simulation.log_watch import Entry, LogWatch, Placed
+from zrmq.testing.simulation.promises import Promises
+from zrmq.testing.simulation.trace import BrokenPromise
+
+
+class LogCheck:
+    """One life of one broker's log. Raises `BrokenPromise` for what must not be in a log."""
+
+    def __init__(self, broker_name: str, files: Files, folder: Path, promises: Promises) -> None:
+        self.watch = LogWatch(files, folder)
+        self.flushed_position = 0
+        self._broker_name = broker_name
+        self._promises = promises
+        self._sequences: set[tuple[int, int]] = set()
+        self._last_numbers: dict[tuple[MessageQueue, int, type], int] = {}
+        self._lease_epoch = 0
+
+    def advance(self, written_position: int, flushed_position: int) -> None:
+        """The store says that its log reaches so far."""
+        for entry in self.watch.advance(written_position):
+            if entry.batch is not None:
+                self._check_batch(entry)
+            elif isinstance(entry.event, OffsetsCommitted):
+                self._check_commit(entry.event)
+            elif isinstance(entry.event, LeaseGranted):
+                self._check_grant(entry.event)
+            elif isinstance(entry.event, GroupSubscribed):
+                self._promises.subscribed(self._broker_name, entry.event)
+        self.flushed_position = flushed_position
+
+    def placed(self, queue: MessageQueue, offset: int) -> Placed | None:
+        """The message at an offset, None when there is none."""
+        topic = self.watch.tables.topics.get(queue.topic)
+        return None if topic is None else self.watch.queues.get((topic.topic_id, queue.queue_id), {}).get(offset)
+
+    def contents(self, queue: MessageQueue) -> dict[int, Placed]:
+        """All messages of a queue by offset."""
+        topic = self.watch.tables.topics.get(queue.topic)
+        return {} if topic is None else self.watch.queues.get((topic.topic_id, queue.queue_id), {})
+
+    def compare_with_former(self, former: LogCheck, survives_until: int) -> None:
+        """Everything the former life had up to a position must be here, unchanged."""
+        for position, (end, crc) in former.watch.entries.items():
+            if end <= survives_until and self.watch.entries.get(position) != (end, crc):
+                raise BrokenPromise(
+                    "survival", f"{self._broker_name} lost the entry at {position}..{end} of its log; all up to {survives_until} was safe."
+                )
+
+    def compare_tables(self, tables: Tables) -> None:
+        """The store's tables must equal a fold of its log."""
+        ours, theirs = describe_tables(self.watch.tables), describe_tables(tables)
+        for name in ours:
+            if ours[name] != theirs[name]:
+                raise BrokenPromise(
+                    "views", f"{self._broker_name}: the {name} are {theirs[name]}, but a fold of the log gives {ours[name]}."
+                )
+
+    def _fail(self, kind: str, reason: str) -> None:
+        raise BrokenPromise(kind, f"{self._broker_name}: {reason}")
+
+    def _check_batch(self, entry: Entry) -> None:
+        batch = entry.batch
+        assert batch is not None
+        topic = self.watch.tables.topics_by_id.get(batch.topic_id)
+        if topic is None or batch.queue_id >= len(topic.queues):
+            self._fail("log", f"a batch at {entry.position} for queue {batch.queue_id} of topic id {batch.topic_id}, which does not exist.")
+            return
+        next_offset = topic.queues[batch.queue_id].next_offset
+        queue = MessageQueue(topic.config.topic, self._broker_name, batch.queue_id)
+        if batch.base_offset != next_offset:
+            self._fail("dense", f"{queue} goes on at {batch.base_offset} after {next_offset}.")
+        if batch.record_count != len(entry.bodies):
+            self._fail("log", f"the batch at {entry.position} has {len(entry.bodies)} records and says {batch.record_count}.")
+        for index, body in enumerate(entry.bodies):
+            self._check_message(queue, batch.base_offset + index, batch.producer_id, batch.first_sequence + index, body)
+
+    def _check_message(self, queue: MessageQueue, offset: int, producer_id: int, sequence: int, body: bytes) -> None:
+        if (producer_id, sequence) in self._sequences:
+            self._fail("double", f"sequence {sequence} of producer {producer_id:x} is in the log twice, now at {offset} of {queue}.")
+        self._sequences.add((producer_id, sequence))
+        posting = self._promises.postings.get(body)
+        if posting is None or posting.producer_id != producer_id:
+            self._fail("log", f"nobody sent what is at {offset} of {queue}.")
+            return
+        if not posting.is_in_order:
+            return
+        key = (queue, producer_id, posting.kind)
+        last = self._last_numbers.get(key, -1)
+        if posting.number <= last:
+            self._fail("order", f"{posting} is at {offset} of {queue} behind number {last}, which was sent later.")
+        self._last_numbers[key] = posting.number
+
+    def _check_grant(self, event: LeaseGranted) -> None:
+        group = self.watch.tables.groups.get(event.group)
+        held = group.leases.get((event.topic_id, event.queue_id)) if group is not None else None
+        if held is not None:
+            self._fail("lease", f"{event} was granted while {held} was in force.")
+        if event.lease_epoch <= self._lease_epoch:
+            self._fail("lease", f"{event} has an epoch that is not beyond {self._lease_epoch}.")
+        self._lease_epoch = event.lease_epoch
+
+    def _check_commit(self, event: OffsetsCommitted) -> None:
+        group = self.watch.tables.groups.get(event.group)
+        for topic_id, queue_id, offset in event.offsets:
+            topic = self.watch.tables.topics_by_id.get(topic_id)
+            if topic is None or queue_id >= len(topic.queues):
+                self._fail("commit", f"{event} is for a queue that does not exist.")
+                continue
+            queue = MessageQueue(topic.config.topic, self._broker_name, queue_id)
+            if offset > topic.queues[queue_id].next_offset:
+                self._fail("commit", f"{event} commits beyond the end of {queue}, {topic.queues[queue_id].next_offset}.")
+            known = (event.instance_name, topic_id, queue_id)
+            is_start = bool(event.instance_name) and (group is None or known not in group.offsets)
+            if group is not None and not is_start:
+                before = group.start_offset(topic, queue_id, event.instance_name) or 0
+                self._check_move(event, queue, before, offset)
+
+    def _check_move(self, event: OffsetsCommitted, queue: MessageQueue, before: int, offset: int) -> None:
+        if offset < before and not self._promises.is_async(queue.topic):  # after a loss consumers go back by a reset
+            self._fail("commit", f"group {event.group} went back on {queue} from {before} to {offset} without a reset.")
+        for at in range(before, offset):
+            placed = self.placed(queue, at)
+            if placed is not None and not self._promises.is_finished(event.group, event.instance_name, queue, at, placed.body):
+                self._fail(
+                    "commit", f"group {event.group} {event.instance_name} committed {offset} on {queue}, but nobody finished"
+                    f" {self._promises.postings.get(placed.body)} at {at}."
+                )
+
+
+def describe_tables(tables: Tables) -> dict[str, Any]:
+    """Tables as plain values that can be compared."""
+    return {
+        "topics": {
+            topic_id: (topic.config, [(queue.min_offset, queue.next_offset) for queue in topic.queues])
+            for topic_id, topic in sorted(tables.topics_by_id.items())
+        },
+        "names": {name: topic.topic_id for name, topic in sorted(tables.topics.items())},
+        "groups": {
+            name: (dict(group.subscriptions), dict(group.offsets), dict(group.leases)) for name, group in sorted(tables.groups.items())
+        },
+        "windows": {key: (window.highest_sequence, bytes(window.sent)) for key, window in sorted(tables.windows.items())},
+        "numbers": (tables.next_topic_id, tables.boot),
+    }

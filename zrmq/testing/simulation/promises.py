@@ -1,0 +1,130 @@
+"""What the cluster has promised to whom, as producers and consumers saw it; and what must follow from it.
+
+A message is known by its body, which is unique. `Posting` is what became of it at its producer; `finished` what the listeners of
+each group have got through. Both are what a user can see, taken at the public edge of the clients' cores.
+"""
+
+from __future__ import annotations
+
+from zrmq.client.accumulator import OneWay, SendHandle, Target
+from zrmq.errors import UnreachableError, ZrmqError
+from zrmq.message import FlushMode, Message, MessageQueue, SendReceipt
+from zrmq.protocol.events import GroupSubscribed
+from zrmq.testing.simulation.plan import GroupPlan, Plan
+from zrmq.testing.simulation.trace import BrokenPromise
+
+ASYNC_LOSS_MS = 1_000.0  # what was acknowledged from the page cache may be lost by a power cut that comes so soon
+
+
+class Posting:
+    """One message handed to a producer, and its outcome."""
+
+    __slots__ = (
+        "answered_ms", "body", "error", "handle", "kind", "number", "posted_ms", "producer_id", "queue", "receipt", "sender", "tag",
+        "topic",
+    )
+
+    def __init__(self, sender: str, producer_id: int, number: int, target: Target, tag: str | None) -> None:
+        self.sender = sender
+        self.producer_id = producer_id
+        self.number = number
+        self.topic = target if isinstance(target, str) else target.topic
+        self.queue = target if isinstance(target, MessageQueue) else None  # that it is bound to
+        self.kind: type = type(target)
+        self.tag = tag
+        self.body = b""
+        self.posted_ms = 0.0
+        self.answered_ms = -1.0
+        self.handle: SendHandle | None = None
+        self.receipt: SendReceipt | None = None
+        self.error: ZrmqError | None = None
+
+    def __repr__(self) -> str:
+        return f"<message {self.number} of {self.sender}>"
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether its producer knows what became of it."""
+        return self.receipt is not None or self.error is not None
+
+    @property
+    def is_in_order(self) -> bool:
+        """Whether it must not stand behind younger ones: it is bound to its queue, or its batch never had to look for another."""
+        if self.kind is OneWay:
+            return False
+        return self.queue is not None or self.handle is None or getattr(self.handle.batch, "attempts", 0) == 0
+
+
+class Promises:
+    """Everything that was promised in a run, by all brokers together."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.postings: dict[bytes, Posting] = {}
+        self.acknowledged: dict[MessageQueue, dict[int, Posting]] = {}
+        self.subscriptions: dict[tuple[str, str, str], GroupSubscribed] = {}  # broker name, group, topic
+        self.power_cuts_ms: dict[str, list[float]] = {}
+        self._async_topics = {topic.name for topic in plan.topics if topic.flush_mode is FlushMode.ASYNC}
+        self._wanted = {group.name: wanted_tags(group) for group in plan.groups}
+        self._finished: dict[tuple[str, str, MessageQueue], dict[int, bytes]] = {}
+
+    # --- producers ----------------------------------------------------------------------------------------------------
+
+    def answered(self, posting: Posting, outcome: SendReceipt | ZrmqError, now_ms: float) -> None:
+        """A producer was told what became of a message."""
+        if posting.is_answered:
+            raise BrokenPromise("answer", f"{posting} was answered twice.")
+        posting.answered_ms = now_ms
+        if isinstance(outcome, ZrmqError):
+            posting.error = outcome
+            return
+        posting.receipt = outcome
+        if posting.kind is OneWay:
+            return
+        if posting.queue is not None and outcome.queue != posting.queue:
+            raise BrokenPromise("bound", f"{posting} for {posting.queue} was stored in {outcome.queue}.")
+        queue = self.acknowledged.setdefault(outcome.queue, {})
+        other = queue.get(outcome.queue_offset)
+        if other is not None and not self.may_be_lost(other):
+            raise BrokenPromise("double", f"{other} and {posting} were both acknowledged at {outcome.queue_offset} of {outcome.queue}.")
+        queue[outcome.queue_offset] = posting
+
+    def may_be_lost(self, posting: Posting) -> bool:
+        """Whether it was only promised to survive the end of the process, and the power went before it was flushed."""
+        if posting.receipt is None or posting.topic not in self._async_topics:
+            return False
+        cuts = self.power_cuts_ms.get(posting.receipt.broker_name, ())
+        return any(posting.posted_ms <= cut_ms <= posting.answered_ms + ASYNC_LOSS_MS for cut_ms in cuts)
+
+    def is_async(self, topic: str) -> bool:
+        """Whether its messages are acknowledged from the page cache."""
+        return topic in self._async_topics
+
+    def is_known_unstored(self, posting: Posting) -> bool:
+        """Whether its producer was told that it is not stored."""
+        return type(posting.error) is UnreachableError
+
+    # --- consumers ----------------------------------------------------------------------------------------------------
+
+    def subscribed(self, broker_name: str, event: GroupSubscribed) -> None:
+        """A group's first subscription to a topic is in a broker's log."""
+        self.subscriptions.setdefault((broker_name, event.group, event.topic), event)
+
+    def finish(self, group: str, instance_name: str, message: Message) -> None:
+        """A listener returned."""
+        key = (group, instance_name, message.queue)
+        self._finished.setdefault(key, {})[message.queue_offset] = message.body
+
+    def is_finished(self, group: str, instance_name: str, queue: MessageQueue, offset: int, body: bytes) -> bool:
+        """Whether a listener of the group got through this message, or the group does not want it."""
+        done = self._finished.get((group, instance_name, queue))
+        return (done is not None and done.get(offset) == body) or not self.is_wanted(group, body)
+
+    def is_wanted(self, group: str, body: bytes) -> bool:
+        """Whether the group's filter lets the message through."""
+        tags = self._wanted[group]
+        return tags is None or self.postings[body].tag in tags
+
+
+def wanted_tags(group: GroupPlan) -> frozenset[str] | None:
+    """The tags of the group's filter, None for all messages."""
+    return None if group.expression == "*" else frozenset(tag.strip() for tag in group.expression.split("||"))

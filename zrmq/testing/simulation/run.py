@@ -1,0 +1,90 @@
+"""One run: build the world of a seed, let things go wrong for a while, heal it, and check that every promise was kept."""
+
+from __future__ import annotations
+
+import msgspec
+
+from zrmq.testing.simulation.checks import check_accounts, check_bounds, find_trouble
+from zrmq.testing.simulation.faults import FaultMaker
+from zrmq.testing.simulation.log_lines import captured_logs
+from zrmq.testing.simulation.plan import Plan, draw_plan
+from zrmq.testing.simulation.trace import EVENTS_KEPT, BrokenPromise, SimulationError, Trace
+from zrmq.testing.simulation.world import World
+
+BOUNDS_MS = 250.0  # between two looks at the bounds
+HEALTH_MS = 250.0
+HEALTHY_MS_MAX = 90_000.0  # from the last fault until everything is well
+
+
+class Result(msgspec.Struct, frozen=True):
+    """What a run came to. `digest` is equal for two runs in which the same happened."""
+
+    seed: int
+    digest: str
+    virtual_ms: float
+    healed_ms: float  # from the last fault until everything was well
+    counts: dict[str, int]  # events by kind
+
+
+def run_seed(seed: int, *, events_kept: int = EVENTS_KEPT, plan: Plan | None = None) -> Result:
+    """Run a seed, or a plan made from it. Raises `SimulationError` when a promise is broken."""
+    trace = Trace(events_kept)
+    plan = plan if plan is not None else draw_plan(seed)
+    world = World(plan, trace)
+    try:
+        with captured_logs(world):
+            healed_ms = _run(world)
+    except BrokenPromise as broken:
+        raise SimulationError(seed, broken.kind, broken.reason, _story(world)) from broken
+    except Exception as fault:
+        raise SimulationError(seed, "raised", f"{type(fault).__name__}: {fault}", _story(world)) from fault
+    trace.mix([(name, broker.check.watch.entries if broker.check else ()) for name, broker in world.brokers.items()])
+    trace.mix(world.network.rng.getstate())
+    return Result(seed, trace.digest, world.network.now_ms, healed_ms, dict(trace.counts))
+
+
+def _run(world: World) -> float:
+    faults = FaultMaker(world)
+    world.build()
+    faults.start()
+    _advance(world, world.plan.duration_ms)
+    faults.stop()
+    world.is_working = False
+    for producer in world.producers:
+        producer.is_working = False
+    began_ms = world.network.now_ms
+    while True:
+        _fill_groups(world)
+        _advance(world, HEALTH_MS)
+        trouble = find_trouble(world)
+        if not trouble:
+            break
+        if world.network.now_ms - began_ms > HEALTHY_MS_MAX:
+            raise BrokenPromise("health", f"{HEALTHY_MS_MAX:.0f} ms after the last fault: {trouble}")
+    healed_ms = world.network.now_ms - began_ms
+    world.note("checks", "healthy", f"after {healed_ms:.0f} ms")
+    check_accounts(world)
+    return healed_ms
+
+
+def _advance(world: World, duration_ms: float) -> None:
+    end_ms = world.network.now_ms + duration_ms
+    while world.network.now_ms < end_ms:
+        world.network.run_for(min(BOUNDS_MS, end_ms - world.network.now_ms))
+        check_bounds(world)
+
+
+def _fill_groups(world: World) -> None:
+    """Every group has all its members in the end."""
+    for group in world.plan.groups:
+        for slot in range(group.members):
+            world.start_consumer(group, slot)
+
+
+def _story(world: World) -> str:
+    return "\n".join([
+        f"repeat it with: python -m zrmq.testing.simulation --seed {world.plan.seed}",
+        f"plan: {world.plan}",
+        "the last events (virtual ms, who, what):",
+        *world.trace.last,
+    ])

@@ -1,0 +1,249 @@
+"""The servers of a run: NameServers and brokers that crash and come back, each on a machine of its own."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING
+
+from zrmq.broker import BrokerRole
+from zrmq.config import BrokerConfig
+from zrmq.protocol.batch import decode_records, iter_batches
+from zrmq.routing.core import NameServerCore
+from zrmq.serving.core import BrokerCore
+from zrmq.store.config import StoreConfig
+from zrmq.store.flusher import Flusher
+from zrmq.store.job import Job
+from zrmq.store.store import Store
+from zrmq.store.tables import Queue
+from zrmq.testing.files import FaultyFiles, PowerCut
+from zrmq.testing.simulation.log_check import LogCheck
+from zrmq.testing.simulation.network import Machine
+from zrmq.testing.simulation.trace import BrokenPromise
+
+if TYPE_CHECKING:
+    from zrmq.testing.simulation.world import World
+
+PAUSED_POLL_MS = 5.0  # how often a job of a paused machine looks whether it may go on
+READ_BYTES = 16 * 1024
+
+
+class VirtualNameServer:
+    """One NameServer, up or down."""
+
+    def __init__(self, world: World, name: str) -> None:
+        self.name = name
+        self.address = f"tcp://{name}:9876"
+        self.machine: Machine | None = None
+        self._world = world
+        self._rng = Random(f"{world.plan.seed} {name}")
+
+    def start(self) -> None:
+        """Come up, knowing nothing."""
+        self._world.note(self.name, "started")
+        self.machine = self._world.network.machine(self.name)
+        NameServerCore(self.machine, self.address, self._rng)
+
+    def crash(self) -> None:
+        """End without a word."""
+        if self.machine is not None:
+            self._world.note(self.name, "crashed")
+            self.machine.close()
+            self.machine = None
+
+
+class VirtualFlusher(Flusher):
+    """The `Flusher` of a machine without threads: a job takes its time, and the loop goes on meanwhile.
+
+    Some jobs run in the loop, as they do on a fast disk.
+    """
+
+    def __init__(self, machine: Machine, rng: Random, draw_ms: Callable[[], float], inline_share: float) -> None:
+        super().__init__(machine.call_soon_threadsafe, machine.clock)
+        self._machine = machine
+        self._rng = rng
+        self._draw_ms = draw_ms
+        self._inline_share = inline_share
+        self._jobs: deque[tuple[Job, Callable[[], None]]] = deque()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether jobs are under way."""
+        return bool(self._jobs)
+
+    def start(self, job: Job, on_finished: Callable[[], None]) -> None:
+        """Run the job and finish it, now or after some time."""
+        if not self._jobs and self._rng.random() < self._inline_share:
+            job.run()
+            job.finish()
+            on_finished()
+            return
+        self._jobs.append((job, on_finished))
+        if len(self._jobs) == 1:
+            self._begin()
+
+    def close(self) -> None:
+        """What is under way is done before this returns."""
+        while self._jobs:
+            job, on_finished = self._jobs.popleft()
+            if not job.has_run:
+                job.run()
+            job.finish()
+            on_finished()
+
+    def _begin(self) -> None:
+        whole_ms = self._draw_ms()
+        before_ms = self._rng.uniform(0.0, whole_ms)
+        self._later(before_ms, partial(self._run_first, self._jobs[0][0], whole_ms - before_ms))
+
+    def _later(self, delay_ms: float, step: Callable[[], None]) -> None:
+        self._machine.network.schedule(None, delay_ms, partial(self._step, step))
+
+    def _step(self, step: Callable[[], None]) -> None:
+        if self._machine.is_paused:
+            self._later(PAUSED_POLL_MS, step)
+        elif not self._machine.is_closed:
+            step()
+
+    def _run_first(self, job: Job, after_ms: float) -> None:
+        if not self._jobs or self._jobs[0][0] is not job:
+            return
+        try:
+            job.run()
+        except PowerCut:
+            self._machine.on_power_cut()
+            return
+        self._later(after_ms, partial(self._machine.call_soon_threadsafe, partial(self._finish_job, job)))
+
+    def _finish_job(self, job: Job) -> None:
+        if self._jobs and self._jobs[0][0] is job:
+            _, on_finished = self._jobs.popleft()
+            if self._jobs:
+                self._begin()
+            job.finish()
+            on_finished()
+
+
+class VirtualRole(BrokerRole):
+    """`BrokerRole` whose jobs take virtual time."""
+
+    machine: Machine
+    draw_ms: Callable[[], float]
+
+    def _make_flusher(self, inline_below_ms: float) -> Flusher:
+        return VirtualFlusher(self.machine, self._rng, self.draw_ms, 0.3 if inline_below_ms else 0.0)
+
+
+class VirtualBroker:
+    """One broker, up or down, with its disk. `check` watches its log."""
+
+    def __init__(self, world: World, name: str) -> None:
+        self.name = name
+        self.address = f"tcp://{name}:10911"
+        self.files = FaultyFiles(seed=Random(f"{world.plan.seed} {name} disk").getrandbits(48))
+        self.folder = Path("/") / name
+        self.machine: Machine | None = None
+        self.role: BrokerRole | None = None
+        self.check: LogCheck | None = None
+        self.slowness = 1.0  # of the disk
+        self._world = world
+        self._rng = Random(f"{world.plan.seed} {name}")
+
+    @property
+    def store(self) -> Store:
+        """Of the running broker."""
+        assert self.role is not None
+        return self.role.store
+
+    @property
+    def core(self) -> BrokerCore:
+        """Of the running broker."""
+        assert self.role is not None
+        return self.role.core
+
+    # --- lives --------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Recover and serve."""
+        self._world.note(self.name, "starting")
+        machine = self.machine = self._world.network.machine(self.name)
+        machine.on_power_cut = self.lose_power
+        role = VirtualRole(
+            self._config(), address=self.address, ingest_address=f"tcp://{self.name}:10912", files=self.files, rng=self._rng
+        )
+        role.machine, role.draw_ms = machine, self._draw_job_ms
+        try:
+            role.open(machine)
+        except PowerCut:
+            self.lose_power()
+            return
+        self.role = role
+        machine.after_turn = self.look
+        self._world.note(self.name, "started", f"boot={self.store.boot} log={self.store.appended_position}")
+
+    def _config(self) -> BrokerConfig[StoreConfig]:
+        plan = self._world.plan
+        return BrokerConfig(
+            store=StoreConfig(segment_bytes=plan.segment_bytes, checkpoint_ms=plan.checkpoint_ms),
+            broker_name=self.name, cluster="simulated", data=str(self.folder), nameservers=tuple(self._world.nameserver_addresses),
+            session_timeout_ms=plan.session_timeout_ms,
+        )
+
+    def _draw_job_ms(self) -> float:
+        return self._rng.uniform(*self._world.plan.flush_ms) * self.slowness
+
+    def lose_power(self) -> None:
+        """The machine goes dark; what was not synced is subject to the dice."""
+        self._end("lost power", is_power_cut=True)
+
+    def kill(self) -> None:
+        """The process ends; the page cache stays."""
+        self._end("killed", is_power_cut=False)
+
+    def stop(self) -> None:
+        """End in good order."""
+        if self.role is not None:
+            self._world.note(self.name, "stopping")
+            self.role.stop(self._stopped)
+
+    def _stopped(self) -> None:
+        self.look()
+        self._end("stopped", is_power_cut=False)
+
+    def _end(self, how: str, is_power_cut: bool) -> None:
+        machine, self.machine, self.role = self.machine, None, None
+        if machine is None:
+            return
+        machine.close()
+        self._world.note(self.name, how)
+        if is_power_cut:
+            self._world.promises.power_cuts_ms.setdefault(self.name, []).append(self._world.network.now_ms)
+            self.files.crash()
+        else:
+            self.files.kill()
+        self._world.broker_down(self, is_power_cut)
+
+    # --- checks -------------------------------------------------------------------------------------------------------
+
+    def look(self) -> None:
+        """Read what is new in the log."""
+        if self.check is None:
+            self.check = LogCheck(self.name, self.files, self.folder / "commitlog", self._world.promises)
+            self._world.broker_up(self)
+        self.check.advance(self.store.written_position, self.store.flushed_position)
+
+    def read_all(self, queue: Queue) -> Iterator[tuple[int, bytes]]:
+        """Every message of a queue as consumers get it: offset and body."""
+        offset = queue.min_offset
+        while offset < queue.visible_offset:
+            chunk = self.store.read(queue, offset, READ_BYTES)
+            if chunk.next_offset <= offset or not chunk.frames:
+                raise BrokenPromise("views", f"{self.name}: a read of {queue!r} at {offset} came to {chunk.status.name}.")
+            for frame in chunk.frames:
+                for header, batch in iter_batches(frame):
+                    for index, body in enumerate(decode_records(header, batch).bodies):
+                        yield header.base_offset + index, body
+            offset = chunk.next_offset

@@ -1,0 +1,184 @@
+"""The world of a run: builds the cluster of a plan, keeps who is alive, and passes on what happens to those who check it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+
+from zrmq.client.accumulator import OneWay
+from zrmq.client.process_queue import Unit
+from zrmq.errors import ZrmqError
+from zrmq.message import Message, MessageQueue, SendReceipt
+from zrmq.protocol.events import TopicConfig, TopicPut
+from zrmq.testing.simulation.consumers import VirtualConsumer
+from zrmq.testing.simulation.log_check import LogCheck
+from zrmq.testing.simulation.network import MachineNetwork
+from zrmq.testing.simulation.plan import GroupPlan, Plan
+from zrmq.testing.simulation.producers import VirtualProducer
+from zrmq.testing.simulation.promises import Posting, Promises
+from zrmq.testing.simulation.servers import VirtualBroker, VirtualNameServer
+from zrmq.testing.simulation.trace import BrokenPromise, Trace
+from zrmq.transport.memory import MemoryTimer
+
+
+class World:
+    """Everything there is in one run."""
+
+    def __init__(self, plan: Plan, trace: Trace) -> None:
+        self.plan = plan
+        self.trace = trace
+        self.network = MachineNetwork(Random(f"{plan.seed} network"), delay_ms=plan.delay_ms)
+        self.promises = Promises(plan)
+        self.nameservers = [VirtualNameServer(self, f"nameserver-{number}") for number in range(plan.nameserver_count)]
+        self.brokers = {name: VirtualBroker(self, name) for name in plan.broker_names}
+        self.producers: list[VirtualProducer] = []  # all that ever were
+        self.consumers: list[VirtualConsumer] = []  # those that are
+        self.is_working = True
+        self.ready_ms: dict[tuple[str, str], float] = {}  # group and instance: when its first member had fixed where it begins
+        self._lives: dict[str, int] = {}
+        self._former: dict[str, tuple[LogCheck, int]] = {}  # broker name: its log's last check, and up to where it must survive
+
+    @property
+    def nameserver_addresses(self) -> list[str]:
+        """Where clients and brokers ask."""
+        return [nameserver.address for nameserver in self.nameservers]
+
+    def note(self, who: str, what: str, detail: str = "") -> None:
+        """Something happened."""
+        self.trace.add(self.network.now_ms, who, what, detail)
+
+    def later(self, delay_ms: float, callback: Callable[[], None]) -> MemoryTimer:
+        """Call between the turns of the machines."""
+        return self.network.schedule(None, delay_ms, callback)
+
+    def all_queues(self, topic: str) -> list[MessageQueue]:
+        """The queues of a topic at all brokers of the plan, sorted."""
+        count = next(each.queue_count for each in self.plan.topics if each.name == topic)
+        return [MessageQueue(topic, name, queue_id) for name in self.plan.broker_names for queue_id in range(count)]
+
+    # --- coming and going ---------------------------------------------------------------------------------------------
+
+    def build(self) -> None:
+        """Start everything the plan begins with."""
+        for nameserver in self.nameservers:
+            nameserver.start()
+        for broker in self.brokers.values():
+            broker.start()
+            self._create_topics(broker)
+        for number in range(self.plan.producer_count):
+            self.start_producer(f"producer-{number}")
+        for group in self.plan.groups:
+            for slot in range(group.members):
+                self.later(group.starts_ms, lambda group=group, slot=slot: self.start_consumer(group, slot))  # type: ignore[misc]
+
+    def _create_topics(self, broker: VirtualBroker) -> None:
+        """As an administrator did before the run: flushed, with no faults yet."""
+        tables = broker.store.tables
+        for topic in self.plan.topics:
+            config = TopicConfig(topic.name, queue_count=topic.queue_count, flush_mode=topic.flush_mode)
+            broker.store.append_event(TopicPut(tables.next_topic_id, config))
+        broker.store.write()
+        job = broker.store.begin_flush()
+        if job is not None:
+            job.run()
+            job.finish()
+
+    def start_producer(self, name: str) -> None:
+        """A producer comes, unless there is no work any more or one of the name is there."""
+        if self.is_working and name not in self.network.loops:
+            self.producers.append(VirtualProducer(self, name, self._next_life(name)))
+
+    def start_consumer(self, group: GroupPlan, slot: int) -> None:
+        """A member comes, unless the one of this slot is there."""
+        name = f"{group.name}-{slot}"
+        if name not in self.network.loops:
+            self.consumers.append(VirtualConsumer(self, group, slot, self._next_life(name)))
+
+    def crash_consumer(self, consumer: VirtualConsumer) -> None:
+        """A member ends without a word."""
+        self.consumers.remove(consumer)
+        consumer.crash()
+
+    def consumer_left(self, consumer: VirtualConsumer) -> None:
+        """A member has said goodbye."""
+        self.consumers.remove(consumer)
+
+    def _next_life(self, name: str) -> int:
+        life = self._lives[name] = self._lives.get(name, 0) + 1
+        return life
+
+    # --- what happens -------------------------------------------------------------------------------------------------
+
+    def answered(self, posting: Posting, outcome: SendReceipt | ZrmqError) -> None:
+        """A producer was told what became of a message."""
+        self.promises.answered(posting, outcome, self.network.now_ms)
+        if isinstance(outcome, SendReceipt) and posting.kind is not OneWay and not self.promises.may_be_lost(posting):
+            self._check_stored(posting, outcome)
+
+    def _check_stored(self, posting: Posting, receipt: SendReceipt) -> None:
+        broker = self.brokers[receipt.broker_name]
+        if broker.check is None or broker.machine is None:
+            return  # down, or not looked at yet: looked at when it is back
+        placed = broker.check.placed(receipt.queue, receipt.queue_offset)
+        if placed is None or placed.body != posting.body:
+            raise BrokenPromise("lost", f"{posting} was acknowledged at {receipt.queue_offset} of {receipt.queue}, where there is {placed}.")
+        if placed.end > broker.store.flushed_position and not self.promises.is_async(posting.topic):
+            raise BrokenPromise("flush", f"{posting} was acknowledged before it was flushed, at {receipt.queue_offset} of {receipt.queue}.")
+
+    def handed_out(self, consumer: VirtualConsumer, unit: Unit) -> None:
+        """A consumer gives messages to a listener."""
+        queue = unit.process_queue.queue
+        self.note(consumer.who, "handed_out", f"{queue.broker_name}/{queue.topic}/{queue.queue_id} {unit.offset}..{unit.next_offset}")
+        if not consumer.is_broadcasting:
+            for other in self.consumers:
+                if other is not consumer and other.group is consumer.group and other.holds(queue):
+                    raise BrokenPromise(
+                        "owner", f"{consumer.who} delivers {queue} from {unit.offset} while {other.who} holds a lease on it that is"
+                        " valid by its own rules."
+                    )
+        for message in unit.messages:
+            self._check_message(consumer, message)
+
+    def _check_message(self, consumer: VirtualConsumer, message: Message) -> None:
+        posting = self.promises.postings.get(message.body)
+        if posting is None or posting.topic != message.topic or posting.tag != message.tag:
+            raise BrokenPromise("content", f"{consumer.who} got {message!r}, which nobody sent.")
+        if not self.promises.is_wanted(consumer.group.name, message.body):
+            raise BrokenPromise("filter", f"{consumer.who} got {posting} with tag {posting.tag}, which its group does not want.")
+        broker = self.brokers[message.queue.broker_name]
+        if self.promises.is_async(message.topic) or broker.check is None or broker.machine is None:
+            return
+        placed = broker.check.placed(message.queue, message.queue_offset)
+        if placed is None or placed.body != message.body:
+            raise BrokenPromise("phantom", f"{consumer.who} got {posting} at {message.queue_offset} of {message.queue}, where there is {placed}.")
+        if placed.end > broker.store.flushed_position:
+            raise BrokenPromise("visible", f"{consumer.who} got {posting} of {message.queue} before it was flushed.")
+
+    def listened(self, consumer: VirtualConsumer, message: Message, is_failing: bool) -> None:
+        """A listener was called."""
+        if is_failing:
+            self.note(consumer.who, "listener_raised", f"{message.queue.queue_id}@{message.queue_offset}")
+        else:
+            self.promises.finish(consumer.group.name, consumer.instance_name, message)
+
+    def consumer_ready(self, consumer: VirtualConsumer) -> None:
+        """Everything that fixes where its group, or for broadcasting its instance, begins has been done."""
+        self.ready_ms.setdefault((consumer.group.name, consumer.instance_name), self.network.now_ms)
+
+    def broker_down(self, broker: VirtualBroker, is_power_cut: bool) -> None:
+        """A broker ended; remember what must survive."""
+        check, broker.check = broker.check, None
+        if check is not None:
+            self._former[broker.name] = (check, check.flushed_position if is_power_cut else check.watch.end)
+        elif broker.name in self._former and is_power_cut:  # again, before anybody had a look
+            former, survives_until = self._former[broker.name]
+            self._former[broker.name] = (former, min(survives_until, former.flushed_position))
+
+    def broker_up(self, broker: VirtualBroker) -> None:
+        """A broker is back, and its first turn is over."""
+        former = self._former.pop(broker.name, None)
+        check = broker.check
+        if former is not None and check is not None:
+            check.advance(broker.store.written_position, broker.store.flushed_position)
+            check.compare_with_former(*former)
+            check.compare_tables(broker.store.tables)
