@@ -178,7 +178,7 @@ class Broker:
 
     def __init__(self, data: str | Path = "./data", *, config: Config | None = None, **options: Any) -> None:
         self._role = BrokerRole(config if config is not None else load(Config, flags={"data": str(data), **options}))
-        self._host = Host(self._role, name="zrmq-broker")
+        self._host: Host | None = None
 
     @property
     def address(self) -> str:
@@ -187,15 +187,22 @@ class Broker:
 
     def start(self) -> None:
         """Recover the log and listen, in a new thread. Raises `FolderLockedError`, `FolderUnusableError`, `AddressInUseError`."""
-        self._host.start()
+        self._make_host().start()
 
     def stop(self) -> None:
-        """Answer what was taken, save everything and end the thread. Stopping twice does nothing."""
-        self._host.stop()
+        """Answer what was taken, save everything and end the thread. Does nothing when it does not run."""
+        if self._host is not None:
+            self._host.stop()
 
     def run(self, on_open: Callable[[], None] = lambda: None) -> None:
         """Run in the main thread until SIGINT or SIGTERM; `on_open` is called when it listens."""
-        self._host.run(on_open)
+        self._make_host().run(on_open)
+
+    def _make_host(self) -> Host:
+        if self._host is not None:
+            raise ClosedError("This broker was started already; make a new one to start again.")
+        self._host = Host(self._role, name="zrmq-broker")
+        return self._host
 
     def __enter__(self) -> Self:
         self.start()

@@ -381,11 +381,11 @@ class Producer:
             )
         if queue is not None and selector is not None:
             raise InvalidArgumentError("Give queue= or selector=, not both.")
-        if selector is not None:
-            queue = selector(tuple(queues))
-        if queue is None:
+        if queue is None and selector is None:
             assert message_group is not None
             return queues[crc32(message_group.encode()) % len(queues)]
+        if selector is not None:
+            queue = selector(tuple(queues))
         if not isinstance(queue, MessageQueue) or queue not in queues:
             raise InvalidArgumentError(
                 f"{queue!r} is not a queue of topic {topic!r}, which has {len(queues)}; take one of a receipt, or let a selector"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from zrmq.errors import StoreFailedError
 from zrmq.message import ConsumeFrom, FlushMode, MessageModel
 from zrmq.protocol.batch import Columns, decode_records, encode_batch, iter_batches
 from zrmq.protocol.events import TopicConfig
@@ -69,11 +71,12 @@ class BrokerDesk:
         self.open()
 
     def turn(self, flush: bool = True) -> None:
-        self.store.write()
-        job = self.store.begin_flush() if flush else None
-        if job is not None:
-            job.run()
-            job.finish()
+        with suppress(StoreFailedError):  # as a broker does: whoever waits is told
+            self.store.write()
+            job = self.store.begin_flush() if flush else None
+            if job is not None:
+                job.run()
+                job.finish()
         self.core.after_commit()
 
     def pass_ms(self, ms: float, step_ms: float = 250) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
@@ -111,9 +111,12 @@ def test_a_deleted_topic_is_gone(admin: Admin) -> None:
             call("deleted")
 
 
-@pytest.mark.parametrize(
-    "settings", [{"queue_count": -1}, {"queue_count": "4"}, {"flush_mode": "never"}, {"retention_ms": 1.5}, {"colour": 1}, {"topic": "x"}]
-)
+IMPOSSIBLE: list[dict[str, Any]] = [
+    {"queue_count": -1}, {"queue_count": "4"}, {"flush_mode": "never"}, {"retention_ms": 1.5}, {"colour": 1}, {"topic": "x"},
+]
+
+
+@pytest.mark.parametrize("settings", IMPOSSIBLE)
 def test_settings_that_cannot_be(admin: Admin, settings: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgumentError, match=next(iter(settings))):
         admin.create_topic("wrong", **settings)
@@ -191,7 +194,7 @@ class Ghost:
             lambda: Registration(self._thread.loop, [nameservers], info, lambda: (1, list), Random(1))
         )
 
-    def __enter__(self) -> Ghost:
+    def __enter__(self) -> Self:
         while self._thread.call(lambda: self._registration.registered_count) == 0:
             pass
         return self

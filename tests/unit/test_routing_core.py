@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from zrmq.errors import AddressInUseError, Code
 from zrmq.protocol.limits import HEADER_BYTES_MAX, PROTOCOL_VERSION
 from zrmq.protocol.requests import (
+    ROUTE_OF_OTHERS,
     Alive,
     AnyReply,
     BrokerInfo,
@@ -458,7 +459,7 @@ def test_a_question_for_other_topics_waits_for_the_grace_only(network: MemoryNet
     client, brokers = Peer(network, "client"), Brokers(network)
     client.hello()
     brokers.register("a", meters=4)
-    number = client.say(QueryRoute, ["meters"], core_module.OTHER_VERSION, timeout_ms=60_000)
+    number = client.say(QueryRoute, ["meters"], ROUTE_OF_OTHERS, timeout_ms=60_000)
     network.run_for(2_500)
     assert client.answer(number) is None
     network.run_for(1_000)

@@ -147,9 +147,7 @@ def receive_stamped(spec: Spec, gate: Gate) -> dict[str, object]:
             done.set()
 
     monotonic_ms = SystemClock().monotonic_ms
-    consumer = zrmq.PushConsumer(
-        f"bench-{spec.topic}", nameservers=spec.nameservers, consume_from=ConsumeFrom.EARLIEST, threads=1
-    )
+    consumer = zrmq.PushConsumer(f"bench-{spec.topic}", nameservers=spec.nameservers, consume_from=ConsumeFrom.EARLIEST)
     consumer.subscribe(spec.topic, "*", on_message)
     with consumer:
         _await(warm, "the warm-up")

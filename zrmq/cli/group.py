@@ -60,7 +60,7 @@ def show(name: str, as_json: bool, **where: Any) -> None:
 
 def summary(name: str, brokers: dict[str, GroupInfo]) -> dict[str, Any]:
     """What a group is over all brokers."""
-    infos = list(brokers.values())
+    infos = sorted(brokers.values(), key=lambda info: info.message_model is not None)  # those that know the filters last
     queues = queues_of(brokers)
     return {
         "group": name,

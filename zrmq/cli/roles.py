@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from zrmq.transport.interface import Loop
 
 SWITCH_INTERVAL_S = 0.0005  # the reactor shares the process with threads that flush and save: it must not wait 5 ms for its turn
+DECIDED_BY_UP = ("nameservers", "start_grace_ms")  # its broker registers in the same moment: there is nothing to wait for
 FUTURE_PORTS = ("proxy_port", "console_port")  # roles of `up` that this version does not have
 
 Config = TypeVar("Config", NameServerConfig, BrokerConfig[StoreConfig])
@@ -61,14 +62,14 @@ def future_ports(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @click.command(epilog=examples("zrmq up", "zrmq up --data /var/lib/zrmq --nameserver-port 0 --broker-port 0"))
-@role_options(NameServerConfig, BrokerConfig[StoreConfig], without=("nameservers",))
+@role_options(NameServerConfig, BrokerConfig[StoreConfig], without=DECIDED_BY_UP)
 @future_ports
 def up(config: str | None, as_json: bool, **flags: Any) -> None:
     """Run a NameServer and a broker in one process, with everything in one folder."""
     for name in FUTURE_PORTS:
         if flags.pop(name) is not None:
             click.echo(f"Warning: --{name.replace('_', '-')} is not used: this version has no such role.", err=True)
-    for_nameserver = _load(NameServerConfig, config, _those_of(NameServerConfig, flags))
+    for_nameserver = _load(NameServerConfig, config, {**_those_of(NameServerConfig, flags), "start_grace_ms": "0"})
     for_broker = _load(BrokerConfig[StoreConfig], config, _those_of(BrokerConfig[StoreConfig], flags))
     from zrmq.transport.host import Host
 

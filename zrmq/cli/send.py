@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -54,12 +55,19 @@ def send(topic: str, body: str, timeout_ms: int, nameservers: str | None, as_jso
         if body != "-":
             print_receipt(producer.send(topic, body.encode(errors="surrogateescape"), **parts), as_json)
             return
-        count = 0
-        for count, receipt in enumerate(send_lines(producer, topic, click.get_binary_stream("stdin"), parts), 1):  # noqa: B007
+        send_stdin(producer, topic, parts, as_json)
+
+
+def send_stdin(producer: Producer, topic: str, parts: dict[str, Any], as_json: bool) -> None:
+    """Send the lines of stdin, and say how many are stored, also when one of them fails."""
+    count = 0
+    try:
+        for receipt in send_lines(producer, topic, sys.stdin.buffer, parts):
+            count += 1
             if as_json:
                 print_receipt(receipt, as_json)
-    if not as_json:
-        click.echo(f"stored {count} messages in {topic}")
+    finally:
+        click.echo(f"stored {count} messages in {topic}", err=as_json)
 
 
 def send_lines(producer: Producer, topic: str, lines: Iterable[bytes], parts: dict[str, Any]) -> Iterator[SendReceipt]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -147,7 +148,12 @@ def delete(name: str, yes: bool, as_json: bool, **where: Any) -> None:
 
 def confirm(question: str) -> bool:
     """Ask, where there is somebody to ask."""
-    return click.get_text_stream("stdin").isatty() and click.confirm(question)
+    return stdin_is_terminal() and click.confirm(question)
+
+
+def stdin_is_terminal() -> bool:
+    """Whether a question would be seen and answered."""
+    return sys.stdin is not None and sys.stdin.isatty()
 
 
 def _print_done(what: str, name: str, brokers: dict[str, TopicInfo], as_json: bool) -> None:

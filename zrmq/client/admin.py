@@ -269,7 +269,7 @@ class _Round:
     def _take(self, name: str, answer: AnyReply | ZrmqError, frames: list[bytes]) -> None:
         self._answers[name] = answer
         if len(self._answers) == len(self._names):
-            self._finish(self._answers)
+            self._finish(dict(sorted(self._answers.items())))
 
 
 def _unknown(broker_name: str) -> RequestRefusedError:

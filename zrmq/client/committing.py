@@ -27,8 +27,8 @@ class Committer:
     def commit_idle(self, readings: Iterable[Reading]) -> None:
         """What changed since the last time, where the broker is there and has answered the last one."""
         able = [reading for reading in readings if reading.link.is_open and reading.link not in self._busy]
-        links = {reading.link for reading, _ in self._changed(able)}
-        self._busy |= links
+        links = dict.fromkeys(reading.link for reading, _ in self._changed(able))
+        self._busy.update(links)
         for link in links:
             self.commit([reading for reading in able if reading.link is link], partial(self._idle, link), COMMIT_TIMEOUT_MS)
 

@@ -124,7 +124,7 @@ class Inbox:
     def take(self, timeout_ms: float | None, size: Callable[[ProcessQueue], int]) -> Unit | None:
         """A unit of at most `size(process queue)` messages; None when there was none within the time, or the inbox is closed.
 
-        Whoever takes a unit owes a `done`, or a `finish_below` for its queue.
+        Whoever takes a unit owes a `done` for it, or in the end a `finish_below` with `is_all` for its queue.
         """
         deadline_ms = None if timeout_ms is None else self._now_ms() + timeout_ms
         left_ms = timeout_ms
@@ -158,13 +158,14 @@ class Inbox:
             elif self._in_order and not failed:
                 self._put_in_line(queue)
 
-    def finish_below(self, queue: ProcessQueue, offset: int | None = None) -> None:
-        """Everything handed out of the queue (below the offset) is done, however many units it was."""
+    def finish_below(self, queue: ProcessQueue, offset: int, *, is_all: bool) -> None:
+        """Everything handed out below the offset is done, however many units it was. `is_all`: the caller has nothing more of
+        the queue, so what lies from the offset on stays unfinished."""
         with self._lock:
             if queue.is_dropped:
                 return
-            queue.finish_below(queue.position if offset is None else offset)
-            if queue.commit_offset == queue.position:
+            queue.finish_below(offset)
+            if is_all:
                 queue.in_flight = 0
                 self._wake_if(queue.is_draining)
 

@@ -141,7 +141,7 @@ class ProducerCore:
             if error is None and topic not in self._topics:
                 self._topics[topic] = _Topic(topic, self._rng.randrange(1 << 16))
                 self._connect()
-            on_done(error)
+            on_done(self._no_nameserver_error(timeout_ms) if isinstance(error, RequestTimeoutError) and self.route is None else error)
 
         self._instance.want_topics([topic])
         if self.route is not None and self.route.queues(topic):
@@ -234,7 +234,7 @@ class ProducerCore:
     def _connect(self) -> None:
         """Links to every broker of the topics in use."""
         if self.route is not None:
-            for name in {queue.broker_name for topic in self._topics for queue in self.route.queues(topic)}:
+            for name in sorted({queue.broker_name for topic in self._topics for queue in self.route.queues(topic)}):
                 self._instance.link(name)
 
     def _publish_reachable(self) -> None:
@@ -558,6 +558,13 @@ class ProducerCore:
                 topic=batch.topic, timeout_ms=batch.timeout_ms,
             )
         return self._unreachable_error(batch)
+
+    def _no_nameserver_error(self, timeout_ms: int) -> UnreachableError:
+        names = ", ".join(self._instance.nameservers)
+        return UnreachableError(
+            f"No NameServer answered within {timeout_ms} ms at {names}; start one (zrmq up), or give the right addresses.",
+            nameservers=self._instance.nameservers, timeout_ms=timeout_ms,
+        )
 
     def _unreachable_error(self, batch: Batch) -> ZrmqError:
         brokers = {} if self.route is None else {

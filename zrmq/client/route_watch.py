@@ -4,7 +4,7 @@ The first NameServer is drawn, so that clients spread. It is kept until the sess
 answer is overdue; then the next one in the list is asked. When all have failed in turn, there is a pause that grows, and one line
 in the log. What was known last stays good until there is an answer again.
 
-When the topics are others than before, the question brings the version `OTHER_VERSION` instead of none: a NameServer that has
+When the topics are others than before, the question brings the version `ROUTE_OF_OTHERS` instead of none: a NameServer that has
 just started answers a first question with the little that it knows, but lets one who has a route wait until it knows more.
 """
 
@@ -17,7 +17,7 @@ from random import Random
 from zrmq.client.link import Identity, Link
 from zrmq.errors import InvalidFrameError, NotReadyError, RequestTimeoutError, UnreachableError, ZrmqError
 from zrmq.logs import get_logger
-from zrmq.protocol.requests import AnyReply, QueryRoute, Route
+from zrmq.protocol.requests import ROUTE_OF_OTHERS, AnyReply, QueryRoute, Route
 from zrmq.transport.interface import Loop, Timer
 
 QUERY_TIMEOUT_MS = 3_000
@@ -29,7 +29,6 @@ PAUSE_MS_MAX = 5_000.0
 NOT_READY_MS = 150.0  # a NameServer that has just started is asked again after
 AGAIN_MS = 10.0  # between an answer and the next watch: changes that come together make one answer
 QUERY_TOPICS_MAX = 1_000  # beyond it all topics are watched
-OTHER_VERSION = 1
 
 log = get_logger("client")
 
@@ -95,7 +94,7 @@ class RouteWatch:
         """Put the question. Before the session is open it only waits for that; it is put again then."""
         self._stop_waiting()
         topics = frozenset(self._wanted) if len(self._wanted) <= QUERY_TOPICS_MAX else frozenset("*")
-        version = self._version if topics == self._answered or not self._version else OTHER_VERSION
+        version = self._version if topics == self._answered or not self._version else ROUTE_OF_OTHERS
         timeout_ms = WATCH_TIMEOUT_MS if version else QUERY_TIMEOUT_MS
         if not self._link.is_open:
             timeout_ms = round(self._growing(OPEN_MS_MIN, OPEN_MS_MAX))

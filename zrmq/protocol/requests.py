@@ -23,6 +23,7 @@ from zrmq.protocol.limits import CREDENTIALS_BYTES_MAX, HEADER_BYTES_MAX, REPLY_
 
 OFFSET_EARLIEST = -2
 OFFSET_LATEST = -1
+ROUTE_OF_OTHERS = 1  # as version in QueryRoute: the client has a route of other topics, and need not have this one at once
 
 
 class Request(msgspec.Struct, array_like=True, frozen=True):
@@ -189,7 +190,8 @@ class QueryRoute(Request, tag=12, frozen=True):
 
     With the `version` of an earlier answer it is a watch: the answer waits until something in it changes, or for `timeout_ms`
     less a margin, and then repeats the same version. A version is a digest of the answer's content, so it means the same at
-    every NameServer. During start-up grace an unknown topic is answered NOT_READY.
+    every NameServer. During start-up grace an unknown topic is answered NOT_READY, and a version that this NameServer has not
+    come to itself waits: the client goes on with the route it has. `ROUTE_OF_OTHERS` waits for the grace only.
     """
 
     topics: list[Name]

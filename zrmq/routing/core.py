@@ -29,6 +29,7 @@ from zrmq.protocol.requests import (
     Heartbeat,
     Hello,
     Limits,
+    ROUTE_OF_OTHERS,
     QueryRoute,
     RegisterBroker,
     Registered,
@@ -48,7 +49,6 @@ from zrmq.transport.sessions import Session, SessionTable
 log = get_logger("routing")
 
 START_GRACE_MS = 3_000.0  # brokers reconnect within a second or two of a restart
-OTHER_VERSION = 1  # of a client that has a route and asks for other topics now: it waits for the grace only
 HEARTBEAT_MS = 1_000
 WATCH_MS_MAX = 60_000.0
 WATCH_MARGIN_MS = 500.0  # a watch is answered this much before its client stops waiting: two ticks
@@ -217,7 +217,7 @@ class NameServerCore:
     def _is_strange(self, version: int) -> bool:
         if self._versions_of_ours is None or version in self._versions_of_ours:
             return False
-        return self._in_grace or version != OTHER_VERSION
+        return self._in_grace or version != ROUTE_OF_OTHERS
 
     def _watch(self, session: Session, request: QueryRoute, topics: tuple[str, ...]) -> None:
         if len(self._watches) >= WATCHES_MAX or self._watched_topic_count + len(topics) > WATCHED_TOPICS_MAX:

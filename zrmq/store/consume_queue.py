@@ -220,10 +220,13 @@ class ConsumeQueue:
         body = _BODY.pack(base_offset, position, length, record_count, store_timestamp_ms, tag_mask)
         self.tail += body + _CRC.pack(crc32(body))
 
+    @property
+    def is_long(self) -> bool:
+        """Whether the tail should be in a file by now, and may."""
+        return len(self.tail) > TAIL_BYTES_MAX and not self.is_spilling
+
     def spill(self) -> None:
-        """Move the tail to a file if it is long. Raises `OSError`; then it stays where it is."""
-        if len(self.tail) <= TAIL_BYTES_MAX or self.is_spilling:
-            return
+        """Move the tail to a file. Raises `OSError`; then it stays where it is."""
         self.shelf.write(self.folder, self.filed, bytes(self.tail))
         self.filed = self.end
         self.tail.clear()

@@ -144,7 +144,7 @@ def read_batches(commit_log: CommitLog, queue: Queue, entries: Sequence[QueueEnt
     """
     pieces: list[bytes] = []
     good_count = 0
-    for run in _runs(entries):
+    for run in _runs(commit_log, entries):
         piece, count = _read_run(commit_log, queue, run)
         if count:
             pieces.append(piece)
@@ -154,18 +154,21 @@ def read_batches(commit_log: CommitLog, queue: Queue, entries: Sequence[QueueEnt
     return _join(pieces), good_count
 
 
-def _runs(entries: Sequence[QueueEntry]) -> Iterator[list[QueueEntry]]:
-    """The entries, those near each other in the log together."""
+def _runs(commit_log: CommitLog, entries: Sequence[QueueEntry]) -> Iterator[list[QueueEntry]]:
+    """The entries, those near each other in one segment of the log together."""
     run: list[QueueEntry] = []
-    end = 0
+    end = limit = 0  # where the run ends, and where it may end at most
     for entry in entries:
-        is_near = run and 0 <= entry.position - end <= HOLE_BYTES
-        if not is_near or entry.position + entry.length - run[0].position > RUN_BYTES_MAX:
+        entry_end = entry.position + entry.length
+        if run and 0 <= entry.position - end <= HOLE_BYTES and entry_end <= limit:
+            run.append(entry)
+        else:
             if run:
                 yield run
-            run = []
-        run.append(entry)
-        end = entry.position + entry.length
+            run = [entry]
+            segment = commit_log.segment_at(entry.position)
+            limit = min(segment.end if segment is not None else 0, entry.position + RUN_BYTES_MAX)
+        end = entry_end
     if run:
         yield run
 

@@ -26,7 +26,7 @@ import msgspec
 from zrmq.errors import FolderUnusableError, InvalidFrameError
 from zrmq.files import remove_tree
 from zrmq.logs import get_logger
-from zrmq.protocol.batch import ENTRY_HEADER_BYTES, KIND_BATCH, KIND_EVENT, KIND_SEGMENT_END, EntryHeader, peek_batch
+from zrmq.protocol.batch import ENTRY_HEADER_BYTES, KIND_EVENT, KIND_SEGMENT_END, BatchHeader, EntryHeader
 from zrmq.protocol.events import decode_event
 from zrmq.store.commit_log import CommitLog, scan_segments
 from zrmq.store.segment import Found, Segment, Share
@@ -144,22 +144,18 @@ class Replay:
         if segment is None or not segment.start <= found.position < segment.end:
             self._segment = segment = self._log.segment_at(found.position)
             assert segment is not None
-        if header.kind == KIND_BATCH:
-            self._fold_batch(found, segment)
+        if isinstance(header, BatchHeader):
+            self._fold_batch(header, segment)
         elif header.kind == KIND_EVENT:
             self._fold_event(found, header)
             segment.note_event(header.store_timestamp_ms)
         elif header.kind != KIND_SEGMENT_END:
             raise _newer(f"an entry of kind {header.kind}", found.position)
 
-    def _fold_batch(self, found: Found, segment: Segment) -> None:
-        batch = peek_batch(found.block, found.at)
+    def _fold_batch(self, batch: BatchHeader, segment: Segment) -> None:
         segment.note_batch(batch.topic_id, batch.store_timestamp_ms, batch.length)
-        queue = self._views.apply_batch(batch)
-        if queue is None:
+        if self._views.apply_batch(batch) is None:
             self.unplaced_count += 1
-        else:
-            self._views.spill(self._views.index(queue))
 
     def _fold_event(self, found: Found, header: EntryHeader) -> None:
         try:
@@ -226,7 +222,8 @@ def _reindex(commit_log: CommitLog, views: Views, end: int) -> int:
         for made in index_anew(entries, indexes, views.shelf):
             index = indexes[made.queue]
             index.replace(made, index.end)
-            views.spill(index)
+            if index.is_long:
+                views.spill(index)
         log.warning("queues_reindexed", queues=len(indexes))
     return len(indexes)
 

@@ -36,9 +36,11 @@ from zrmq.protocol.batch import (
     KIND_BATCH,
     KIND_SEGMENT_END,
     MAGIC,
+    PRODUCED_AT,
     START_BYTES,
+    BatchHeader,
     EntryHeader,
-    entry_checks_out,
+    peek_batch,
     peek_entry,
 )
 from zrmq.protocol.limits import BATCH_BYTES_MAX
@@ -52,6 +54,7 @@ SCAN_BYTES = 1 << 20  # read at once when entries are read one after the other
 _SEGMENT_MAGIC = b"ZRMQ-LOG"
 _HEADER = struct.Struct("<8sIIQQ28xI")
 _CRC_AT = _HEADER.size - 4
+KIND_AT = 3
 _MARK = MAGIC + bytes([FORMAT_VERSION])
 _POSITION = struct.Struct("<Q")
 _POSITION_AT = ASSIGNED_AT + 4
@@ -142,7 +145,7 @@ class Found(NamedTuple):
 
     position: int
     end: int
-    header: EntryHeader | None  # None: no entry; its place may have held one or many
+    header: EntryHeader | BatchHeader | None  # None: no entry; its place may have held one or many
     block: bytes  # has the entry at `at`
     at: int
     is_whole: bool  # False with a header: a batch whose header checks out and whose records do not
@@ -163,28 +166,34 @@ def scan(read: Read, position: int, end: int) -> Iterator[Found]:
 
 
 class EntryReader:
-    """Reads entries of one segment, in large blocks."""
+    """Reads entries of one segment, in large blocks. A restart reads up to a few hundred thousand: `entry` is a hot path."""
 
     def __init__(self, read: Read, end: int) -> None:
         self._read = read
         self._end = end
         self._block = b""
+        self._view = memoryview(b"")
         self._base = 0
 
     def entry(self, position: int) -> Found | None:
         """The entry at `position`; None if there is none whose header checks out."""
         at = position - self._base
-        if at < 0 or at + ENTRY_HEADER_BYTES > len(self._block):
+        if at < 0 or at + BATCH_HEADER_BYTES > len(self._block):
             at = self._load(position, SCAN_BYTES)
-        header = peek_entry(self._block, at)
+        header = peek_header(self._block, at)
         if header is None or header.position != position or header.length > min(self._end - position, ENTRY_BYTES_MAX):
             return None
         if at + header.length > len(self._block):
             at = self._load(position, max(SCAN_BYTES, header.length))
-        is_whole = entry_checks_out(self._block, header, at)
-        if is_whole or batch_header_checks_out(self._block, header, at):
+        start_crc = crc32(self._view[at : at + START_BYTES])
+        if type(header) is BatchHeader:
+            if crc32(self._view[at + ASSIGNED_AT : at + BATCH_HEADER_BYTES], start_crc) != header.entry_crc:
+                return None
+            is_whole = crc32(self._view[at + PRODUCED_AT : at + header.length], start_crc) == header.crc
             return Found(position, position + header.length, header, self._block, at, is_whole)
-        return None
+        if crc32(self._view[at + ASSIGNED_AT : at + header.length], start_crc) != header.entry_crc:
+            return None
+        return Found(position, position + header.length, header, self._block, at, True)
 
     def gap(self, position: int) -> Found:
         """The bytes from `position`, where there is no entry, to the next entry or the end of the segment."""
@@ -207,6 +216,7 @@ class EntryReader:
 
     def _load(self, position: int, size: int) -> int:
         self._block = self._read(position, min(size, self._end - position))
+        self._view = memoryview(self._block)
         self._base = position
         return 0
 
@@ -218,12 +228,13 @@ def _marks(block: bytes) -> Iterator[int]:
         at = block.find(_MARK, at + 1)
 
 
-def batch_header_checks_out(block: bytes, header: EntryHeader, at: int) -> bool:
-    """Whether the header of a batch is unchanged, whatever became of its records: then its extent and offsets are known."""
-    if header.kind != KIND_BATCH or header.length < BATCH_HEADER_BYTES or len(block) - at < BATCH_HEADER_BYTES:
-        return False
-    crc = crc32(block[at + ASSIGNED_AT : at + BATCH_HEADER_BYTES], crc32(block[at : at + START_BYTES]))
-    return crc == header.entry_crc
+def peek_header(block: bytes, at: int) -> EntryHeader | BatchHeader | None:
+    """The header at `at`, of a batch or another entry, its CRC unchecked; None if there is none."""
+    if len(block) - at >= BATCH_HEADER_BYTES and block[at + KIND_AT] == KIND_BATCH:
+        batch = peek_batch(block, at)
+        return batch if block.startswith(_MARK, at) and batch.length >= BATCH_HEADER_BYTES else None
+    entry = peek_entry(block, at)
+    return entry if entry is not None and entry.kind != KIND_BATCH else None
 
 
 def read_or_zeros(file: OpenFile, size: int, position: int) -> bytes:

@@ -241,7 +241,9 @@ class Store:
             else:
                 self._awaiting[queue] = offset
                 self.needs_flush = True
-            self._views.spill(self._views.index(queue))
+            index = self._views.index(queue)
+            if index.is_long:
+                self._views.spill(index)
 
     def begin_flush(self) -> Job | None:
         """Write, and return the job that brings everything written to the disk; None when it is there, or on its way there.

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from zrmq.logs import get_logger
-from zrmq.protocol.batch import KIND_BATCH, BatchHeader, peek_batch
+from zrmq.protocol.batch import BatchHeader
 from zrmq.protocol.events import AnyEvent, TopicDeleted
 from zrmq.store.consume_queue import ConsumeQueue, Shelf
 from zrmq.store.segment import Found
@@ -48,15 +48,18 @@ class Views:
     def apply_batch(self, header: BatchHeader) -> Queue | None:
         """Fold one batch of the log; None when the tables have no place for it."""
         queue = self.tables.apply_batch(header)
-        if queue is not None:
-            self.index(queue).add(
-                header.base_offset, header.position, header.length, header.record_count, header.store_timestamp_ms,
-                header.tag_mask,
-            )
+        if queue is None:
+            return None
+        index = self.index(queue)
+        index.add(
+            header.base_offset, header.position, header.length, header.record_count, header.store_timestamp_ms, header.tag_mask
+        )
+        if index.is_long:
+            self.spill(index)
         return queue
 
     def spill(self, index: ConsumeQueue) -> None:
-        """Move the queue's newest entries to its files if they are many; without room for that they stay in memory."""
+        """Move the queue's newest entries to its files; without room for that they stay in memory."""
         try:
             index.spill()
         except OSError as error:
@@ -72,9 +75,9 @@ def index_anew(entries: Iterable[Found], queues: Collection[Queue], shelf: Shelf
     made = {(queue.topic.topic_id, queue.queue_id): ConsumeQueue(queue, shelf) for queue in queues}
     next_offsets = dict.fromkeys(made, 0)
     for found in entries:
-        if found.header is None or found.header.kind != KIND_BATCH:
+        batch = found.header
+        if not isinstance(batch, BatchHeader):
             continue
-        batch = peek_batch(found.block, found.at)
         key = (batch.topic_id, batch.queue_id)
         if key in made and batch.base_offset >= next_offsets[key]:
             next_offsets[key] = batch.next_offset

@@ -101,6 +101,8 @@ class Lane:
                 answer = self._ask(number, frames, deadline_ms, self._session)
                 if answer is not None:
                     return answer
+                if was_sent:
+                    self._hello_ms = self._now_ms()  # lost twice in one request: no faster than the pause allows
                 was_sent = True
                 self._session = 0
         except _OverdueError as error:

@@ -1,0 +1,113 @@
+"""zrmq/transport/wire.py: frames in and out, large ones by reference, and messages that end in the middle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import zmq
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zrmq.protocol.limits import FRAME_COUNT_MAX
+from zrmq.transport import wire
+from zrmq.transport.options import Context, Socket, end_context, make_context, open_socket
+from zrmq.transport.wire import COPY_BYTES_MAX, is_readable, receive_message, send_message
+
+
+@pytest.fixture(scope="module")
+def context() -> Iterator[Context]:
+    made = make_context()
+    yield made
+    assert end_context(made)
+
+
+@pytest.fixture(scope="module")
+def pair(context: Context) -> Iterator[tuple[Socket, Socket]]:
+    one, other = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
+    one.bind("inproc://wire")
+    other.connect("inproc://wire")
+    yield one, other
+    one.close(0)
+    other.close(0)
+
+
+@given(st.lists(st.binary(max_size=300) | st.sampled_from([bytes(COPY_BYTES_MAX - 1), bytes(COPY_BYTES_MAX)]), min_size=1, max_size=8))
+def test_what_goes_in_comes_out(pair: tuple[Socket, Socket], frames: list[bytes]) -> None:
+    send_message(pair[0], frames)
+    assert is_readable(pair[1])
+    assert receive_message(pair[1]) == frames
+    assert not is_readable(pair[1])
+
+
+def test_nothing_to_receive_says_so(pair: tuple[Socket, Socket]) -> None:
+    with pytest.raises(zmq.Again):
+        receive_message(pair[1])
+
+
+def test_large_frames_are_not_copied_and_small_ones_are(pair: tuple[Socket, Socket], monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[bool] = []
+    send = wire._send
+
+    def spy(socket: Socket, frame: bytes, flags: int, copy: bool) -> object:
+        copied.append(copy)
+        return send(socket, frame, flags, copy)
+
+    monkeypatch.setattr(wire, "_send", spy)
+    big = bytearray(b"x" * COPY_BYTES_MAX)
+    send_message(pair[0], [b"header", big, memoryview(big)[:-1], b""])
+    assert copied == [True, False, True, True]
+    assert receive_message(pair[1]) == [b"header", bytes(big), bytes(big[:-1]), b""]
+
+
+def test_a_message_too_long_is_cut_and_the_next_one_whole(pair: tuple[Socket, Socket]) -> None:
+    send_message(pair[0], [b"%d" % number for number in range(FRAME_COUNT_MAX + 500)])
+    send_message(pair[0], [b"next"])
+    cut = receive_message(pair[1])
+    assert cut == [b"%d" % number for number in range(FRAME_COUNT_MAX + 2)]
+    assert receive_message(pair[1]) == [b"next"]
+
+
+def test_a_send_without_room_leaves_nothing_behind(context: Context) -> None:
+    dealer = open_socket(context, zmq.DEALER)
+    with pytest.raises(zmq.Again):
+        send_message(dealer, [b"a", b"b", b"c"])
+    router = open_socket(context, zmq.ROUTER)
+    router.bind("inproc://late")
+    dealer.connect("inproc://late")
+    send_message(dealer, [b"next"])
+    assert receive_message(router, 0)[1:] == [b"next"]
+    dealer.close(0)
+    router.close(0)
+
+
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_a_peer_lost_in_the_middle_does_not_swallow_the_next_message(
+    pair: tuple[Socket, Socket], monkeypatch: pytest.MonkeyPatch, fails_at: int
+) -> None:
+    """As libzmq does it: after a failed frame with MORE it drops all up to the next last frame."""
+    sent: list[tuple[bytes, bool]] = []
+
+    def fail_once(socket: Socket, frame: bytes, flags: int, copy: bool) -> None:
+        if len(sent) == fails_at and frame != b"":
+            raise zmq.Again
+        sent.append((frame, bool(flags & zmq.SNDMORE)))
+
+    monkeypatch.setattr(wire, "_send", fail_once)
+    with pytest.raises(zmq.Again):
+        send_message(pair[0], [b"a", b"b", b"c", b"d"])
+    assert sent == [(b"a", True), (b"b", True)][:fails_at] + [(b"", False)]
+
+
+def test_a_peer_lost_at_the_last_frame_needs_no_end(pair: tuple[Socket, Socket], monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[bytes] = []
+
+    def fail_at_c(socket: Socket, frame: bytes, flags: int, copy: bool) -> None:
+        if frame == b"c":
+            raise zmq.Again
+        sent.append(frame)
+
+    monkeypatch.setattr(wire, "_send", fail_at_c)
+    with pytest.raises(zmq.Again):
+        send_message(pair[0], [b"a", b"b", b"c"])
+    assert sent == [b"a", b"b"]
