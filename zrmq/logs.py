@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 from zrmq.errors import ConfigError
@@ -51,7 +52,8 @@ class Logger:
 
     def warning(self, event: str, /, **facts: object) -> None:
         """Something an operator should know of; zrmq goes on by itself."""
-        self._target().warning(event, **facts)
+        if _Quiet.depth == 0 or _is_configured():
+            self._target().warning(event, **facts)
 
     def error(self, event: str, /, **facts: object) -> None:
         """Something an operator has to do something about."""
@@ -70,6 +72,21 @@ class Logger:
             wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
         )
         return target.bind(logger=self._name)  # type: ignore[no-any-return]
+
+
+class _Quiet:
+    depth = 0
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within it warnings are dropped, in all threads, unless the program configured structlog: for a command that tells its user
+    itself what goes wrong, in one sentence."""
+    _Quiet.depth += 1
+    try:
+        yield
+    finally:
+        _Quiet.depth -= 1
 
 
 def get_logger(name: str) -> Logger:
@@ -117,8 +134,8 @@ def _is_terminal() -> bool:
 
 def _is_configured() -> bool:
     """Whether the program, or `configure_logging`, said where log lines go. Asks without loading structlog."""
-    structlog: Any = sys.modules.get("structlog")
-    return structlog is not None and bool(structlog.is_configured())
+    is_configured: Any = getattr(sys.modules.get("structlog"), "is_configured", None)  # None while another thread is loading it
+    return is_configured is not None and bool(is_configured())
 
 
 class _Stderr:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from tests.tidy.source import PAGES, ROOT
+from tests.unit.real_cluster import running_cluster
+from zrmq.cli.main import main
 
 README = (ROOT / "README.md").read_text()
 
@@ -99,3 +108,42 @@ def test_files_that_are_spoken_of_exist(page: Path) -> None:
     """`zrmq/...py`, `tests/...` and `docs/...` in running text are paths, so they have to be right."""
     spoken = re.findall(r"`((?:zrmq|tests|docs|examples|benchmarks)/[\w./-]+)`", page.read_text())
     assert [path for path in spoken if not (ROOT / path).exists() and "..." not in path] == []
+
+
+# --- code ---------------------------------------------------------------------------------------------------------------
+
+
+PYTHON_BLOCKS = [code for language, code in blocks(README) if language == "python"]
+COMMANDS = [line for language, code in blocks(README) if not language for line in code.splitlines() if line.startswith("zrmq ")]
+
+
+@pytest.fixture(scope="module")
+def nameservers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with running_cluster(tmp_path_factory.mktemp("cluster")) as address:
+        yield address
+
+
+@pytest.mark.parametrize("code", PYTHON_BLOCKS, ids=range(len(PYTHON_BLOCKS)))
+def test_python_blocks_run(code: str, nameservers: str, tmp_path: Path) -> None:
+    """As they stand. One that runs until Ctrl-C gets it after the first line it prints."""
+    environment = {**os.environ, "ZRMQ_NAMESERVERS": nameservers, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-u", "-W", "error", "-c", code]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, **pipes) as process:
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        if ".run()" in code:
+            process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert err == ""
+    assert "b'2" in first + out
+
+
+def test_commands_run(nameservers: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZRMQ_NAMESERVERS", nameservers)
+    assert len(COMMANDS) >= 3
+    for line in COMMANDS:
+        result = CliRunner().invoke(main, shlex.split(line)[1:])
+        assert result.exit_code == 0, f"{line}: {result.output}"
+        assert result.stdout

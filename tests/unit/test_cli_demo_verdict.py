@@ -128,8 +128,8 @@ def test_a_clustering_group_has_everything_together() -> None:
 def test_what_was_sent_and_not_stored_is_a_fault() -> None:
     story = story_of_a_kill()
     story.ledger.number("cpu.0")
-    story.ledger.refused.append("the disk is full")
-    assert story.judge().faults == ["1 of 6 readings were not stored: the disk is full."]
+    story.ledger.refused.append("The disk is full.")
+    assert story.judge().faults == ["1 of 6 readings were not stored. The disk is full."]
 
 
 def test_nothing_sent_proves_nothing() -> None:

@@ -11,7 +11,7 @@ import pytest
 import structlog
 
 from zrmq.errors import ConfigError
-from zrmq.logs import configure_logging, get_logger
+from zrmq.logs import configure_logging, get_logger, quiet
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +50,24 @@ def test_without_configuration_only_warnings_and_errors_go_to_stderr(capsys: pyt
     for part in ("disk_filled", "free_bytes=7", "store"):
         assert part in err
     assert "disk_failed" in err
+
+
+def test_in_quiet_only_errors_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    with quiet():
+        get_logger("client").warning("nameservers_failed")
+        get_logger("client").error("session_refused")
+    get_logger("client").warning("broker_left")
+    told = capsys.readouterr().err
+    assert "nameservers_failed" not in told
+    assert "session_refused" in told
+    assert "broker_left" in told
+
+
+def test_quiet_is_nothing_to_a_process_that_configured_its_logs(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging("json")
+    with quiet():
+        get_logger("client").warning("nameservers_failed")
+    assert "nameservers_failed" in capsys.readouterr().err
 
 
 def test_a_program_that_configured_structlog_gets_every_level_its_own_way(capsys: pytest.CaptureFixture[str]) -> None:

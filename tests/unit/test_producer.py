@@ -639,16 +639,15 @@ def test_a_forked_child_is_told_to_make_its_own(fabric: Fabric) -> None:
 
 def test_what_it_is_embedded_in_may_be_closed_first(tmp_path: Path) -> None:
     fabric = zrmq.embedded(tmp_path / "data")
-    producer = fabric.producer()
-    producer.send("meters", b"x")
-    fabric._clients.clear()
+    producer = Producer(**fabric._where())
+    producer.send_async("meters", b"x").result()  # not send(): its lane would be waited for
     hold(producer)
-    handle = producer.send_async("meters", b"x")
+    handle = producer.send_async("meters", b"x", timeout_ms=500)
     fabric.close()
     with pytest.raises(ZrmqError):
         handle.result()
     with pytest.raises(ZrmqError):
-        producer.send("meters", b"x")
+        producer.send("meters", b"x", timeout_ms=500)
     producer.close()
 
 

@@ -96,7 +96,7 @@ def test_a_peer_lost_in_the_middle_does_not_swallow_the_next_message(
     monkeypatch.setattr(wire, "_send", fail_once)
     with pytest.raises(zmq.Again):
         send_message(pair[0], [b"a", b"b", b"c", b"d"])
-    assert sent == [(b"a", True), (b"b", True)][:fails_at] + [(b"", False)]
+    assert sent == [*[(b"a", True), (b"b", True)][:fails_at], (b"", False)]
 
 
 def test_a_peer_lost_at_the_last_frame_needs_no_end(pair: tuple[Socket, Socket], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,6 +58,7 @@ class Demo:
         self._clock = SystemClock()
         self._began_ms = 0.0
         self._delivered_ms = 0.0  # when the last report came
+        self._invited = {worker.name for worker in FIRST_WORKERS}
         self._ready: set[str] = set()
         self._scenes: list[tuple[float, Callable[[], None]]] = [
             (JOIN_AT * seconds, self._join),
@@ -70,13 +71,19 @@ class Demo:
         self._wait_for_workers()
         self._view.note(f"Publishing for {self._seconds:g} s.")
         self._began_ms = self._clock.monotonic_ms()
-        while self._elapsed_s < self._seconds and not self._ledger.crashes:
+        while not self._is_over():
             self._publisher.publish(self._elapsed_s)
-            while self._scenes and self._scenes[0][0] <= self._elapsed_s:
-                self._scenes.pop(0)[1]()
+            self._play_scenes()
             self._turn()
         self._drain()
         return self._end()
+
+    def _is_over(self) -> bool:
+        """When the time is up; later where a slow machine has not come to all scenes; earlier when somebody crashed."""
+        late_s = self._elapsed_s - self._seconds
+        if self._scenes and late_s > READY_TIMEOUT_S:
+            self._ledger.crashes.append(f"{LATE_WORKER.name} did not get ready within {READY_TIMEOUT_S:.0f} s.")
+        return bool(self._ledger.crashes) or (late_s >= 0 and not self._scenes)
 
     @property
     def _elapsed_s(self) -> float:
@@ -85,10 +92,9 @@ class Demo:
     def _wait_for_workers(self) -> None:
         self._view.note("Starting two NameServers, two brokers and the consumers.")
         deadline_ms = self._clock.monotonic_ms() + READY_TIMEOUT_S * 1000
-        wanted = {worker.name for worker in FIRST_WORKERS}
-        while not wanted <= self._ready and not self._ledger.crashes:
+        while not self._invited <= self._ready and not self._ledger.crashes:
             if self._clock.monotonic_ms() > deadline_ms:
-                late = ", ".join(sorted(wanted - self._ready))
+                late = ", ".join(sorted(self._invited - self._ready))
                 raise RequestTimeoutError(f"{late} did not get ready within {READY_TIMEOUT_S:.0f} s; see the logs with --data.")
             self._take_reports()
 
@@ -112,8 +118,14 @@ class Demo:
 
     # --- scenes -------------------------------------------------------------------------------------------------------
 
+    def _play_scenes(self) -> None:
+        """What is due; but nothing else happens while somebody is still on the way in, so that each has its own effects."""
+        while self._scenes and self._scenes[0][0] <= self._elapsed_s and self._invited <= self._ready:
+            self._scenes.pop(0)[1]()
+
     def _join(self) -> None:
         self._view.note(f"{LATE_WORKER.name} joins {SORTERS}.")
+        self._invited.add(LATE_WORKER.name)
         self._cast.start_worker(LATE_WORKER)
 
     def _kill_worker(self) -> None:
@@ -131,6 +143,8 @@ class Demo:
     def _drain(self) -> None:
         """Wait until everybody has everything, as long as anything comes."""
         self._view.note("The last readings are on their way.")
+        if not self._ledger.crashes:
+            self._publisher.publish(self._seconds)
         self._publisher.finish()
         self._delivered_ms = self._clock.monotonic_ms()
         while self._ledger.missing_count and not self._ledger.crashes:

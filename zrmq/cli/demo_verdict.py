@@ -20,7 +20,7 @@ import msgspec
 
 from zrmq.cli.demo_reports import Acquired, AnyReport, Consumed, Joining, Released
 
-EXAMPLES_MAX = 3  # of each kind of fault, in its sentence
+EXAMPLES_MAX = 3  # different reasons in one sentence
 
 ReadingKey = tuple[str, int]  # sensor, number
 
@@ -199,10 +199,9 @@ def judge(ledger: Ledger) -> Verdict:
     overlaps = find_overlaps(clustered)
     conflicts = find_lease_conflicts(clustered, ledger.leases, ledger.client_ids)
     twice = count_stored_twice(delivery for deliveries in ledger.deliveries.values() for delivery in deliveries)
-    faults = _sending_faults(ledger, twice) + [fault for group in groups for fault in _group_faults(group)]
+    faults = ledger.crashes + _sending_faults(ledger, twice) + [fault for group in groups for fault in _group_faults(group)]
     faults += [f"Two owners at once: {overlap}." for overlap in overlaps]
     faults += [f"Leases contradict: {conflict}." for conflict in conflicts]
-    faults += ledger.crashes
     rebalances = time_rebalances(ledger.events, clustered)
     return Verdict(ledger.sent_count, len(ledger.stored), twice, groups, overlaps, conflicts, rebalances, faults)
 
@@ -334,8 +333,8 @@ def _sending_faults(ledger: Ledger, stored_twice: int) -> list[str]:
         faults.append("Nothing was sent.")
     missing = ledger.sent_count - len(ledger.stored)
     if missing:
-        reasons = "; ".join(dict.fromkeys(ledger.refused[:EXAMPLES_MAX])) or "no receipt came"
-        faults.append(f"{missing} of {ledger.sent_count} readings were not stored: {reasons}.")
+        reasons = " ".join(list(dict.fromkeys(ledger.refused))[:EXAMPLES_MAX]) or "No receipt came."
+        faults.append(f"{missing} of {ledger.sent_count} readings were not stored. {reasons}")
     if stored_twice:
         faults.append(f"{stored_twice} readings lie in the queues twice.")
     return faults

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import click
 
 from zrmq.cli.failures import EXIT_DONE, EXIT_FAILED, EXIT_UNREACHABLE, EXIT_USAGE, Invocation, run_command
+from zrmq.logs import quiet
 
 # name: (module, what it does). The module has the command under the name, with _ for -.
 COMMANDS = {
@@ -21,6 +22,8 @@ COMMANDS = {
     "group": ("zrmq.cli.group", "List and show consumer groups."),
     "cluster": ("zrmq.cli.cluster", "List the brokers of the cluster."),
     "broker-status": ("zrmq.cli.cluster", "Show what a broker counts and holds."),
+    "demo": ("zrmq.cli.demo", "Run a cluster on this machine's sensors, and show that nothing is lost."),
+    "bench": ("zrmq.cli.bench", "Measure this machine, each figure beside its limit."),
 }
 
 HELP = f"""A durable message broker for scripts, edge boxes and small clusters.
@@ -59,7 +62,9 @@ class LazyGroup(click.Group):
         """Run one command line and end the process (`SystemExit`)."""
         invocation = Invocation()
         extra = {"prog_name": "zrmq", **extra, "standalone_mode": False, "obj": invocation}
-        sys.exit(run_command(lambda: super(LazyGroup, self).main(*arguments, **extra), invocation))
+        with quiet():
+            code = run_command(lambda: super(LazyGroup, self).main(*arguments, **extra), invocation)
+        sys.exit(code)
 
 
 def _print_version(ctx: click.Context, parameter: click.Parameter, wanted: bool) -> None:

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from zrmq.cli.administration import open_admin
 from zrmq.cli.options import client_options, examples, parse_time
 from zrmq.cli.printing import escape, escape_bytes, print_json
-from zrmq.message import ConsumeFrom, Message
+from zrmq.message import ConsumeFrom, Message, MessageQueue
+from zrmq.protocol.tags import parse_expression
 
 if TYPE_CHECKING:
+    from zrmq.client.admin import Admin
     from zrmq.consumer import PullConsumer
 
+POLL_MESSAGES = 1_000
 POLL_MS = 200
 
 
-def parse_start(text: str) -> dict[str, Any]:
-    """`earliest`, `latest` or a time, as the arguments a consumer takes. Raises `ConfigError`."""
-    if text in (ConsumeFrom.EARLIEST.value, ConsumeFrom.LATEST.value):
-        return {"consume_from": ConsumeFrom(text)}
-    return {"consume_from": ConsumeFrom.TIMESTAMP, "consume_timestamp_ms": parse_time(text)}
+def parse_start(text: str) -> ConsumeFrom | int:
+    """`earliest`, `latest` or a time in milliseconds since 1970, as a consumer takes it. Raises `ConfigError`."""
+    return ConsumeFrom(text) if text in (ConsumeFrom.EARLIEST.value, ConsumeFrom.LATEST.value) else parse_time(text)
 
 
 @click.command(epilog=examples(
@@ -41,24 +44,64 @@ def parse_start(text: str) -> dict[str, Any]:
 @click.option("--until-end", is_flag=True, help="End when all there was at the start is read.")
 @client_options
 def tail(
-    topic: str, group: str | None, start: dict[str, Any], expression: str, count: int | None, until_end: bool,
-    nameservers: str | None, timeout_ms: int, as_json: bool,
+    topic: str, group: str | None, start: ConsumeFrom | int, expression: str, count: int | None, until_end: bool, as_json: bool,
+    nameservers: str | None, timeout_ms: int,
 ) -> None:
     """Print the messages of TOPIC as they come, until Ctrl-C."""
     import zrmq
 
-    with zrmq.PullConsumer(group, nameservers=nameservers, **start) as consumer:
-        consumer.subscribe(topic, expression)
-        try:
-            for message in messages(consumer, count, until_end):
+    wanted = parse_expression(expression)
+    with open_admin(nameservers, timeout_ms) as admin, suppress(KeyboardInterrupt):  # Ctrl-C is how a tail ends
+        ends = find_ends(admin, topic) if until_end else None
+        with zrmq.PullConsumer(group, nameservers=nameservers, consume_from=start) as consumer:
+            # A broker that skips for us says nothing until there is something: then nobody would see the end pass by.
+            consumer.subscribe(topic, "*" if until_end and not group else expression)
+            for message in messages(consumer, admin, wanted, count, ends):
                 print_message(message, as_json)
-        except (KeyboardInterrupt, BrokenPipeError):
-            return  # the way a tail ends
 
 
-def messages(consumer: PullConsumer, count: int | None, until_end: bool) -> Iterator[Message]:
-    """The messages, to the end that was asked for."""
-    raise NotImplementedError
+def find_ends(admin: Admin, topic: str) -> dict[MessageQueue, int]:
+    """Where each queue of the topic ends now. Raises `TopicNotFoundError`."""
+    return {
+        MessageQueue(topic, broker_name, queue.queue_id): queue.max_offset
+        for broker_name, info in admin.topic(topic).items() for queue in info.queues
+    }
+
+
+def messages(
+    consumer: PullConsumer, admin: Admin, wanted: frozenset[str] | None, count: int | None, ends: dict[MessageQueue, int] | None
+) -> Iterator[Message]:
+    """The wanted messages as they come, up to `count`, or until every queue has been read to its end.
+
+    Never asks for more than is still to be given, because a group's offsets move past everything that was taken.
+    """
+    if ends is None:
+        admin.cluster()  # raises when nobody is there; a consumer would go on trying
+    left = POLL_MESSAGES if count is None else count
+    while left > 0 and (ends is None or ends):
+        taken = consumer.poll(min(left, POLL_MESSAGES), POLL_MS)
+        found = [message for message in taken if wanted is None or message.tag in wanted]
+        yield from found
+        if count is not None:
+            left -= len(found)
+        if ends is not None:
+            ends = find_unread(consumer, admin, ends, is_idle=not taken)
+
+
+def find_unread(
+    consumer: PullConsumer, admin: Admin, ends: dict[MessageQueue, int], *, is_idle: bool
+) -> dict[MessageQueue, int]:
+    """The queues that are not read to their end yet. Those that another member of the group holds are that one's to read."""
+    assigned = set(consumer.assigned())
+    unread = {queue: end for queue, end in ends.items() if queue not in assigned or consumer.position(queue) < end}
+    if not is_idle or not consumer.group or unread.keys() <= assigned:
+        return unread
+    others = {
+        MessageQueue(lease.topic, broker_name, lease.queue_id)
+        for broker_name, info in admin.group(consumer.group).items() for lease in info.leases
+        if lease.client_id != consumer.client_id
+    }
+    return {queue: end for queue, end in unread.items() if queue not in others}
 
 
 def print_message(message: Message, as_json: bool) -> None:

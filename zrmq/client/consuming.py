@@ -32,12 +32,13 @@ from zrmq.errors import ClosedError, InvalidArgumentError, TopicNotFoundError, U
 from zrmq.logs import get_logger
 from zrmq.message import ConsumeFrom, MessageModel, MessageQueue
 from zrmq.protocol.requests import AnyReply, Request, Subscription
-from zrmq.transport.interface import Loop
+from zrmq.transport.interface import Loop, Timer
 
 log = get_logger("consumer")
 
 TICK_MS = 500.0  # how late a lapsed lease may be noticed by this side; what is handed out is checked each time
 HANDOVER_MS_MAX = 60_000.0  # a queue that another member waits for is given up after this, whatever is still in flight
+CLAIM_MS_MAX = 500.0  # how long the start waits for queues that other members give back
 TOPIC_TIMEOUT_MS = 10_000
 RETRY_MS = 1_000.0
 
@@ -99,6 +100,8 @@ class ConsumerCore:
         self._assigned: frozenset[MessageQueue] = frozenset()
         self._wanted: frozenset[MessageQueue] | None = None  # as of the last rebalance; None: not known yet
         self._creating: set[str] = set()
+        self._missing: set[str] = set()  # topics that nobody may create
+        self._patience: Timer | None = None  # with the members that have our queues, at the start
         self._rebalance_ms = inf  # when the next one is due
         self._rebalance_timer = loop.call_later(0.0, lambda: None)
         self._began_ms = loop.clock.time_ms()
@@ -238,15 +241,27 @@ class ConsumerCore:
     def _created(self, topic: str, error: ZrmqError | None) -> None:
         if isinstance(error, TopicNotFoundError):
             log.warning("topic_missing", topic=topic, reason=error.message)  # once: the route shows it when somebody creates it
+            self._missing.add(topic)
+            self._check_started()
         elif error is not None and not isinstance(error, ClosedError):
             self._creating.discard(topic)
             self._rebalance_soon(RETRY_MS)
 
     def _check_started(self) -> None:
-        if self._is_started or (self._membership is not None and not self._membership.is_complete):
+        """The start is over when we are a member everywhere, and our queues are there; for those other members still have it does
+        not wait long, and what is stored meanwhile is not missed."""
+        if self._is_started or self._wanted is None or (self._membership is not None and not self._membership.is_complete):
             return
-        if self._wanted is not None and (self._config.leases or self._wanted <= self.reader.readings.keys()):
+        if self._wanted <= self.reader.readings.keys() and not self._awaits_topics():
             self._end_start()
+        elif self._patience is None:
+            self._patience = self._loop.call_later(CLAIM_MS_MAX, self._end_start)
+
+    def _awaits_topics(self) -> bool:
+        route = self._instance.route
+        return self._membership is not None and route is not None and not all(
+            route.queues(topic) or topic in self._missing for topic in self._config.filters
+        )
 
     def _end_start(self) -> None:
         if not self._is_started:
@@ -367,15 +382,35 @@ class ConsumerCore:
         else:
             link.request(kind, *fields, timeout_ms=timeout_ms, on_reply=on_reply)
 
+    def queues(self) -> list[MessageQueue]:
+        """What is read here now, sorted; without what is being given back."""
+        readings = self.reader.readings
+        return sorted(queue for queue, reading in readings.items() if not reading.process_queue.is_draining)
+
+    def finished_offsets(self) -> dict[MessageQueue, int]:
+        """For each of `queues`, the lowest offset that is not finished."""
+        return {queue: self._inbox.commit_offset(self.reader.readings[queue].process_queue) for queue in self.queues()}
+
+    def stop(self) -> None:
+        """Hand nothing out any more; who is at work on a unit ends after a message. `close` comes next."""
+        self._stop()
+        for reading in self.reader.readings.values():
+            self._inbox.drain(reading.process_queue)
+
     def close(self, on_closed: Callable[[], None], timeout_ms: int) -> None:
         """Commit what is finished, as far as brokers can be reached, then call back. The instance's BYE gives the leases back."""
         self._stop()
-        self._settle()
-        able = [reading for reading in self.reader.readings.values() if reading.link.is_open]
-        if self._config.group:
-            self._committer.commit(able, lambda error: on_closed(), timeout_ms)
+        if self._config.group and self._config.auto_commit:
+            self._settle()
+            able = [reading for reading in self.reader.readings.values() if reading.link.is_open]
+            self._committer.commit(able, lambda error: self._closed(error, on_closed), timeout_ms)
         else:
             on_closed()
+
+    def _closed(self, error: ZrmqError | None, on_closed: Callable[[], None]) -> None:
+        if error is not None:
+            log.warning("last_commit_failed", group=self._config.group, reason=error.message)
+        on_closed()
 
     def _stop(self) -> None:
         self._is_closed = True

@@ -53,7 +53,7 @@ class Inbox:
         self.account: Final = Account()
         self.failure: BaseException | None = None  # why it was closed, unless by the user
         self.is_closed = False
-        self.is_starving = False  # a pull waits for room
+        self.is_starving = False  # a pull waits for room; whoever runs low on chunks of a queue wakes it
         self.damaged_count = 0  # batches that did not check out or could not be read
         self._ready = ready
         self._lock = lock
@@ -189,7 +189,7 @@ class Inbox:
     def _open(self, queue: ProcessQueue) -> None:
         with self._lock:
             chunk = queue.begin_opening() if self._may_hand_out(queue) else None
-            self._wake_if(chunk is not None and self.is_starving)
+            self._wake_if(chunk is not None and self.is_starving and queue.chunks_left <= 1)
         if chunk is None:
             return
         opened = open_chunk(chunk, queue)

@@ -165,6 +165,11 @@ class ProcessQueue:
         """Whether there is something to hand out."""
         return bool(self._chunks) or self._at < len(self._open)
 
+    @property
+    def chunks_left(self) -> int:
+        """How many chunks are pulled and still closed."""
+        return len(self._chunks)
+
     # --- what comes in ------------------------------------------------------------------------------------------------
 
     def add(self, chunk: Chunk) -> bool:

@@ -202,7 +202,7 @@ class ConsumeQueue:
 
     @property
     def folder(self) -> Path:
-        """Where its files are, if it has any."""
+        """Where its files are, if it has any. Any thread."""
         return self.shelf.folder_of(self.queue)
 
     # --- writing ------------------------------------------------------------------------------------------------------
@@ -331,7 +331,7 @@ class ConsumeQueue:
         """What has to be written for the queue to be on disk as it is now; `finish_save` belongs to it."""
         spill = bytes(self.tail) if len(self.tail) > ROW_TAIL_BYTES_MAX else b""
         self.is_spilling = bool(spill)
-        return QueueSave(self, self.shelf, spill)
+        return QueueSave(self, spill)
 
     def finish_save(self, save: QueueSave, is_done: bool) -> None:
         """The save is on disk, or it failed and nothing has changed."""
@@ -357,9 +357,9 @@ class ConsumeQueue:
 class QueueSave:
     """One queue's part of a checkpoint: its row, and what goes to its files before the row may be saved."""
 
-    __slots__ = ("_first", "_folder", "_shelf", "_synced", "index", "row", "spill", "spill_at")
+    __slots__ = ("_synced", "index", "row", "spill", "spill_at")
 
-    def __init__(self, index: ConsumeQueue, shelf: Shelf, spill: bytes) -> None:
+    def __init__(self, index: ConsumeQueue, spill: bytes) -> None:
         queue = index.queue
         self.index = index
         self.spill = spill
@@ -369,25 +369,22 @@ class QueueSave:
             index.filed + len(spill) // ENTRY_BYTES, index.first_position, index.max_timestamp_ms,
             b"" if spill else bytes(index.tail),
         )
-        self._shelf = shelf
-        self._folder = index.folder
         self._synced = index.synced
-        self._first = index.first
 
     def write(self) -> None:
         """What goes to files, into the page cache. Any thread. Raises `OSError`."""
         if self.spill:
-            self._shelf.write(self._folder, self.spill_at, self.spill)
+            self.index.shelf.write(self.index.folder, self.spill_at, self.spill)
 
     def sync(self) -> None:
         """The files, to the disk. Any thread. Raises `OSError`: then what they hold is not known."""
         if self._synced < self.row.filed:
-            self._shelf.sync(self._folder, self._synced, self.row.filed)
+            self.index.shelf.sync(self.index.folder, self._synced, self.row.filed)
 
     def clean(self) -> None:
         """Remove files that the row, which is saved by now, does not speak of. Any thread. Raises `OSError`."""
-        if self._first:
-            self._shelf.remove_below(self._folder, self._first)
+        if self.row.first:
+            self.index.shelf.remove_below(self.index.folder, self.row.first)
 
 
 def _checked(entry: QueueEntry) -> QueueEntry:

@@ -138,10 +138,10 @@ class FaultyFiles:
         if create and path not in self._names:
             self.change("open", path)
             self._require_folder(path.parent)
-            self._apply(_Change(made=path, inode=_Inode()))
+            self._apply(_Change(made=path, inode=_Inode(path)))
         else:
             self.look("open", path)
-        return _FaultyFile(self, path, self._inode(path))
+        return _FaultyFile(self, self._inode(path))
 
     def size(self, path: Path) -> int:
         self.look("size", path)
@@ -206,7 +206,7 @@ class FaultyFiles:
             self._require_folder(path.parent)
             database = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False, factory=_Database)
             database.files, database.path = self, path
-            self._apply(_Change(made=path, inode=_Inode(database)))
+            self._apply(_Change(made=path, inode=_Inode(path, database)))
             self._changes.pop().apply(self._synced_names)  # SQLite syncs the folder itself
         found = self._inode(path).database
         if found is None:
@@ -284,6 +284,8 @@ class _Change:
             names.pop(self.gone, None)
         if self.made is not None:
             names[self.made] = self.inode
+            if self.inode is not None:
+                self.inode.path = self.made
 
     def touches(self, folder: Path) -> bool:
         return any(path is not None and path.parent == folder for path in (self.gone, self.made))
@@ -292,7 +294,8 @@ class _Change:
 class _Inode:
     """A file's bytes: as the process reads them, as the disk has them, and the writes between the two."""
 
-    def __init__(self, database: _Database | None = None) -> None:
+    def __init__(self, path: Path, database: _Database | None = None) -> None:
+        self.path = path  # the name it was given last
         self.content = bytearray()
         self.synced = bytearray()
         self.pending: list[tuple[int, bytes]] = []
@@ -349,42 +352,42 @@ class _Inode:
 
 
 class _FaultyFile:
-    def __init__(self, files: FaultyFiles, path: Path, inode: _Inode) -> None:
-        self._files, self._path, self._inode = files, path, inode
+    def __init__(self, files: FaultyFiles, inode: _Inode) -> None:
+        self._files, self._inode = files, inode
         self._life: int | None = files.life
 
     def _require_open(self) -> None:
         if self._life != self._files.life:
-            raise _error(errno.EBADF, self._path)
+            raise _error(errno.EBADF, self._inode.path)
 
     def pread(self, size: int, position: int) -> bytes:
         self._require_open()
-        self._files.look("pread", self._path)
+        self._files.look("pread", self._inode.path)
         return bytes(self._inode.content[position : position + size])
 
     def pwritev(self, buffers: Sequence[Buffer], position: int) -> int:
         self._require_open()
         if len(buffers) > IOV_MAX:
-            raise _error(errno.EINVAL, self._path)
+            raise _error(errno.EINVAL, self._inode.path)
         data = b"".join(buffers)
         if self._files.short_writes and len(data) > 1 and self._files.rng.random() < 0.5:
             data = data[: self._files.rng.randrange(1, len(data))]
         try:
-            self._files.change("pwritev", self._path)
+            self._files.change("pwritev", self._inode.path)
         except PowerCut:
             self._inode.write(position, data)  # it had begun: as good as any write that was not synced
             raise
         growth = max(position + len(data) - len(self._inode.content), 0)
         lacking = max(growth - self._files.room_bytes(), 0)
         if lacking and lacking >= len(data):
-            raise _error(errno.ENOSPC, self._path)
+            raise _error(errno.ENOSPC, self._inode.path)
         self._inode.write(position, data[: len(data) - lacking])
         return len(data) - lacking
 
     def fdatasync(self) -> None:
         self._require_open()
         try:
-            self._files.change("fdatasync", self._path)
+            self._files.change("fdatasync", self._inode.path)
         except OSError:
             self._inode.forget(self._files.rng)
             raise
@@ -392,10 +395,10 @@ class _FaultyFile:
 
     def allocate(self, size: int) -> None:
         self._require_open()
-        self._files.change("allocate", self._path)
+        self._files.change("allocate", self._inode.path)
         missing = size - len(self._inode.content)
         if missing > self._files.room_bytes():
-            raise _error(errno.ENOSPC, self._path)
+            raise _error(errno.ENOSPC, self._inode.path)
         if missing > 0:
             self._inode.write(len(self._inode.content), bytes(missing))
 

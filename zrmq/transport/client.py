@@ -97,11 +97,9 @@ class SocketConnection:
 
     def _read_events(self) -> None:
         while not self._is_closed and (event := self._monitor.next_event()):
-            if self._is_connected:
-                self._read()  # what the old connection brought still belongs to it
+            if self._is_connected:  # what it brought and is still unread is gone with it: IMMEDIATE drops it
                 self._is_connected = False
-                if not self._is_closed:
-                    self._listener.on_disconnected()
+                self._listener.on_disconnected()
             if event == CONNECTED and not self._is_closed:
                 self._is_connected = True
                 self._listener.on_connected()

@@ -148,7 +148,9 @@ class VirtualConsumer:
 
     def _draw_ms(self, messages: int) -> float:
         mean_ms = self.group.message_ms * messages
-        return 0.0 if mean_ms == 0.0 else self._rng.expovariate(1.0 / mean_ms)
+        if mean_ms == 0.0 or not self._world.is_working:  # in the end the backlog is to go quickly
+            return 0.0
+        return self._rng.expovariate(1.0 / mean_ms)
 
     def _run(self, unit: Unit) -> None:
         """The unit's listener calls, all at the end of their time; then what the door of a PushConsumer does with the outcome."""

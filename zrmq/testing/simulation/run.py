@@ -54,6 +54,7 @@ def _run(world: World) -> float:
         producer.is_working = False
     began_ms = world.network.now_ms
     while True:
+        faults.repair()
         _fill_groups(world)
         _advance(world, HEALTH_MS)
         trouble = find_trouble(world)

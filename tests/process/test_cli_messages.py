@@ -1,0 +1,93 @@
+"""`zrmq send` and `zrmq tail` in pipes of real processes: what a shell user does with them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from tests.unit.real_cluster import running_cluster
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Variables for commands of a running cluster."""
+    with running_cluster(tmp_path_factory.mktemp("cluster"), default_queue_count=1) as nameservers:
+        yield {**os.environ, "ZRMQ_NAMESERVERS": nameservers, "PYTHONUNBUFFERED": "1"}
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "zrmq", *words]
+
+
+def test_a_pipe_from_end_to_end(environment: dict[str, str]) -> None:
+    body = "".join(f"{number} µ\n" for number in range(5_000)).encode()
+    sent = subprocess.run(command("send", "piped", "-"), input=body, env=environment, capture_output=True)
+    assert (sent.returncode, sent.stdout, sent.stderr) == (0, b"stored 5000 messages in piped\n", b"")
+    read = subprocess.run(
+        command("tail", "piped", "--from", "earliest", "--until-end", "--json"), env=environment, capture_output=True
+    )
+    assert (read.returncode, read.stderr) == (0, b"")
+    assert "".join(json.loads(line)["body"] + "\n" for line in read.stdout.splitlines()).encode() == body
+
+
+def test_a_tail_prints_as_messages_come_and_ends_with_ctrl_c(environment: dict[str, str]) -> None:
+    tail = subprocess.Popen(
+        command("tail", "live", "--from", "earliest", "--json"), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    with tail:
+        assert tail.stdout is not None
+        assert tail.stderr is not None
+        for number in range(3):
+            sent = subprocess.run(command("send", "live", str(number)), env=environment, capture_output=True)
+            assert sent.returncode == 0, sent.stderr
+            assert json.loads(tail.stdout.readline())["body"] == str(number)
+        tail.send_signal(signal.SIGINT)
+        assert tail.wait() == 0
+        assert tail.stderr.read() == b""
+
+
+def test_a_reader_that_has_enough(environment: dict[str, str]) -> None:
+    """`zrmq tail | head -1`: no traceback, no hanging."""
+    lines = b"".join(b"%0100d\n" % number for number in range(20_000))
+    subprocess.run(command("send", "headed", "-"), input=lines, env=environment, check=True, capture_output=True)
+    tail = subprocess.Popen(
+        command("tail", "headed", "--from", "earliest"), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    with tail:
+        assert tail.stdout is not None
+        assert tail.stderr is not None
+        assert tail.stdout.readline().endswith(b"0\n")
+        tail.stdout.close()
+        assert tail.wait() == 1
+        assert tail.stderr.read() == b""
+
+
+def test_a_body_from_the_command_line_may_be_any_bytes(environment: dict[str, str]) -> None:
+    words = [*map(os.fsencode, command("send", "raw")), b"\xff\x01"]
+    sent = subprocess.run(words, env=environment, capture_output=True)
+    assert sent.returncode == 0, sent.stderr
+    words = command("tail", "raw", "--from", "earliest", "--count", "1", "--json")
+    read = subprocess.run(words, env=environment, capture_output=True)
+    assert json.loads(read.stdout)["body_base64"] == "/wE="
+
+
+def test_interrupted_lines_are_not_done(environment: dict[str, str]) -> None:
+    send = subprocess.Popen(
+        command("send", "cut", "-"), env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    with send:
+        assert send.stdin is not None
+        assert send.stderr is not None
+        send.stdin.write(b"one\n")
+        send.stdin.flush()
+        read = subprocess.run(command("tail", "cut", "--from", "earliest", "--count", "1"), env=environment, capture_output=True)
+        assert read.stdout.endswith(b" one\n")
+        send.send_signal(signal.SIGINT)
+        assert send.wait() == 1
+        assert b"Interrupted." in send.stderr.read()

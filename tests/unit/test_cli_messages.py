@@ -1,0 +1,301 @@
+"""`zrmq send` and `zrmq tail`, over a real NameServer and broker: what goes in comes out, in every form."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+import zrmq
+from tests.unit.real_cluster import running_cluster
+from zrmq.cli.main import main
+from zrmq.cli.send import parse_property, send_lines
+from zrmq.cli.tail import facts_of, parse_start
+from zrmq.client.admin import Admin
+from zrmq.message import BatchSource, ConsumeFrom, Message
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def nameservers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with running_cluster(tmp_path_factory.mktemp("cluster"), default_queue_count=2) as address:
+        yield address
+
+
+@pytest.fixture
+def run(nameservers: str, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs one command line, given as words, against the cluster."""
+    monkeypatch.setenv("ZRMQ_NAMESERVERS", nameservers)
+    return lambda *words, **extra: CliRunner().invoke(main, list(words), **extra)
+
+
+@pytest.fixture
+def topic(request: pytest.FixtureRequest) -> str:
+    """A topic of the test's own."""
+    return "".join(letter if letter.isalnum() else "-" for letter in request.node.name)
+
+
+def lines(result: Result) -> list[dict[str, Any]]:
+    """The JSON lines of a command that was done."""
+    assert result.exit_code == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def everything(run: Run, topic: str, *options: str) -> list[dict[str, Any]]:
+    """All that the topic holds."""
+    return lines(run("tail", topic, "--from", "earliest", "--until-end", "--json", *options))
+
+
+# --- one message --------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_sent_is_printed(run: Run, topic: str) -> None:
+    parts = ["--tag", "kitchen", "--key", "dev-7", "--key", "k2", "--property", "unit=C", "--property", "a=b=c", "--message-group", "house"]
+    [receipt] = lines(run("send", topic, "21.5", *parts, "--json"))
+    [message] = everything(run, topic)
+    assert receipt == {
+        "topic": topic, "broker_name": "broker-a", "queue_id": message["queue_id"], "queue_offset": 0,
+        "message_id": message["message_id"], "store_timestamp_ms": message["store_timestamp_ms"], "durability": "sync", "duplicate": False,
+    }
+    assert message == {
+        "topic": topic, "broker_name": "broker-a", "queue_id": receipt["queue_id"], "queue_offset": 0,
+        "message_id": receipt["message_id"], "tag": "kitchen", "keys": ["dev-7", "k2"], "message_group": "house",
+        "properties": {"unit": "C", "a": "b=c"}, "store_timestamp_ms": receipt["store_timestamp_ms"], "delivery_attempt": 1,
+        "body": "21.5",
+    }
+
+
+def test_as_text(run: Run, topic: str) -> None:
+    sent = run("send", topic, "a\x1b[2J", "--tag", "hall").stdout
+    [message] = everything(run, topic)
+    assert sent == f"stored {message['message_id']} in {topic}, queue {message['queue_id']} of broker-a, offset 0 (sync)\n"
+    [printed] = run("tail", topic, "--from", "earliest", "--count", "1").stdout.splitlines()
+    stamp, place, rest = printed.split(" ", 2)
+    assert abs(datetime.fromisoformat(stamp).timestamp() * 1000 - message["store_timestamp_ms"]) < 1
+    assert place == f"broker-a/{message['queue_id']}@0"
+    assert rest == "[hall] a\\x1b[2J"
+
+
+def test_an_empty_body(run: Run, topic: str) -> None:
+    run("send", topic, "")
+    assert [message["body"] for message in everything(run, topic)] == [""]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--tag", "a|b"], "contains '|'"), (["--tag", " "], "not blank"), (["--key", ""], "not blank"), (["--property", "unit"], "NAME=VALUE"),
+        (["--message-group", "g" * 65], "65 bytes"), (["--property", "\x00=1"], "control character"),
+    ],
+)
+def test_what_cannot_be_sent_is_wrong_usage(run: Run, topic: str, options: list[str], sentence: str) -> None:
+    result = run("send", topic, "x", *options)
+    assert result.exit_code == 2
+    assert sentence in result.stderr
+
+
+def test_a_topic_that_cannot_be(run: Run) -> None:
+    assert run("send", "a.b", "x").exit_code == 2
+    assert run("tail", "a.b").exit_code == 2
+
+
+def test_properties_are_names_and_values() -> None:
+    assert parse_property("a=") == ("a", "")
+    assert parse_property("a==b") == ("a", "=b")
+
+
+# --- lines of stdin -----------------------------------------------------------------------------------------------------
+
+
+def test_each_line_is_a_message_with_a_receipt(run: Run, topic: str) -> None:
+    result = run("send", topic, "-", "--json", "--tag", "t", input=b"one\ntwo\r\n\nlast")
+    receipts = lines(result)
+    bodies = {message["message_id"]: message["body"] for message in everything(run, topic)}
+    assert [bodies[receipt["message_id"]] for receipt in receipts] == ["one", "two", "", "last"]
+    assert result.stderr == f"stored 4 messages in {topic}\n"
+
+
+def test_many_lines_as_text(run: Run, topic: str) -> None:
+    result = run("send", topic, "-", input=b"".join(b"%d\n" % number for number in range(25_000)))
+    assert (result.exit_code, result.stdout) == (0, f"stored 25000 messages in {topic}\n")
+    assert sorted(int(message["body"]) for message in everything(run, topic)) == list(range(25_000))
+
+
+def test_no_lines(run: Run, topic: str) -> None:
+    result = run("send", topic, "-", input=b"")
+    assert (result.exit_code, result.stdout) == (0, f"stored 0 messages in {topic}\n")
+
+
+def test_a_line_that_cannot_be_sent_is_told_with_what_was_stored(run: Run, topic: str) -> None:
+    result = run("send", topic, "-", "--json", input=b"one\n" + bytes(5 * 1024 * 1024) + b"\nthree\n")
+    assert result.exit_code == 1
+    told = json.loads(result.stderr.splitlines()[-1])["error"]
+    assert told["name"] == "MESSAGE_BODY_TOO_LARGE"
+    assert len(result.stdout.splitlines()) <= 1
+    assert [message["body"] for message in everything(run, topic)] == ["one"]
+
+
+def test_receipts_come_while_lines_still_do(nameservers: str, topic: str) -> None:
+    """Whoever feeds the pipe slowly sees each receipt, not all of them at the end."""
+    with zrmq.Producer("test", nameservers=nameservers) as producer:
+
+        def feed() -> Iterator[bytes]:
+            for number in range(3):
+                yield b"%d\n" % number
+                producer.flush()
+                seen.append(len(receipts))
+
+        receipts: list[zrmq.SendReceipt] = []
+        seen: list[int] = []
+        for receipt in send_lines(producer, topic, feed(), {}):
+            receipts.append(receipt)
+    assert len(receipts) == 3
+    assert seen[-1] >= 1
+
+
+def test_bytes_that_are_no_text(run: Run, topic: str) -> None:
+    run("send", topic, "-", input=b"\xff\xfe\n")
+    [message] = everything(run, topic)
+    assert message["body_base64"] == "//4="
+    assert "body" not in message
+
+
+# --- where to begin and to end ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def filled(nameservers: str, topic: str) -> str:
+    """A topic with 30 messages, tags a, b, c in turn."""
+    with zrmq.Producer("test", nameservers=nameservers) as producer:
+        for number in range(30):
+            producer.send(topic, b"%d" % number, tag="abc"[number % 3])
+    return topic
+
+
+def bodies(rows: list[dict[str, Any]]) -> list[int]:
+    return sorted(int(row["body"]) for row in rows)
+
+
+def test_count_ends(run: Run, filled: str) -> None:
+    assert len(lines(run("tail", filled, "--from", "earliest", "--count", "7", "--json"))) == 7
+
+
+def test_the_end_is_the_end(run: Run, filled: str) -> None:
+    assert bodies(everything(run, filled)) == list(range(30))
+    assert len(everything(run, filled, "--count", "100")) == 30
+
+
+def test_latest_has_nothing_behind_it(run: Run, filled: str) -> None:
+    assert lines(run("tail", filled, "--until-end", "--json")) == []
+
+
+def test_a_time_is_a_place_to_begin(run: Run, filled: str, topic: str) -> None:
+    ordered = sorted(everything(run, filled), key=lambda row: int(row["body"]))
+    moment = ordered[15]["store_timestamp_ms"]
+    late = [int(row["body"]) for row in ordered if row["store_timestamp_ms"] >= moment]
+    for text in (str(moment), datetime.fromtimestamp(moment / 1000, UTC).isoformat()):
+        found = lines(run("tail", filled, "--from", text, "--until-end", "--json"))
+        assert bodies(found) == late
+
+
+@pytest.mark.parametrize(("expression", "remainders"), [("a", {0}), ("a || c", {0, 2}), ("*", {0, 1, 2}), ("d", set())])
+def test_filters(run: Run, filled: str, expression: str, remainders: set[int]) -> None:
+    expected = [number for number in range(30) if number % 3 in remainders]
+    assert bodies(everything(run, filled, "--filter", expression)) == expected
+
+
+def test_a_count_is_of_messages_that_are_printed(run: Run, filled: str) -> None:
+    assert bodies(lines(run("tail", filled, "--from", "earliest", "--filter", "b", "--count", "10", "--json"))) == list(range(1, 30, 3))
+
+
+def test_a_topic_that_is_not_there_has_no_end(run: Run) -> None:
+    result = run("tail", "nowhere", "--until-end")
+    assert result.exit_code == 1
+    assert "'nowhere' does not exist" in result.stderr
+
+
+# --- groups -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_group_goes_on_where_it_was(run: Run, filled: str) -> None:
+    options = ["tail", filled, "--group", f"{filled}-g", "--from", "earliest", "--json"]
+    first = bodies(lines(run(*options, "--count", "12")))
+    rest = bodies(lines(run(*options, "--until-end")))
+    assert len(first) == 12
+    assert sorted(first + rest) == list(range(30))
+    assert lines(run(*options, "--until-end")) == []
+
+
+def test_a_group_is_shown(run: Run, filled: str) -> None:
+    group = f"{filled}-g"
+    run("tail", filled, "--group", group, "--from", "earliest", "--count", "30")
+    run("send", filled, "30")
+    [row] = [row for row in lines(run("group", "list", "--json")) if row["group"] == group]
+    assert row == {"group": group, "message_model": None, "members": [], "topics": {filled: "*"}, "lag": 1}
+    [shown] = lines(run("group", "show", group, "--json"))
+    assert sum(queue["max_offset"] for queue in shown["queues"]) == 31
+    assert sum(queue["committed_offset"] for queue in shown["queues"]) == 30
+    text = run("group", "show", group).stdout
+    assert text.startswith(f"group: {group}\nmodel: no member now\nlag: 1\n")
+
+
+def test_members_and_what_they_hold_are_shown(run: Run, filled: str, nameservers: str) -> None:
+    group = f"{filled}-g"
+    with zrmq.PullConsumer(group, nameservers=nameservers) as consumer:
+        consumer.subscribe(filled, "a || b")
+        consumer.start()
+        while len(consumer.assigned()) < 2:
+            consumer.poll(1, 10)
+        [shown] = lines(run("group", "show", group, "--json"))
+        assert shown["members"] == [consumer.client_id]
+        assert shown["message_model"] == "clustering"
+        assert shown["topics"] == {filled: "a || b"}
+        assert [queue["client_id"] for queue in shown["queues"]] == [consumer.client_id] * 2
+        text = run("group", "show", group).stdout
+        assert f"member: {consumer.client_id}\n" in text
+
+
+def test_queues_of_other_members_are_not_waited_for(run: Run, filled: str, nameservers: str) -> None:
+    """Another member holds a queue for ever; `--until-end` ends with the other one."""
+    group = f"{filled}-g"
+    with zrmq.PullConsumer(group, nameservers=nameservers, consume_from=ConsumeFrom.EARLIEST) as other:
+        other.subscribe(filled)
+        other.start()
+        while len(other.assigned()) < 2:
+            other.poll(1, 10)
+        found = lines(run("tail", filled, "--group", group, "--until-end", "--json"))
+        assert len({row["queue_id"] for row in found}) <= 1
+    with Admin(nameservers) as admin:
+        assert admin.group(group)
+
+
+def test_another_subscription_is_refused(run: Run, filled: str, nameservers: str) -> None:
+    group = f"{filled}-g"
+    with zrmq.PullConsumer(group, nameservers=nameservers) as other:
+        other.subscribe(filled, "a")
+        other.start()
+        result = run("tail", filled, "--group", group, "--filter", "b", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stderr.splitlines()[-1])["error"]["name"] == "SUBSCRIPTION_MISMATCH"
+
+
+# --- parts --------------------------------------------------------------------------------------------------------------
+
+
+def test_starts() -> None:
+    assert parse_start("earliest") is ConsumeFrom.EARLIEST
+    assert parse_start("latest") is ConsumeFrom.LATEST
+    assert parse_start("1795000000123") == 1_795_000_000_123
+
+
+def test_json_has_what_the_contract_names() -> None:
+    message = Message(b"x", BatchSource("meters", "broker-a", 3, 100, 5, 4, 1, 2), 1)
+    named = {
+        "topic", "queue_id", "queue_offset", "message_id", "tag", "keys", "properties", "store_timestamp_ms", "delivery_attempt", "body",
+    }
+    assert named <= facts_of(message).keys()

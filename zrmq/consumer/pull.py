@@ -1,0 +1,301 @@
+"""The consumer that is asked for messages: polled or iterated over, with seeking, pausing, and commits by hand if wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
+from functools import partial
+from typing import TYPE_CHECKING, Self
+
+from zrmq.client.allocation import AllocateAveragely, Strategy
+from zrmq.client.cursor import Cursor
+from zrmq.consumer.base import (
+    ASK_MS,
+    BUFFER_BYTES,
+    BUFFER_MESSAGES,
+    CLOSE_MS,
+    COMMIT_INTERVAL_MS,
+    Consumer,
+    When,
+    check_count,
+    time_ms,
+)
+from zrmq.consumer.engine import Engine
+from zrmq.errors import ClosedError, InvalidArgumentError
+from zrmq.message import ConsumeFrom, Message, MessageModel, MessageQueue
+from zrmq.protocol.limits import check_topic
+from zrmq.protocol.requests import OFFSET_EARLIEST, OFFSET_LATEST, Offsets, QueryCommitted
+from zrmq.transport.options import check_fork
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from zrmq.transport.options import Context
+
+POLL_MESSAGES = 1_000
+POLL_MS = 1_000
+ITERATION_MESSAGES = 500  # taken at once by an iteration
+
+
+class PullConsumer(Consumer):
+    """Gives messages when asked. One thread at a time; `close` may come from any.
+
+    Either `subscribe` to topics, and share their queues with the group's other members; or `assign` queues, which are read
+    whoever else reads them. Without a group nothing is shared and nothing committed.
+
+    With `auto_commit` finished is: for `poll`, what earlier polls returned; for an iteration, the messages before the one it gave
+    last; for both, everything given when a `with` block ends without an exception. Without, what was given before `commit`.
+    """
+
+    def __init__(
+        self,
+        group: str | None = None,
+        *,
+        nameservers: str | Sequence[str] | None = None,
+        message_model: MessageModel = MessageModel.CLUSTERING,
+        consume_from: ConsumeFrom | When = ConsumeFrom.LATEST,
+        auto_commit: bool = True,
+        allocation: Strategy = AllocateAveragely(),  # noqa: B008 - it has no state
+        instance_name: str | None = None,
+        buffer_messages: int = BUFFER_MESSAGES,
+        buffer_bytes: int = BUFFER_BYTES,
+        commit_interval_ms: int = COMMIT_INTERVAL_MS,
+        context: Context | None = None,
+    ) -> None:
+        """Connects when it is started, by `start` or by the first call that needs it. Options as of `PushConsumer`."""
+        super().__init__(
+            group, nameservers=nameservers, message_model=message_model, consume_from=consume_from, allocation=allocation,
+            instance_name=instance_name, buffer_messages=buffer_messages, buffer_bytes=buffer_bytes,
+            commit_interval_ms=commit_interval_ms, auto_commit=auto_commit, in_order=False, context=context,
+        )
+        self._cursor: Cursor | None = None
+
+    # --- life ---------------------------------------------------------------------------------------------------------
+
+    def subscribe(self, topic: str, expression: str = "*") -> None:
+        """Read the topic's messages that have one of the tags in `expression` ("a || b"; "*": all).
+
+        Before the start, and once for a topic. All members of a group must subscribe alike. Raises `InvalidArgumentError`.
+        """
+        if self._assigned is not None:
+            raise InvalidArgumentError("Queues are assigned to this consumer; use another one to subscribe.", topic=topic)
+        self._add_filter(topic, expression)
+
+    def assign(self, queues: Iterable[MessageQueue]) -> None:
+        """Read these queues and no others, whoever else reads them; a later call takes the place of this one. See `queues`.
+
+        With a group it begins where the group stands and commits for it, unless members of the group hold the queue.
+        Raises `InvalidArgumentError` after `subscribe`.
+        """
+        self._check_usable()
+        if self._filters:
+            raise InvalidArgumentError("This consumer subscribes to topics; use another one to assign queues.")
+        assigned = self._assigned = frozenset(queues)
+        if self._engine is not None:
+            core = self._engine.core
+            self._call(lambda: core.assign(assigned))
+
+    def start(self) -> None:
+        """Join the group. Returns when that is done, from when on no message is missed; or after 5 s, and goes on trying.
+
+        Starting twice does nothing. Raises as `PushConsumer.start`.
+        """
+        self._ready()
+
+    def close(self, timeout_ms: int = CLOSE_MS) -> None:
+        """Commit what is finished, give the queues back, leave. Closing twice does nothing.
+
+        What the last `poll` returned, or an iteration gave last, is not finished: it comes again unless `commit` was called.
+        """
+        self._close(timeout_ms)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None and self._auto_commit and self._cursor is not None:
+            self._cursor.finish_given()
+        self.close()
+
+    # --- messages -----------------------------------------------------------------------------------------------------
+
+    def poll(self, max_messages: int = POLL_MESSAGES, timeout_ms: int = POLL_MS) -> list[Message]:
+        """Up to `max_messages` as soon as there are any; none after `timeout_ms`. Starts the consumer if need be.
+
+        Raises what the group refuses (see `start`), `ClosedError`.
+        """
+        if max_messages < 1:
+            raise InvalidArgumentError(f"max_messages is {max_messages}; ask for 1 or more.")
+        engine, cursor = self._ready()
+        if self._auto_commit:
+            cursor.finish()
+        messages = cursor.take_rest(max_messages)
+        wait_ms = 0.0 if messages else float(timeout_ms)
+        while (left := max_messages - len(messages)) > 0:
+            unit = engine.inbox.take(wait_ms, partial(_size, left))
+            if unit is None:
+                break
+            cursor.give(unit)
+            messages = messages + unit.messages if messages else unit.messages
+            wait_ms = 0.0
+        if not messages and engine.inbox.is_closed:
+            raise engine.inbox.failure or ClosedError("The consumer was closed during poll().")
+        return messages
+
+    def __iter__(self) -> Iterator[Message]:
+        """Messages one by one, for ever; ends when the consumer is closed. Another iteration goes on behind the last one given.
+
+        Raises as `poll`, but for the `ClosedError`.
+        """
+        engine, cursor = self._ready()
+        while True:
+            rest, is_whole = cursor.rest, True
+            for cursor.index, message in rest:
+                if cursor.is_void():
+                    is_whole = False
+                    break
+                yield message
+            cursor.leave_unit(is_whole=is_whole)
+            if self._auto_commit:
+                cursor.finish()
+            unit = engine.inbox.take(None, partial(_size, ITERATION_MESSAGES))
+            if unit is None:
+                break
+            cursor.enter_unit(unit)
+        if engine.inbox.failure is not None:
+            raise engine.inbox.failure
+
+    def commit(self, timeout_ms: int = ASK_MS) -> None:
+        """Everything given so far is finished; commit it, and return when the brokers have it.
+
+        Raises `FencedError` for queues that went to another member meanwhile (the others are committed), `RequestTimeoutError`,
+        `InvalidArgumentError` without a group.
+        """
+        engine, cursor = self._ready()
+        self._check_group("has nowhere to commit to")
+        cursor.finish_given()
+        self._wait(lambda give: engine.core.commit(give, timeout_ms), "a commit", timeout_ms)
+
+    # --- places -------------------------------------------------------------------------------------------------------
+
+    def queues(self, topic: str, timeout_ms: int = ASK_MS) -> list[MessageQueue]:
+        """All queues of the topic in the cluster, sorted. Raises `TopicNotFoundError`, `UnreachableError`."""
+        check_topic(topic)
+        if self._engine is None and not self._filters and self._assigned is None:
+            self._assigned = frozenset()  # whoever asks for queues first will assign some
+        instance = self._ready()[0].instance
+        self._wait(lambda give: instance.await_route(give, timeout_ms, topic), "the route", timeout_ms)
+        return list(instance.route.queues(topic)) if instance.route is not None else []
+
+    def seek(self, queue: MessageQueue, where: int | ConsumeFrom | datetime) -> None:
+        """Go on from a queue offset, from the first or behind the last message, or from the first one stored at or after a time.
+
+        What was given of the queue and is not finished is forgotten. The next commit tells the group, also when it goes back.
+        Raises `InvalidArgumentError` for a queue that is not `assigned()` to this consumer now.
+        """
+        core = self._ready()[0].core
+        if isinstance(where, int):
+            offset = check_count("where", where, 0)
+            self._call(lambda: core.seek(queue, offset))
+        else:
+            self._seek_all([queue], _asked(where))
+
+    def seek_to_earliest(self, *queues: MessageQueue) -> None:
+        """Go on from the first message of these queues, or of all `assigned()`. Raises as `seek`."""
+        self._seek_all(queues, OFFSET_EARLIEST)
+
+    def seek_to_latest(self, *queues: MessageQueue) -> None:
+        """Go on behind the last message of these queues, or of all `assigned()`. Raises as `seek`."""
+        self._seek_all(queues, OFFSET_LATEST)
+
+    def seek_to_timestamp(self, when: When, *queues: MessageQueue) -> None:
+        """Go on from the first message stored at or after a time, of these queues, or of all `assigned()`. Raises as `seek`."""
+        self._seek_all(queues, time_ms(when))
+
+    def position(self, queue: MessageQueue) -> int:
+        """The offset of the next message this consumer will give of the queue. Raises as `seek`."""
+        engine, cursor = self._ready()
+        return cursor.position(self._call(lambda: engine.core.reading(queue).process_queue))
+
+    def committed(self, queue: MessageQueue) -> int | None:
+        """Where the group stands on the queue, by its broker; None when it has never subscribed there.
+
+        Raises `InvalidArgumentError` without a group, `TopicNotFoundError`, `UnreachableError`, `RequestTimeoutError`.
+        """
+        self._ready()
+        self._check_group("has committed nothing")
+        reply = self._ask(queue.broker_name, QueryCommitted, queue.topic)
+        offset = dict(reply.offsets).get(queue.queue_id, OFFSET_LATEST) if isinstance(reply, Offsets) else OFFSET_LATEST
+        return offset if offset >= 0 else None
+
+    def lag(self) -> dict[MessageQueue, int]:
+        """For each queue that is `assigned()`, how many messages the broker has that are not finished here.
+
+        Messages that the filter leaves out count until they were passed. Raises `UnreachableError`, `RequestTimeoutError`.
+        """
+        engine, cursor = self._ready()
+        if self._auto_commit:
+            cursor.settle()
+        finished = self._call(engine.core.finished_offsets)
+        ends = self._offsets_at(finished, OFFSET_LATEST)
+        return {queue: max(ends[queue] - offset, 0) for queue, offset in finished.items() if queue in ends}
+
+    def pause(self, *queues: MessageQueue) -> None:
+        """Give nothing of these queues, or of all `assigned()`, until `resume`; they stay here. Raises as `seek`."""
+        self._pause(queues, True)
+
+    def resume(self, *queues: MessageQueue) -> None:
+        """Go on where `pause` stopped."""
+        self._pause(queues, False)
+
+    # --- parts --------------------------------------------------------------------------------------------------------
+
+    def _ready(self) -> tuple[Engine, Cursor]:
+        """Engine and cursor, started if need be. What is usual comes first: a poll passes here."""
+        check_fork(self._forks)
+        engine, cursor = self._engine, self._cursor
+        if engine is None or cursor is None:
+            return self._begin()
+        if self._is_closed or engine.inbox.failure is not None:
+            self._running()
+        return engine, cursor
+
+    def _begin(self) -> tuple[Engine, Cursor]:
+        with self._lock:
+            engine = self._open()
+            cursor = self._cursor = Cursor(engine.inbox)
+            if self._auto_commit:
+                engine.settle = cursor.settle
+        assigned = self._assigned
+        if assigned is not None:
+            self._call(lambda: engine.core.assign(assigned))
+        self._await_start(engine)
+        return engine, cursor
+
+    def _check_group(self, what: str) -> None:
+        if not self.group:
+            raise InvalidArgumentError(f"A consumer without a group {what}; make it with a group.")
+
+    def _seek_all(self, queues: Sequence[MessageQueue], where: int) -> None:
+        core = self._ready()[0].core
+        chosen = list(queues) or self.assigned()
+        self._call(lambda: [core.reading(queue) for queue in chosen])
+        for queue, offset in self._offsets_at(chosen, where).items():
+            self._call(partial(core.seek, queue, offset))
+
+    def _pause(self, queues: Sequence[MessageQueue], is_paused: bool) -> None:
+        core = self._ready()[0].core
+        chosen = list(queues) or self.assigned()
+        self._call(lambda: core.pause(chosen, is_paused))
+
+
+def _size(messages_max: int, queue: object) -> int:
+    return messages_max
+
+
+def _asked(where: ConsumeFrom | datetime) -> int:
+    if where is ConsumeFrom.EARLIEST:
+        return OFFSET_EARLIEST
+    if where is ConsumeFrom.LATEST:
+        return OFFSET_LATEST
+    return time_ms(where)  # type: ignore[arg-type]  # what is no time is refused there
