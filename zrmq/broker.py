@@ -41,7 +41,7 @@ class BrokerRole:
         self, config: Config, *, address: str | None = None, ingest_address: str | None = None, files: Files | None = None,
         rng: random.Random | None = None, has_threads: bool = True,
     ) -> None:
-        """The addresses take the place of the config's host and ports. A simulation hands in files and luck, and has no threads."""
+        """The addresses take the place of the config's host and ports. A simulation hands in files, luck, and has no threads."""
         self._config = config
         self._where = address or tcp_address(config.host, config.broker_port)
         self._ingest_where = ingest_address or tcp_address(config.host, config.ingest_port)
@@ -64,8 +64,8 @@ class BrokerRole:
         config = self._config
         self._loop = loop
         self.store = Store.open(
-            Path(config.data).absolute(), files=self._files, clock=loop.clock, config=config.store, broker_name=config.broker_name,
-            cluster=config.cluster,
+            Path(config.data).absolute(), files=self._files, clock=loop.clock, config=config.store,
+            broker_name=config.broker_name, cluster=config.cluster,
         )
         try:
             self._open_core(loop)
@@ -79,7 +79,9 @@ class BrokerRole:
             config.broker_name, config.cluster, config.auto_create_topics, config.default_queue_count, config.session_timeout_ms,
             heartbeat_ms=min(1_000, config.session_timeout_ms // 4),
         )
-        self.core = BrokerCore(self.store, loop.clock, serving, lambda peer, frames: self._send(peer, frames), self._topics_changed)
+        self.core = BrokerCore(
+            self.store, loop.clock, serving, lambda peer, frames: self._send(peer, frames), self._topics_changed
+        )
         self._router = loop.listen(self._where, self.core.handle)
         self._send = self._router.send
         self._ingest = loop.listen_pull(self._ingest_where, self.core.ingest)
@@ -115,7 +117,7 @@ class BrokerRole:
             if (self.store.needs_flush or self._is_flush_due) and not self._flusher.is_busy:
                 self._flush()
         except StoreFailedError:
-            pass  # it is logged, and the core tells everybody who waits
+            log.debug("turn_not_written")  # the store has logged why, and the core tells everybody who waits
         self.core.after_commit()
 
     def _flush(self) -> None:

@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from zrmq.config import BrokerConfig, NameServerConfig, find_nameservers, load
 from zrmq.errors import ClosedError
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from zrmq.consumer import Listener, PullConsumer, PushConsumer
     from zrmq.producer import Producer
     from zrmq.transport.host import Host
+
+Client = TypeVar("Client")
 
 
 class Fabric:
@@ -49,7 +51,7 @@ class Fabric:
         """A `PullConsumer` of this fabric, subscribed to `topics`; options as there."""
         from zrmq.consumer import PullConsumer
 
-        consumer: PullConsumer = self._made(PullConsumer(group, **self._where(), **options))
+        consumer = self._made(PullConsumer(group, **self._where(), **options))
         for topic in topics:
             consumer.subscribe(topic)
         return consumer
@@ -77,7 +79,7 @@ class Fabric:
         if self._host is not None:
             self._host.stop()
 
-    def __enter__(self) -> Fabric:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -88,7 +90,7 @@ class Fabric:
             raise ClosedError("The fabric was closed; make a new one with zrmq.embedded() or zrmq.connect().")
         return {"nameservers": self.nameservers, "context": self._context}
 
-    def _made(self, client: Any) -> Any:
+    def _made(self, client: Client) -> Client:
         self._clients.append(client)
         return client
 
@@ -104,8 +106,8 @@ def connect(nameservers: str | Sequence[str] | None = None) -> Fabric:
 def embedded(data: str | Path = "./data", **options: Any) -> Fabric:
     """A NameServer and a broker inside this process, its messages in the folder `data`, which is made if it is missing.
 
-    `options` are those of a broker (`default_queue_count=1`, `session_timeout_ms=3000`, ...; see `zrmq broker --help`). No port is
-    opened: clients of this fabric reach it in memory. One process at a time owns a folder.
+    `options` are those of a broker (`default_queue_count=1`, `session_timeout_ms=3000`, ...; see `zrmq broker --help`). No port
+    is opened: clients of this fabric reach it in memory. One process at a time owns a folder.
 
     Raises `FolderLockedError`, `FolderUnusableError`, `ConfigError`.
     """

@@ -62,6 +62,12 @@ def test_every_module_can_be_imported_alone() -> None:
         importlib.import_module(".".join(parts).removesuffix(".__init__"))
 
 
+def test_every_folder_with_modules_is_a_package() -> None:
+    """setuptools leaves out a folder without `__init__.py`: it would be missing only where zrmq is installed."""
+    folders = {file.parent for file in (ROOT / "zrmq").rglob("*.py")}
+    assert [str(folder) for folder in folders if not (folder / "__init__.py").exists()] == []
+
+
 def loaded_by(program: str) -> set[str]:
     command = [sys.executable, "-c", f"{program}\nimport sys\nprint(*sys.modules)"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)

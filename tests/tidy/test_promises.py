@@ -23,7 +23,7 @@ def promises() -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def test_there_are_promises() -> None:
-    assert len(promises()) >= 5, "ARCHITECTURE.md needs a section '## Promises': a table of promises and the tests that guard them."
+    assert len(promises()) >= 5, "ARCHITECTURE.md needs a section '## Promises': a table of them and of their tests."
 
 
 @pytest.mark.parametrize(("promise", "guards"), promises(), ids=lambda value: value[:40] if isinstance(value, str) else "")

@@ -106,12 +106,16 @@ def is_plain(part: Definition, name: str) -> bool:
 
 
 def documented_in_interfaces() -> set[str]:
-    """Names of methods that a `Protocol` or an abstract base of this package documents for all who implement it."""
+    """Names of methods that a `Protocol` or an abstract method of this package documents for all who implement it."""
     names = set()
     for file in LIBRARY:
         for part in tree_of(file).body:
-            if isinstance(part, ast.ClassDef) and any("Protocol" in ast.unparse(base) for base in part.bases):
-                names |= {inner.name for inner in part.body if isinstance(inner, ast.FunctionDef) and ast.get_docstring(inner)}
+            if isinstance(part, ast.ClassDef):
+                is_protocol = any("Protocol" in ast.unparse(base) for base in part.bases)
+                for inner in part.body:
+                    if isinstance(inner, ast.FunctionDef) and ast.get_docstring(inner):
+                        is_abstract = "NotImplementedError" in ast.unparse(inner.body[-1])
+                        names |= {inner.name} if is_protocol or is_abstract else set()
     return names
 
 

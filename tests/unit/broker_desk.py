@@ -150,16 +150,20 @@ class DeskClient:
             self._sequence += len(bodies)
         tags = [tag] * len(bodies) if tag else None
         return encode_batch(
-            Columns(list(bodies), tags), producer_id=hash_of(self.client_id), first_sequence=first, first_born_ms=5, last_born_ms=5
+            Columns(list(bodies), tags),
+            producer_id=hash_of(self.client_id), first_sequence=first, first_born_ms=5, last_born_ms=5,
         )
 
     def send(self, topic: str, queue_id: int, bodies: Sequence[bytes], tag: str | None = None) -> Any:
         return self.ask(Send, topic, queue_id, 0, payload=[self.batch(bodies, tag)])
 
-    def pull(self, topic: str, queue_id: int, offset: int, wait_ms: int = 0, **more: Any) -> tuple[Pulled | Failed | None, list[bytes]]:
+    def pull(
+        self, topic: str, queue_id: int, offset: int, wait_ms: int = 0, **more: Any
+    ) -> tuple[Pulled | Failed | None, list[bytes]]:
         """Pull and return the reply with the bodies in it."""
         number = self.post(
-            Pull, topic, queue_id, offset, more.pop("bytes_max", 1 << 20), wait_ms, more.pop("tag_mask", 0), more.pop("group", ""),
+            Pull, topic, queue_id, offset, more.pop("bytes_max", 1 << 20), wait_ms, more.pop("tag_mask", 0),
+            more.pop("group", ""),
             more.pop("lease_epoch", 0),
         )
         self.desk.turn()

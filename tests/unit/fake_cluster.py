@@ -1,6 +1,6 @@
 """A cluster in memory for tests of producers: the real NameServer, and brokers that only know how to store batches.
 
-A `StoringBroker` checks, recognises and refuses as the real broker does, keeps what it stored over `crash` and `start`, and can be
+A `StoringBroker` checks, recognises and refuses as the real broker does, keeps what it stored over `crash` and `start`, can be
 told to refuse, to be slow, or to lose its answers.
 """
 

@@ -1,7 +1,7 @@
 """A cluster in memory for tests of consumers: the real NameServer, brokers that only know how to be read, and consumers' cores.
 
-A `ReadingBroker` grants leases, holds pulls and keeps commits as the real broker does, over `crash` and `start` too. It can be told to
-refuse, to lose its notices, to answer a pull otherwise, and it writes down what it was asked.
+A `ReadingBroker` grants leases, holds pulls and keeps commits as the real broker does, over `crash` and `start` too. It can be
+told to refuse, to lose its notices, to answer a pull otherwise, and it writes down what it was asked.
 """
 
 from __future__ import annotations
@@ -214,8 +214,8 @@ class ReadingBroker:
             if old is not None and old.group in self.members and old.client_id in self.members[old.group]:
                 self.members[old.group][old.client_id] = session
             return Welcome(
-                request.number, limits.PROTOCOL_VERSION, f"{self.name}@{self.boot}", self.name, self._time_ms(), SESSION_TIMEOUT_MS,
-                1_000, LIMITS,
+                request.number, limits.PROTOCOL_VERSION, f"{self.name}@{self.boot}", self.name, self._time_ms(),
+                SESSION_TIMEOUT_MS, 1_000, LIMITS,
             ), []
         found = self.sessions.by_peer(peer)
         if found is None:
@@ -296,7 +296,8 @@ class ReadingBroker:
         if members.get(session.client_id) is session:
             del members[session.client_id]
             self._announce(session.group)
-        for key in [key for key, (client_id, _) in self.leases.items() if (key[0], client_id) == (session.group, session.client_id)]:
+        whose = (session.group, session.client_id)
+        for key in [key for key, (client_id, _) in self.leases.items() if (key[0], client_id) == whose]:
             self._end_lease(key)
 
     def _announce(self, group: str, besides: str = "") -> None:
@@ -466,7 +467,14 @@ class Member:
     """
 
     def __init__(
-        self, cluster: ReadingCluster, name: str, *, eager: float = 0.0, in_order: bool = False, instance_name: str = "", **config: Any
+        self,
+        cluster: ReadingCluster,
+        name: str,
+        *,
+        eager: float = 0.0,
+        in_order: bool = False,
+        instance_name: str = "",
+        **config: Any,
     ) -> None:
         self.cluster = cluster
         self.loop = cluster.network.loop(name)

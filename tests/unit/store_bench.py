@@ -162,7 +162,8 @@ def batch(
 
 
 def append(
-    store: Store, queue: Queue, count: int = 1, size: int = 50, producer_id: int = 7, first_sequence: int = 1, tag: str | None = None
+    store: Store, queue: Queue, count: int = 1, size: int = 50, producer_id: int = 7, first_sequence: int = 1,
+    tag: str | None = None,
 ) -> Placed:
     """Append one batch."""
     return store.append_batch(queue, *batch(count, size, producer_id, first_sequence, tag))

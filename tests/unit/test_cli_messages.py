@@ -55,12 +55,14 @@ def everything(run: Run, topic: str, *options: str) -> list[dict[str, Any]]:
 
 
 def test_what_is_sent_is_printed(run: Run, topic: str) -> None:
-    parts = ["--tag", "kitchen", "--key", "dev-7", "--key", "k2", "--property", "unit=C", "--property", "a=b=c", "--message-group", "house"]
+    parts = ["--tag", "kitchen", "--key", "dev-7", "--key", "k2", "--message-group", "house"]
+    parts += ["--property", "unit=C", "--property", "a=b=c"]
     [receipt] = lines(run("send", topic, "21.5", *parts, "--json"))
     [message] = everything(run, topic)
     assert receipt == {
         "topic": topic, "broker_name": "broker-a", "queue_id": message["queue_id"], "queue_offset": 0,
-        "message_id": message["message_id"], "store_timestamp_ms": message["store_timestamp_ms"], "durability": "sync", "duplicate": False,
+        "message_id": message["message_id"], "store_timestamp_ms": message["store_timestamp_ms"], "durability": "sync",
+        "duplicate": False,
     }
     assert message == {
         "topic": topic, "broker_name": "broker-a", "queue_id": receipt["queue_id"], "queue_offset": 0,
@@ -89,8 +91,9 @@ def test_an_empty_body(run: Run, topic: str) -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--tag", "a|b"], "contains '|'"), (["--tag", " "], "not blank"), (["--key", ""], "not blank"), (["--property", "unit"], "NAME=VALUE"),
-        (["--message-group", "g" * 65], "65 bytes"), (["--property", "\x00=1"], "control character"),
+        (["--tag", "a|b"], "contains '|'"), (["--tag", " "], "not blank"), (["--key", ""], "not blank"),
+        (["--property", "unit"], "NAME=VALUE"), (["--message-group", "g" * 65], "65 bytes"),
+        (["--property", "\x00=1"], "control character"),
     ],
 )
 def test_what_cannot_be_sent_is_wrong_usage(run: Run, topic: str, options: list[str], sentence: str) -> None:
@@ -210,7 +213,8 @@ def test_filters(run: Run, filled: str, expression: str, remainders: set[int]) -
 
 
 def test_a_count_is_of_messages_that_are_printed(run: Run, filled: str) -> None:
-    assert bodies(lines(run("tail", filled, "--from", "earliest", "--filter", "b", "--count", "10", "--json"))) == list(range(1, 30, 3))
+    found = lines(run("tail", filled, "--from", "earliest", "--filter", "b", "--count", "10", "--json"))
+    assert bodies(found) == list(range(1, 30, 3))
 
 
 def test_a_topic_that_is_not_there_has_no_end(run: Run) -> None:
@@ -296,6 +300,7 @@ def test_starts() -> None:
 def test_json_has_what_the_contract_names() -> None:
     message = Message(b"x", BatchSource("meters", "broker-a", 3, 100, 5, 4, 1, 2), 1)
     named = {
-        "topic", "queue_id", "queue_offset", "message_id", "tag", "keys", "properties", "store_timestamp_ms", "delivery_attempt", "body",
+        "topic", "queue_id", "queue_offset", "message_id", "tag", "keys", "properties", "store_timestamp_ms",
+        "delivery_attempt", "body",
     }
     assert named <= facts_of(message).keys()

@@ -1,4 +1,4 @@
-"""The consumer's core against brokers in memory: who reads what, from where, what is committed, and what goes wrong on the way."""
+"""The consumer's core against brokers in memory: who reads what, from where, what is committed, and what may go wrong."""
 
 from __future__ import annotations
 
@@ -614,6 +614,74 @@ def test_a_release_of_unknown_outcome_is_repeated(cluster: ReadingCluster) -> No
     assert (first.queues, second.queues) == ([Q0], [Q1])
 
 
+def test_a_lease_that_was_in_doubt_is_released_when_another_is_to_have_the_queue(cluster: ReadingCluster) -> None:
+    """Nobody may hold a queue at the broker without reading it: here a member comes back with leases it has dropped itself."""
+    first = cluster.started("one", eager=1.0)
+    cluster.run_until(lambda: first.queues == [Q0, Q1])
+    cluster.broker.store("meters", 1, 3)
+    cluster.run_for(100)
+    second = cluster.member("two", eager=1.0)
+    first.loop.pause()
+    cluster.run_for(8_500)
+    assert cluster.broker.holder("reports", "meters", 1) == "one"
+    first.loop.resume()
+    cluster.run_for(1_500)
+    assert (first.queues, second.queues) == ([Q0], [Q1])
+    assert cluster.broker.holder("reports", "meters", 1) == "two"
+    assert cluster.broker.committed("reports", "meters", 1) == 3, "what was finished before is committed with it"
+    assert offsets_seen(second, Q1) == []
+
+
+@pytest.mark.parametrize("kind", [AcquireLease, ReleaseLease])
+def test_a_lease_request_cut_off_by_its_broker_leaving_is_settled_when_it_is_back(
+    cluster: ReadingCluster, kind: type[Any]
+) -> None:
+    first = cluster.started("one", eager=1.0)
+    cluster.run_until(lambda: first.queues == [Q0, Q1])
+    broker, name = cluster.broker, f"_do_{kind.__name__}"
+    serve = getattr(broker, name)
+    setattr(broker, name, lambda session, request: None)
+    second = cluster.started("two", eager=1.0)
+    cluster.run_for(100)
+    setattr(broker, name, serve)
+    broker.crash()
+    cluster.run_for(15_000)
+    broker.start()
+    cluster.run_for(15_000)
+    assert (first.queues, second.queues) == ([Q0], [Q1])
+    assert [broker.holder("reports", "meters", queue_id) for queue_id in (0, 1)] == ["one", "two"]
+
+
+def test_a_lease_granted_as_its_broker_left_is_given_back_if_another_is_to_have_the_queue(cluster: ReadingCluster) -> None:
+    """The answer was lost, so this side has never known of the lease."""
+    broker, grant = cluster.broker, cluster.broker._do_AcquireLease
+
+    def swallow(session: Any, request: AcquireLease) -> Any:
+        return None if grant(session, request) and request.queue_id == 1 else grant(session, request)
+
+    broker._do_AcquireLease = swallow  # type: ignore[method-assign]
+    first = cluster.started("one", eager=1.0)
+    assert (first.queues, broker.holder("reports", "meters", 1)) == ([Q0], "one")
+    broker.crash()
+    broker._do_AcquireLease = grant  # type: ignore[method-assign]
+    cluster.run_for(15_000)
+    second = cluster.member("two", eager=1.0)
+    cluster.network.cut("one", "broker-a")
+    broker.start()
+    cluster.run_for(2_000)  # the other joins first, so the queue is never the first one's again
+    cluster.network.heal("one", "broker-a")
+    cluster.run_for(7_000)
+    assert (first.queues, second.queues) == ([Q0], [Q1])
+
+
+def test_a_rebalance_that_is_due_is_not_put_off(cluster: ReadingCluster) -> None:
+    member = assigned(cluster, "one", Q0)
+    member.core.assign([Q1])
+    member.core.on_unclaimed(5_000.0)
+    cluster.run_for(10)
+    assert member.queues == [Q1]
+
+
 # --- what pulls may bring -----------------------------------------------------------------------------------------------
 
 
@@ -1064,8 +1132,8 @@ def test_a_lease_that_arrives_after_the_end_is_not_read(cluster: ReadingCluster)
 class Storm:
     """Members come, go, die and stall, connections break, brokers restart, messages come in, for a while; then all is quiet.
 
-    Watched all the time: a unit is only ever handed out by the member that holds the queue's lease, and what a member gets of a queue
-    under one lease has no gap and no repetition. Afterwards: every message was handed out, everything is committed.
+    Watched all the time: a unit is only ever handed out by the member that holds the queue's lease, and what a member gets of a
+    queue under one lease has no gap and no repetition. Afterwards: every message was handed out, everything is committed.
     """
 
     def __init__(self, seed: int) -> None:

@@ -29,7 +29,9 @@ class BrokerLane:
         self.after: ZrmqError | None = None
         self.requests = 0
 
-    def request(self, kind: type[Request], *fields: object, payload: Sequence[Any] = (), timeout_ms: int) -> tuple[Any, list[bytes]]:
+    def request(
+        self, kind: type[Request], *fields: object, payload: Sequence[Any] = (), timeout_ms: int
+    ) -> tuple[Any, list[bytes]]:
         self.requests += 1
         if self.before is not None:
             raise self.before

@@ -16,7 +16,8 @@ from zrmq.protocol import limits
 
 @pytest.mark.parametrize(
     ("body", "expected"),
-    [(b"abc", b"abc"), (b"", b""), ("21.5 °C", "21.5 °C".encode()), (bytearray(b"abc"), b"abc"), (memoryview(b"xabcx")[1:4], b"abc"),
+    [(b"abc", b"abc"), (b"", b""), ("21.5 °C", "21.5 °C".encode()), (bytearray(b"abc"), b"abc"),
+     (memoryview(b"xabcx")[1:4], b"abc"),
      (memoryview(b"a-b-c")[::2], b"abc")],
 )
 def test_bodies_become_bytes(body: Any, expected: bytes) -> None:

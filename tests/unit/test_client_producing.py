@@ -1,4 +1,4 @@
-"""The producer's core on a cluster in memory: where batches go, and what becomes of them when brokers refuse, vanish or dawdle."""
+"""The producer's core on a cluster in memory: where batches go, and what becomes of them when brokers refuse, vanish, dawdle."""
 
 from __future__ import annotations
 

@@ -112,7 +112,9 @@ def test_a_strategy_cannot_take_queues_of_another_topic() -> None:
 
 @pytest.mark.parametrize("strategy", [AllocateAveragely(), AllocateByCircle(), AllocateConsistentHash()])
 @given(queues=ROUTES, members=MEMBERS)
-def test_the_strategies_share_out_everything(strategy: Strategy, queues: dict[str, list[MessageQueue]], members: list[str]) -> None:
+def test_the_strategies_share_out_everything(
+    strategy: Strategy, queues: dict[str, list[MessageQueue]], members: list[str]
+) -> None:
     shares = [share(strategy, GROUP, member, queues, members) for member in members]
     everything = {queue for each in queues.values() for queue in each}
     assert sum(map(len, shares)) == len(everything)

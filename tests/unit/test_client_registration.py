@@ -38,7 +38,8 @@ class World:
     def brokers_known(self, address: str) -> list[str]:
         """What a client is told by this NameServer."""
         answers: list[Any] = []
-        observer = Link(self.network.loop(f"observer of {address}"), address, Identity("observer", "admin"), self, random.Random(4))
+        loop = self.network.loop(f"observer of {address}")
+        observer = Link(loop, address, Identity("observer", "admin"), self, random.Random(4))
         observer.request(QueryRoute, ["*"], timeout_ms=1000, on_reply=lambda reply, payload: answers.append(reply))
         self.network.run_until(lambda: bool(answers))
         return [broker.broker_name for broker in answers[0].brokers]

@@ -6,8 +6,8 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.unit.broker_desk import BrokerDesk
 
+from tests.unit.broker_desk import BrokerDesk
 from zrmq.errors import Code
 from zrmq.protocol.requests import (
     DescribeBroker,
@@ -73,7 +73,8 @@ def test_hostile_frames_get_an_error_and_nothing_else(frames: list[bytes]) -> No
 )
 def test_requests_with_wild_fields_get_an_error_or_an_answer(request: type, fields: list[object]) -> None:
     desk = _shared_desk()
-    client = desk.client("wild", epoch=desk.core.sessions.by_client("wild").session_epoch + 1 if desk.core.sessions.by_client("wild") else 1)
+    session = desk.core.sessions.by_client("wild")
+    client = desk.client("wild", epoch=session.session_epoch + 1 if session else 1)
     tag = request.__struct_config__.tag
     desk.core.handle(client.peer, [_encode_wild([tag, 99, 0, *fields])])
     replies = [reply for reply, _ in client.inbox() if reply.number == 99]

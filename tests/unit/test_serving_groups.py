@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from tests.unit.broker_desk import BrokerDesk, DeskClient
 
+from tests.unit.broker_desk import BrokerDesk, DeskClient
 from zrmq.errors import Code
 from zrmq.message import ConsumeFrom, MessageModel
 from zrmq.protocol.events import TopicConfig
@@ -16,8 +16,8 @@ from zrmq.protocol.requests import (
     Failed,
     GroupChanged,
     Heartbeat,
-    JoinGroup,
     Joined,
+    JoinGroup,
     LeaveGroup,
     PutTopic,
     QueryCommitted,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from tests.unit.broker_desk import BrokerDesk, DeskClient
 
+from tests.unit.broker_desk import BrokerDesk, DeskClient
 from zrmq.errors import Code
 from zrmq.protocol.requests import DeleteTopic, Failed, Heartbeat, Pull, Pulled, PullStatus
 from zrmq.protocol.tags import filter_mask

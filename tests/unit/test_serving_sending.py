@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from tests.unit.broker_desk import BrokerDesk, DeskClient
 
+from tests.unit.broker_desk import BrokerDesk, DeskClient
 from zrmq.errors import Code
 from zrmq.message import FlushMode
 from zrmq.protocol.limits import BATCH_BYTES_MAX

@@ -350,7 +350,8 @@ def test_after_a_failed_write_or_sync_nothing_is_stored(bench: StoreBench, opera
     assert bench.store.failure is not None
     assert queue.visible_offset == 1
     for refused in (
-        lambda: bench.append(queue), lambda: bench.store.append_event(BrokerStarted(1)), bench.store.write, bench.store.begin_flush,
+        lambda: bench.append(queue), lambda: bench.store.append_event(BrokerStarted(1)), bench.store.write,
+        bench.store.begin_flush,
     ):
         with pytest.raises(StoreFailedError, match="until the broker is restarted; check the disk first"):
             refused()

@@ -202,7 +202,8 @@ def test_payload_frames_of_a_reply_come_with_it(place: Place, desk: Desk) -> Non
 
 def test_lanes_do_not_mix_up_their_answers(place: Place, desk: Desk) -> None:
     desk.answer = lambda request, peer: (
-        desk.store(request, peer) if not isinstance(request, Send) else [Sent(request.number, request.queue_id, 1, FlushMode.SYNC)]
+        desk.store(request, peer) if not isinstance(request, Send)
+        else [Sent(request.number, request.queue_id, 1, FlushMode.SYNC)]
     )
     lanes = [place.lane() for _ in range(4)]
     wrong: list[object] = []

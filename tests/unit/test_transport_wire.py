@@ -32,7 +32,10 @@ def pair(context: Context) -> Iterator[tuple[Socket, Socket]]:
     other.close(0)
 
 
-@given(st.lists(st.binary(max_size=300) | st.sampled_from([bytes(COPY_BYTES_MAX - 1), bytes(COPY_BYTES_MAX)]), min_size=1, max_size=8))
+BODY = st.binary(max_size=300) | st.sampled_from([bytes(COPY_BYTES_MAX - 1), bytes(COPY_BYTES_MAX)])
+
+
+@given(st.lists(BODY, min_size=1, max_size=8))
 def test_what_goes_in_comes_out(pair: tuple[Socket, Socket], frames: list[bytes]) -> None:
     send_message(pair[0], frames)
     assert is_readable(pair[1])

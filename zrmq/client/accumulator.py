@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from copy import copy
 from math import inf
 from types import TracebackType
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import msgspec
 
@@ -64,16 +64,16 @@ class OneWay(msgspec.Struct, frozen=True, gc=False):
 Target = str | MessageQueue | OneWay  # what the records of a batch share: a topic (any queue of it), a queue, a topic one-way
 
 
-class Extras(NamedTuple):
+class Extras(msgspec.Struct, frozen=True, gc=False):
     """What a record has besides its body."""
 
-    tag: str | None
-    keys: Sequence[str]
-    properties: dict[str, str] | None
-    message_group: str | None
+    tag: str | None = None
+    keys: Sequence[str] = ()
+    properties: dict[str, str] | None = None
+    message_group: str | None = None
 
 
-NO_EXTRAS = Extras(None, (), None, None)
+NO_EXTRAS = Extras()
 
 
 class Stored(msgspec.Struct, frozen=True, gc=False):
@@ -196,14 +196,16 @@ def columns_of(bodies: list[bytes], extras: list[Extras] | None) -> Columns:
     """The records as a batch has them: a column for each thing that at least one of them has."""
     if extras is None:
         return Columns(bodies)
-    tags, keys, properties, groups = zip(*extras, strict=True)
-    return Columns(
-        bodies,
-        list(tags) if any(tags) else None,
-        [list(some) for some in keys] if any(keys) else None,
-        list(properties) if any(properties) else None,
-        list(groups) if any(groups) else None,
-    )
+    columns = Columns(bodies)
+    if any(tags := [each.tag for each in extras]):
+        columns.tags = tags
+    if any(keys := [list(each.keys) for each in extras]):
+        columns.keys = keys
+    if any(properties := [each.properties for each in extras]):
+        columns.properties = properties
+    if any(groups := [each.message_group for each in extras]):
+        columns.message_groups = groups
+    return columns
 
 
 class SendHandle(msgspec.Struct, frozen=True, eq=False, gc=False):

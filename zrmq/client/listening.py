@@ -16,7 +16,9 @@ from zrmq.clock import Clock
 from zrmq.message import Message
 
 UNIT_MS = 5.0  # what a unit should take: far more than handing it out, far less than anybody waits for it to end
+UNIT_MS_MAX = 20.0  # a listener that has become slow keeps no more than that to one thread
 UNIT_MESSAGES_MAX = 256
+LOOK_EVERY = 8  # messages between two looks at the clock; a power of two
 PACE_WEIGHT = 0.3  # of the newest unit in the average
 
 RETRY_MS_MIN = 1_000.0  # before the second attempt; doubled with each
@@ -38,15 +40,15 @@ class Pace:
         """A unit of so many messages took so long. It at most doubles, because one quick message says little."""
         newest_ms = elapsed_ms / messages
         self._message_ms += (newest_ms - self._message_ms) * (PACE_WEIGHT if self._message_ms else 1.0)
-        fitting = UNIT_MESSAGES_MAX if self._message_ms <= 0.0 else int(UNIT_MS / self._message_ms)
-        self.messages = max(1, min(fitting, 2 * self.messages, UNIT_MESSAGES_MAX))
+        fitting = int(UNIT_MS / max(self._message_ms, UNIT_MS / UNIT_MESSAGES_MAX))
+        self.messages = max(1, min(fitting, 2 * self.messages))
 
 
 class Failure(msgspec.Struct, frozen=True):
-    """A message its listener raised for; `unit` is what comes again, in how long."""
+    """A part of a unit that comes again, in `retry_ms`: its first message raised, or (no error) there was no time for it."""
 
     unit: Unit
-    error: Exception
+    error: Exception | None
     retry_ms: float
 
 
@@ -67,9 +69,10 @@ def retry_ms(delivery_attempt: int) -> float:
 
 
 def run_unit(unit: Unit, listener: Listener, pace: Pace, clock: Clock, *, in_order: bool) -> Outcome:
-    """Give the messages to the listener, one after the other. Ends early when the queue is given back or lost meanwhile.
+    """Give the messages to the listener, one after the other.
 
-    Lets through what is not an `Exception` (a listener that calls `sys.exit`).
+    Ends early when the queue is given back or lost meanwhile, and when it takes too long: then what is left comes again at once,
+    for whichever thread is idle. Lets through what is not an `Exception` (a listener that calls `sys.exit`).
     """
     queue, failures, handled = unit.process_queue, [], 0
     began_ms = clock.monotonic_ms()
@@ -83,6 +86,9 @@ def run_unit(unit: Unit, listener: Listener, pace: Pace, clock: Clock, *, in_ord
             failures.append(_fail(unit, handled - 1, error, in_order))
             if in_order:
                 break
+        if handled % LOOK_EVERY == 1 and clock.monotonic_ms() - began_ms > UNIT_MS_MAX and handled < len(unit.messages):
+            failures.append(Failure(_tail(unit, handled), None, 0.0))
+            break
     if handled:
         pace.measure(handled, clock.monotonic_ms() - began_ms)
     is_whole = handled == len(unit.messages)
@@ -94,8 +100,9 @@ def _fail(unit: Unit, index: int, error: Exception, in_order: bool) -> Failure:
     wait_ms = retry_ms(message.delivery_attempt)
     message.delivery_attempt += 1
     offset = message.queue_offset
-    if in_order:
-        rest = Unit(unit.process_queue, unit.messages[index:], offset, unit.next_offset)
-    else:
-        rest = Unit(unit.process_queue, [message], offset, offset + 1)
-    return Failure(rest, error, wait_ms)
+    part = _tail(unit, index) if in_order else Unit(unit.process_queue, [message], offset, offset + 1)
+    return Failure(part, error, wait_ms)
+
+
+def _tail(unit: Unit, index: int) -> Unit:
+    return Unit(unit.process_queue, unit.messages[index:], unit.messages[index].queue_offset, unit.next_offset)

@@ -141,7 +141,8 @@ class ProducerCore:
             if error is None and topic not in self._topics:
                 self._topics[topic] = _Topic(topic, self._rng.randrange(1 << 16))
                 self._connect()
-            on_done(self._no_nameserver_error(timeout_ms) if isinstance(error, RequestTimeoutError) and self.route is None else error)
+            is_unknown = isinstance(error, RequestTimeoutError) and self.route is None
+            on_done(self._no_nameserver_error(timeout_ms) if is_unknown else error)
 
         self._instance.want_topics([topic])
         if self.route is not None and self.route.queues(topic):

@@ -197,8 +197,8 @@ class Reader:
         reading.refusal = None
         if reply.status is not PullStatus.FOUND and reply.status is not PullStatus.NOTHING:
             self._tell(reading, offset, reply)
-        if reply.next_offset < offset:
-            self.begin_anew(reading, reply.next_offset)
+        if reply.next_offset < offset:  # the end of the queue was lost; what lies before it and is not finished is still owed
+            self.begin_anew(reading, min(reply.next_offset, self._inbox.commit_offset(reading.process_queue)))
             return
         if frames and reply.next_offset == offset:
             nonsense = ZrmqError(f"{reading.link.address} sent messages that end where they begin, at offset {offset}.")

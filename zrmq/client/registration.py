@@ -32,7 +32,8 @@ class Registration:
         self._loop = loop
         self._broker = broker
         self._topics = topics
-        identity = Identity(client_id=f"{broker.broker_name}/{broker.broker_id}@{broker.epoch}-{rng.getrandbits(32):08x}", role="broker")
+        client_id = f"{broker.broker_name}/{broker.broker_id}@{broker.epoch}-{rng.getrandbits(32):08x}"
+        identity = Identity(client_id, role="broker")
         self._links = [Link(loop, address, identity, self, rng) for address in nameservers]
         self._known: dict[Link, int] = {}  # version of the table each NameServer has
         self._pending: set[Link] = set()

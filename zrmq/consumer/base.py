@@ -71,7 +71,7 @@ class Consumer:
         self.instance_name = _check_instance_name(instance_name)
         self.client_id = f"{socket.gethostname()[:64]}@{os.getpid()}@{Random().getrandbits(64):016x}"
         self._nameservers = find_nameservers(nameservers)
-        self._message_model = MessageModel(message_model)
+        self._message_model = _check_model(message_model)
         self._consume_from, self._consume_timestamp_ms = _start_point(consume_from)
         self._allocation = allocation
         self._bounds = Bounds(check_count("buffer_bytes", buffer_bytes, 1), check_count("buffer_messages", buffer_messages, 1))
@@ -178,6 +178,7 @@ class Consumer:
                 return
             deadline_ms = engine.loop.clock.monotonic_ms() + timeout_ms
             engine.inbox.close()
+            engine.started.set()  # whoever waits for the start need not any more
             with suppress(ClosedError):  # the interpreter's exit has ended the thread, with its last step
                 thread.call(engine.core.stop)
                 self._await_workers(engine, deadline_ms)
@@ -249,12 +250,20 @@ def time_ms(given: When) -> int:
     raise InvalidArgumentError(f"{given!r} is no time; give a datetime, or milliseconds since 1970-01-01 UTC.")
 
 
-def _start_point(given: ConsumeFrom | When) -> tuple[ConsumeFrom, int]:
+def _check_model(given: MessageModel | str) -> MessageModel:
+    try:
+        return MessageModel(given)
+    except ValueError as error:
+        names = ", ".join(model.value for model in MessageModel)
+        raise InvalidArgumentError(f"message_model is {given!r}; use one of {names}.") from error
+
+
+def _start_point(given: ConsumeFrom | When | str) -> tuple[ConsumeFrom, int]:
+    if isinstance(given, str) and given in (ConsumeFrom.LATEST, ConsumeFrom.EARLIEST):
+        return ConsumeFrom(given), 0
     if given is ConsumeFrom.TIMESTAMP:
         raise InvalidArgumentError("consume_from=TIMESTAMP names no time; give the time itself, a datetime or milliseconds.")
-    if isinstance(given, ConsumeFrom):
-        return given, 0
-    return ConsumeFrom.TIMESTAMP, time_ms(given)
+    return ConsumeFrom.TIMESTAMP, time_ms(given)  # type: ignore[arg-type]  # what is no time is refused there
 
 
 def _check_instance_name(given: str | None) -> str:

@@ -90,7 +90,12 @@ class PullConsumer(Consumer):
         self._check_usable()
         if self._filters:
             raise InvalidArgumentError("This consumer subscribes to topics; use another one to assign queues.")
-        assigned = self._assigned = frozenset(queues)
+        chosen = list(queues)
+        for queue in chosen:
+            if not isinstance(queue, MessageQueue):
+                raise InvalidArgumentError(f"{queue!r} is no message queue; take some from queues(), or make a MessageQueue.")
+            check_topic(queue.topic)
+        assigned = self._assigned = frozenset(chosen)
         if self._engine is not None:
             core = self._engine.core
             self._call(lambda: core.assign(assigned))

@@ -200,8 +200,11 @@ class PushConsumer(Consumer):
         outcome = run_unit(unit, listener, pace, engine.loop.clock, in_order=self._in_order)
         engine.inbox.done(unit, [failure.unit for failure in outcome.failures], outcome.stop_offset)
         for failure in outcome.failures:
-            self._tell(failure)
-            engine.put_back_later(failure.unit, failure.retry_ms)
+            if failure.error is None:
+                engine.inbox.put_back(failure.unit)
+            else:
+                self._tell(failure)
+                engine.put_back_later(failure.unit, failure.retry_ms)
 
     def _tell(self, failure: Failure) -> None:
         message = failure.unit.messages[0]

@@ -78,6 +78,8 @@ def check_group(group: str) -> None:
 
 def check_text(text: str, what: str, code: Code) -> None:
     """Raise unless `text` is non-empty, has no control character and can be written as UTF-8."""
+    if isinstance(text, str) and text.isprintable() and text.strip():
+        return  # hot: what can be printed has neither, and nearly everything can
     if not isinstance(text, str) or not text.strip():
         raise InvalidArgumentError(f"A {what} must be text and not blank; leave it out instead.", code=code)
     if _CONTROL.search(text) or _SURROGATE.search(text):
@@ -155,7 +157,7 @@ def _check_properties(
 
 
 def _check_keys(keys: Sequence[str]) -> int:
-    if not isinstance(keys, list | tuple):
+    if not isinstance(keys, (list, tuple)):
         raise InvalidArgumentError(
             f"keys={keys!r} is of type {type(keys).__name__}; give a list of str: keys=['dev-7'].", code=Code.ILLEGAL_MESSAGE_KEY
         )
@@ -165,7 +167,7 @@ def _check_keys(keys: Sequence[str]) -> int:
         )
     for key in keys:
         check_text(key, "key", Code.ILLEGAL_MESSAGE_KEY)
-    return sum(len(key.encode()) for key in keys)
+    return len("".join(keys).encode())
 
 
 def _check_property_map(properties: dict[str, str]) -> int:
@@ -182,7 +184,7 @@ def _check_property_map(properties: dict[str, str]) -> int:
     size = 0
     for key, value in properties.items():
         check_text(key, "property name", Code.ILLEGAL_MESSAGE_PROPERTY_KEY)
-        if not isinstance(value, str) or _SURROGATE.search(value):
+        if not isinstance(value, str) or (not value.isascii() and _SURROGATE.search(value)):
             raise InvalidArgumentError(
                 f"The property {key!r} has the value {value!r}; give a str.", code=Code.ILLEGAL_MESSAGE_PROPERTY_KEY
             )

@@ -22,6 +22,7 @@ from zrmq.errors import Code, InvalidArgumentError, InvalidFrameError, NoSession
 from zrmq.logs import get_logger
 from zrmq.protocol import limits
 from zrmq.protocol.requests import (
+    ROUTE_OF_OTHERS,
     Alive,
     Bye,
     Done,
@@ -29,7 +30,6 @@ from zrmq.protocol.requests import (
     Heartbeat,
     Hello,
     Limits,
-    ROUTE_OF_OTHERS,
     QueryRoute,
     RegisterBroker,
     Registered,
@@ -301,10 +301,10 @@ class NameServerCore:
     def _send(self, peer: bytes, reply: Reply) -> None:
         """Send, or end the session of a peer that is gone; it asks again on a new connection."""
         header = encode(reply)
-        if len(header) > limits.HEADER_BYTES_MAX:
+        if len(header) > limits.REPLY_HEADER_BYTES_MAX:
             header = encode(Failed(
                 reply.number, Code.PAYLOAD_TOO_LARGE,
-                f"The answer has {len(header)} bytes; the limit is {limits.HEADER_BYTES_MAX}. Ask for fewer topics.",
+                f"The answer has {len(header)} bytes; the limit is {limits.REPLY_HEADER_BYTES_MAX}. Ask for fewer topics.",
             ))
         if not self._endpoint.send(peer, (header,)):
             session = self._sessions.by_peer(peer)

@@ -147,9 +147,11 @@ class BrokerCore:
         session.last_seen_ms = self._clock.monotonic_ms()
         handler = self._handlers.get(type(request))
         if handler is None:
-            raise InvalidFrameError(f"A broker does not answer {type(request).__name__}; ask a NameServer.", code=Code.UNSUPPORTED)
+            name = type(request).__name__
+            raise InvalidFrameError(f"A broker does not answer {name}; ask a NameServer.", code=Code.UNSUPPORTED)
         if self._stopping and type(request) in (Send, JoinGroup, AcquireLease, PutTopic):
-            raise StoppingError(f"Broker {self.config.broker_name} is shutting down; use another one, or this one when it is back.")
+            name = self.config.broker_name
+            raise StoppingError(f"Broker {name} is shutting down; use another one, or this one when it is back.")
         handler(session, request, frames)
 
     def _without_session(self, peer: bytes, request: Any) -> None:

@@ -24,8 +24,8 @@ from zrmq.protocol.requests import (
     GroupChanged,
     GroupInfo,
     Groups,
-    JoinGroup,
     Joined,
+    JoinGroup,
     LeaseInfo,
     LeaveGroup,
     MemberInfo,
@@ -56,7 +56,8 @@ class Membership(msgspec.Struct, eq=False):
 class GroupDesk:
     """Handles joining and leaving. Everybody in a group is told of every change at once.
 
-    Invariant: all members of a group have one model and one set of subscriptions, so a message never depends on who gets its queue.
+    Invariant: all members of a group have one model and one set of subscriptions, so a message's fate does not depend on who gets
+    its queue.
     """
 
     def __init__(self, context: Context, release_leases: Callable[[str, str], None]) -> None:
@@ -76,6 +77,7 @@ class GroupDesk:
         return live.version if live is not None else 0
 
     def join(self, session: Session, request: JoinGroup, frames: list[bytes]) -> None:
+        """Make the session's client a member, or renew its membership; refused unless it wants what the others want."""
         if session.role != "consumer" or not session.group:
             raise InvalidArgumentError("Only a session with role 'consumer' and a group joins one; say so in HELLO.")
         subscriptions = _read_subscriptions(request.subscriptions)
@@ -94,6 +96,7 @@ class GroupDesk:
         self._context.reply_when_safe(session, Joined(request.number, live.version, live.member_ids, since))
 
     def leave(self, session: Session, request: LeaveGroup, frames: list[bytes]) -> None:
+        """End the membership, and the leases with it."""
         self.drop(session)
         self._context.reply_when_safe(session, Done(request.number))
 
@@ -122,12 +125,14 @@ class GroupDesk:
             self.drop(old)
 
     def describe(self, session: Session, request: DescribeGroups, frames: list[bytes]) -> None:
+        """Tell who is there, what they hold and how far they are."""
         known = self._context.store.tables.groups
         names = request.groups or sorted(known.keys() | self._live.keys())
         for name in names:
             if name not in known and name not in self._live:
                 raise ConsumerGroupNotFoundError(
-                    f"Group {name!r} is unknown to broker {self._context.config.broker_name}; 'zrmq group list' shows all.", group=name
+                    f"Group {name!r} is unknown to broker {self._context.config.broker_name}; 'zrmq group list' shows all.",
+                    group=name,
                 )
         now_ms = self._context.clock.monotonic_ms()
         self._context.outbox.now(session.peer, Groups(request.number, [self._describe(name, now_ms) for name in names]))
@@ -138,7 +143,8 @@ class GroupDesk:
         known = self._context.store.tables.groups
         if group not in known and len(known) >= limits.GROUPS_MAX:
             raise RequestRefusedError(
-                f"Broker {self._context.config.broker_name} has {limits.GROUPS_MAX} groups, its limit.", code=Code.TOO_MANY_REQUESTS
+                f"Broker {self._context.config.broker_name} has {limits.GROUPS_MAX} groups, its limit.",
+                code=Code.TOO_MANY_REQUESTS,
             )
 
     def _renew(
@@ -214,7 +220,8 @@ class GroupDesk:
             for client_id, member in sorted(live.members.items())
         ]
         return GroupInfo(
-            name, live.message_model if live else None, self._subscriptions(name, live), members, self._leases(name), self._offsets(name)
+            name, live.message_model if live else None, self._subscriptions(name, live), members, self._leases(name),
+            self._offsets(name),
         )
 
     def _subscriptions(self, name: str, live: Membership | None) -> list[Subscription]:

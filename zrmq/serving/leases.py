@@ -96,8 +96,8 @@ class LeaseDesk:
         lease = self._lease((session.group, queue.topic.topic_id, queue.queue_id))
         if lease is None or lease.client_id != session.client_id or lease.lease_epoch != lease_epoch:
             raise FencedError(
-                f"Queue {queue.queue_id} of {queue.topic.config.topic!r} is not held by this member of group {session.group!r} under"
-                f" lease epoch {lease_epoch}; drop what was read from it and acquire it again.",
+                f"Queue {queue.queue_id} of {queue.topic.config.topic!r} is not held by this member of group {session.group!r}"
+                f" under lease epoch {lease_epoch}; drop what was read from it and acquire it again.",
                 group=session.group, topic=queue.topic.config.topic, queue_id=queue.queue_id, lease_epoch=lease_epoch,
             )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from zrmq.errors import Code, FencedError, InvalidArgumentError, TopicNotFoundError
+from zrmq.message import MessageModel
 from zrmq.protocol.events import OffsetsCommitted
 from zrmq.protocol.requests import (
     OFFSET_EARLIEST,
@@ -14,7 +15,6 @@ from zrmq.protocol.requests import (
     QueryOffsets,
     QueueOffset,
 )
-from zrmq.message import MessageModel
 from zrmq.serving.context import Context
 from zrmq.serving.groups import GroupDesk
 from zrmq.serving.leases import LeaseDesk
@@ -33,8 +33,11 @@ class OffsetDesk:
         self._leases = leases
 
     def commit(self, session: Session, request: CommitOffsets, frames: list[bytes]) -> None:
+        """Commit what the session may commit; answered when that is flushed, with the indexes of what it may not."""
         if not session.group:
-            raise InvalidArgumentError("Only a session with a group commits offsets; name it in HELLO.", code=Code.ILLEGAL_CONSUMER_GROUP)
+            raise InvalidArgumentError(
+                "Only a session with a group commits offsets; name it in HELLO.", code=Code.ILLEGAL_CONSUMER_GROUP
+            )
         if len(request.offsets) > OFFSETS_PER_COMMIT_MAX:
             raise InvalidArgumentError(f"A commit has at most {OFFSETS_PER_COMMIT_MAX} offsets; send several.")
         instance = self._instance(session)
@@ -56,14 +59,16 @@ class OffsetDesk:
         self._context.reply_when_safe(session, Committed(request.number, fenced))
 
     def query_committed(self, session: Session, request: QueryCommitted, frames: list[bytes]) -> None:
+        """Tell where the session's group stands on each queue of a topic."""
         topic = self._context.topic(request.topic)
         group = self._context.store.tables.groups.get(session.group)
         instance = self._instance(session)
-        found = [(queue.queue_id, group.start_offset(topic, queue.queue_id, instance) if group else None) for queue in topic.queues]
-        offsets = [(queue_id, OFFSET_LATEST if offset is None else offset) for queue_id, offset in found]
+        starts = [group.start_offset(topic, queue.queue_id, instance) if group else None for queue in topic.queues]
+        offsets = [(queue_id, OFFSET_LATEST if offset is None else offset) for queue_id, offset in enumerate(starts)]
         self._context.outbox.now(session.peer, Offsets(request.number, offsets))
 
     def query_offsets(self, session: Session, request: QueryOffsets, frames: list[bytes]) -> None:
+        """Tell which offsets belong to a time, or the first and the next."""
         topic = self._context.topic(request.topic)
         queue_ids = request.queue_ids or range(len(topic.queues))
         queues = [self._context.queue(request.topic, queue_id) for queue_id in queue_ids]

@@ -52,7 +52,7 @@ class Sending:
         queue = self._context.queue(request.topic, request.queue_id)
         if not queue.topic.config.permission & PERMISSION_WRITE:
             raise RequestRefusedError(
-                f"Topic {request.topic!r} takes no messages at broker {self._context.config.broker_name}; send to another broker.",
+                f"Topic {request.topic!r} takes no messages at broker {self._context.config.broker_name}; use another broker.",
                 code=Code.FORBIDDEN, topic=request.topic,
             )
         return queue, open_batch(frames[1])

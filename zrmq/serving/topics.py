@@ -50,6 +50,7 @@ class TopicDesk:
         self._context.reply_when_safe(session, Topics(request.number, [describe(tables.topics[config.topic])]))
 
     def delete(self, session: Session, request: DeleteTopic, frames: list[bytes]) -> None:
+        """Delete a topic; answered when that is flushed."""
         topic = self._context.topic(request.topic)
         self._context.store.append_event(TopicDeleted(topic.topic_id))
         self._on_deleted(topic)
@@ -57,6 +58,7 @@ class TopicDesk:
         self._context.reply_when_safe(session, Done(request.number))
 
     def describe(self, session: Session, request: DescribeTopics, frames: list[bytes]) -> None:
+        """Tell the settings and the queues of the topics named, or of all."""
         names = request.topics or sorted(self._context.store.tables.topics)
         topics = [describe(self._context.topic(name)) for name in names]
         self._context.outbox.now(session.peer, Topics(request.number, topics))

@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Protocol
+from typing import Protocol, Self
 
 from zrmq.errors import ClosedError, RequestTimeoutError
 from zrmq.logs import get_logger
@@ -70,7 +70,7 @@ class Host:
             raise RequestTimeoutError(f"{self._name} did not stop within {timeout_ms} ms; see its log.", timeout_ms=timeout_ms)
 
     def run(self, on_open: Callable[[], None] = lambda: None) -> None:
-        """Run in the calling thread, which must be the main one, until SIGINT or SIGTERM. `on_open` is called when all is open."""
+        """Run in the calling thread, which must be the main one, until SIGINT or SIGTERM; call `on_open` when all is open."""
         self._reactor = Reactor()
         before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -81,7 +81,7 @@ class Host:
         if self._error is not None:
             raise self._error
 
-    def __enter__(self) -> Host:
+    def __enter__(self) -> Self:
         self.start()
         return self
 
@@ -102,7 +102,7 @@ class Host:
             on_open()
             self._opened.set()
             self.reactor.run()
-        except BaseException as error:  # handed to the thread that started us
+        except BaseException as error:  # noqa: BLE001 - handed to the thread that started us
             self._error = error
             for role in opened:
                 role.stop(lambda: None)

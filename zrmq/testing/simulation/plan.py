@@ -84,17 +84,20 @@ def draw_plan(seed: int) -> Plan:
     """The plan of a seed; the same for every Python and machine."""
     rng = Random(f"plan {seed}")
     topics = tuple(_topic(rng, number) for number in range(rng.randint(1, 3)))
+    duration_ms = rng.uniform(4_000.0, 16_000.0)
+    producer_count = rng.randint(1, 3)
+    messages, burst_max = round(_log_uniform(rng, 60.0, 900.0) / producer_count), rng.choice((1, 3, 10, 30))
     return Plan(
         seed=seed,
-        duration_ms=rng.uniform(4_000.0, 16_000.0),
+        duration_ms=duration_ms,
         broker_names=("broker-a", "broker-b"),
         nameserver_count=2,
-        producer_count=rng.randint(1, 3),
+        producer_count=producer_count,
         topics=topics,
         groups=_groups(rng, topics),
         faults=_faults(rng),
-        send_every_ms=_log_uniform(rng, 30.0, 500.0),
-        burst_max=rng.choice((1, 3, 10, 30)),
+        send_every_ms=duration_ms * (burst_max + 1) / (2 * messages),
+        burst_max=burst_max,
         linger_ms=rng.choice((0.0, 0.0, 5.0, 50.0)),
         batch_records_max=rng.choice((1, 4, 16, 1000)),
         send_timeout_ms=rng.choice((1_500, 5_000, 15_000)),

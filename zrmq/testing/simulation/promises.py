@@ -52,7 +52,10 @@ class Posting:
         """Whether it must not stand behind younger ones: it is bound to its queue, or its batch never had to look for another."""
         if self.kind is OneWay:
             return False
-        return self.queue is not None or self.handle is None or getattr(self.handle.batch, "attempts", 0) == 0
+        if self.queue is not None or self.handle is None:
+            return True
+        batch = self.handle.batch
+        return not (getattr(batch, "attempts", 0) or getattr(batch, "avoid", ()))
 
 
 class Promises:

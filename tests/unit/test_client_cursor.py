@@ -1,0 +1,204 @@
+"""The cursor of a pull consumer: what counts as given and finished, however polls and iterations are mixed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from tests.unit.test_client_inbox import Desk, offsets
+from zrmq.client.cursor import Cursor
+from zrmq.client.process_queue import ProcessQueue, Unit
+
+
+@pytest.fixture
+def desk() -> Desk:
+    return Desk()
+
+
+def iterate(cursor: Cursor, count: int) -> list[int]:
+    """What a `for` loop does that is left after `count` messages."""
+    found: list[int] = []
+    rest = cursor.rest
+    while len(found) < count:
+        item = next(rest, None)
+        if item is None:
+            break
+        cursor.index, message = item
+        found.append(message.queue_offset)
+    return found
+
+
+def begin(desk: Desk, count: int = 5) -> tuple[ProcessQueue, Cursor, Unit]:
+    """An iteration over a unit of `count` messages."""
+    queue, cursor = desk.queue(), Cursor(desk.inbox)
+    desk.put(queue, count)
+    unit = desk.taken()
+    cursor.enter_unit(unit)
+    return queue, cursor, unit
+
+
+def test_polled_units_are_finished_by_the_next_poll(desk: Desk) -> None:
+    queue, cursor = desk.queue(), Cursor(desk.inbox)
+    desk.put(queue, 5)
+    cursor.give(desk.taken(3))
+    cursor.settle()
+    assert queue.commit_offset == 0
+    cursor.finish()
+    assert (queue.commit_offset, queue.in_flight) == (3, 0)
+
+
+def test_an_iteration_finishes_what_lies_before_the_last_given(desk: Desk) -> None:
+    queue, cursor, _ = begin(desk)
+    assert iterate(cursor, 3) == [0, 1, 2]
+    cursor.settle()
+    assert (queue.commit_offset, queue.in_flight) == (2, 1)
+
+
+def test_an_iteration_that_has_given_nothing_has_finished_nothing(desk: Desk) -> None:
+    queue, cursor, _ = begin(desk)
+    cursor.settle()
+    assert queue.commit_offset == 0
+
+
+def test_all_that_was_given_may_be_called_finished(desk: Desk) -> None:
+    queue, cursor, _ = begin(desk)
+    iterate(cursor, 3)
+    cursor.finish_given()
+    assert (queue.commit_offset, queue.in_flight, cursor.position(queue)) == (3, 1, 3)
+
+
+def test_a_unit_left_behind_is_finished(desk: Desk) -> None:
+    queue, cursor, _ = begin(desk)
+    iterate(cursor, 9)
+    cursor.leave_unit(is_whole=True)
+    cursor.finish()
+    assert (queue.commit_offset, queue.in_flight) == (5, 0)
+
+
+def test_a_unit_cut_short_is_finished_up_to_there(desk: Desk) -> None:
+    queue, cursor, _ = begin(desk)
+    iterate(cursor, 3)
+    desk.inbox.drain(queue)
+    assert cursor.is_void()
+    cursor.leave_unit(is_whole=False)
+    cursor.finish()
+    assert (queue.commit_offset, queue.in_flight, desk.wakes) == (2, 0, 1)
+
+
+def test_a_poll_takes_what_an_iteration_has_left(desk: Desk) -> None:
+    queue, cursor, _ = begin(desk)
+    iterate(cursor, 2)
+    cursor.finish()
+    assert [message.queue_offset for message in cursor.take_rest(2)] == [2, 3]
+    assert cursor.position(queue) == 4
+    assert [message.queue_offset for message in cursor.take_rest(9)] == [4]
+    assert cursor.take_rest(9) == []
+    cursor.finish()
+    assert (queue.commit_offset, queue.in_flight) == (5, 0)
+
+
+def test_an_iteration_goes_on_behind_such_a_poll(desk: Desk) -> None:
+    _, cursor, _ = begin(desk)
+    iterate(cursor, 1)
+    cursor.take_rest(2)
+    assert iterate(cursor, 9) == [3, 4]
+
+
+def test_a_poll_takes_nothing_of_a_queue_that_is_gone(desk: Desk) -> None:
+    queue, cursor, _ = begin(desk)
+    iterate(cursor, 2)
+    desk.inbox.drain(queue)
+    assert cursor.take_rest(9) == []
+    cursor.finish()
+    assert (queue.commit_offset, queue.in_flight) == (2, 0)
+
+
+def test_finishing_older_units_leaves_the_present_one_in_flight(desk: Desk) -> None:
+    queue, cursor, _ = begin(desk)
+    iterate(cursor, 9)
+    cursor.leave_unit(is_whole=True)
+    desk.put(queue, 3)
+    cursor.enter_unit(desk.taken())
+    iterate(cursor, 1)
+    cursor.finish()
+    assert (queue.commit_offset, queue.in_flight) == (5, 2)
+    desk.inbox.drain(queue)
+    assert queue.in_flight, "the loop must not take the queue away from under the iteration"
+
+
+def test_the_position_is_behind_what_was_given(desk: Desk) -> None:
+    queue, cursor, _ = begin(desk)
+    other = desk.queue(offset=7)
+    iterate(cursor, 2)
+    assert (cursor.position(queue), cursor.position(other)) == (2, 7)
+    iterate(cursor, 9)
+    assert cursor.position(queue) == 5
+
+
+class Caller(RuleBasedStateMachine):
+    """A caller that polls and iterates in any mixture; a loop that settles at any moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.desk = Desk()
+        self.queue = self.desk.queue()
+        self.cursor = Cursor(self.desk.inbox)
+        self.given: list[int] = []
+        self.iterated_last = False
+
+    @rule(counts=st.lists(st.integers(1, 5), min_size=1, max_size=2))
+    def arrive(self, counts: list[int]) -> None:
+        self.desk.put(self.queue, *counts)
+
+    @rule(messages_max=st.integers(1, 6))
+    def poll(self, messages_max: int) -> None:
+        self.cursor.finish()
+        got = [message.queue_offset for message in self.cursor.take_rest(messages_max)]
+        while len(got) < messages_max and (unit := self.desk.take(messages_max - len(got))) is not None:
+            self.cursor.give(unit)
+            got += offsets(unit)
+        assert len(got) <= messages_max
+        self.given += got
+        self.iterated_last = False
+
+    @rule(count=st.integers(1, 6))
+    def loop(self, count: int) -> None:
+        while count:
+            got = iterate(self.cursor, count)
+            self.given += got
+            self.iterated_last = self.iterated_last or bool(got)
+            count -= len(got)
+            if not count:
+                return
+            self.cursor.leave_unit(is_whole=True)
+            self.cursor.finish()
+            self.iterated_last = False
+            unit: Any = self.desk.take(4)
+            if unit is None:
+                return
+            self.cursor.enter_unit(unit)
+
+    @rule()
+    def settle(self) -> None:
+        self.cursor.settle()
+
+    @precondition(lambda self: self.given)
+    @rule()
+    def finish_given(self) -> None:
+        self.cursor.finish_given()
+        assert self.queue.commit_offset == len(self.given)
+
+    @invariant()
+    def everything_is_given_once_in_order(self) -> None:
+        assert self.given == list(range(len(self.given)))
+        assert self.cursor.position(self.queue) >= len(self.given)
+
+    @invariant()
+    def nothing_is_finished_before_it_was_given(self) -> None:
+        assert self.queue.commit_offset <= len(self.given)
+
+
+TestCaller = Caller.TestCase
