@@ -32,7 +32,7 @@ from zrmq.errors import (
     TopicNotFoundError,
     ZrmqError,
 )
-from zrmq.message import ConsumeFrom, Message, MessageModel, MessageQueue
+from zrmq.message import ConsumeFrom, FlushMode, Message, MessageModel, MessageQueue
 from zrmq.protocol import limits
 from zrmq.protocol.events import TopicConfig
 from zrmq.protocol.requests import (
@@ -45,6 +45,7 @@ from zrmq.protocol.requests import (
     CommitOffsets,
     Committed,
     DescribeGroups,
+    DescribeTopics,
     Done,
     Failed,
     GroupChanged,
@@ -115,6 +116,7 @@ class ReadingBroker:
         self.address = f"tcp://127.0.0.1:{port}"
         self.auto_create = auto_create
         self.topics: dict[str, list[Log]] = {}
+        self.unflushed: set[str] = set()  # topics acknowledged before they are flushed
         self.groups: defaultdict[str, Standing] = defaultdict(Standing)
         self.leases: dict[Key, tuple[str, int]] = {}
         self.requests: list[tuple[str, Any]] = []  # client id and request, since the last `forget_requests`
@@ -238,6 +240,11 @@ class ReadingBroker:
         self.drop(session)
         self.sessions.close(session)
         return Done(request.number)
+
+    def _do_DescribeTopics(self, session: Session, request: DescribeTopics) -> Reply:
+        modes = {topic: FlushMode.ASYNC if topic in self.unflushed else FlushMode.SYNC for topic in request.topics}
+        configs = [TopicConfig(topic, len(self._logs(topic)), flush_mode=mode) for topic, mode in modes.items()]
+        return Topics(request.number, [TopicInfo(config, 1, []) for config in configs])
 
     def _do_PutTopic(self, session: Session, request: PutTopic) -> Reply:
         config: TopicConfig = request.config

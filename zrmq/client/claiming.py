@@ -33,6 +33,7 @@ log = get_logger("consumer")
 ACQUIRE_TIMEOUT_MS = 15_000  # how long a broker lets us wait for another member's queue before we ask again
 HELD_PAUSE_MS = 100.0  # before asking again for a queue that is held
 REQUEST_TIMEOUT_MS = 5_000
+NO_COMMIT = -1  # as the offset of a release
 
 
 class ClaimListener(Protocol):
@@ -58,7 +59,8 @@ class LeaseClaims:
 
     def __init__(self, listener: ClaimListener) -> None:
         self.pending: set[MessageQueue] = set()  # being acquired, or released
-        self._doubtful: dict[MessageQueue, tuple[int, int]] = {}  # lease epoch, 0: not known; and the offset to commit
+        self._doubtful: dict[MessageQueue, int] = {}  # lease epoch, 0: not known
+        self._releases: dict[MessageQueue, tuple[Link, int, int]] = {}  # link, number and lease epoch of those under way
         self._listener = listener
 
     def claim(self, queues: Iterable[tuple[MessageQueue, Link]]) -> None:
@@ -71,20 +73,27 @@ class LeaseClaims:
     def lose(self, reading: Reading, offset: int, error: ZrmqError) -> None:
         """Reading ended without a release. Whoever was fenced has nothing left to release."""
         if not isinstance(error, FencedError):
-            self._doubtful[reading.queue] = (reading.process_queue.lease_epoch, offset)
+            self._doubtful[reading.queue] = reading.process_queue.lease_epoch
 
     def settle(self, unwanted: Callable[[MessageQueue], Link | None]) -> None:
         """Find out about leases in doubt: `unwanted` gives the broker's link if it is there and the queue is not to be read."""
-        for queue, (lease_epoch, offset) in list(self._doubtful.items()):
+        for queue, lease_epoch in list(self._doubtful.items()):
             link = unwanted(queue)
             if link is None:
                 continue
             del self._doubtful[queue]
             self.pending.add(queue)
             if lease_epoch:
-                self._release(queue, link, lease_epoch, offset)
+                self._release(queue, link, lease_epoch, NO_COMMIT)
             else:
                 self._acquire(queue, link)
+
+    def restarted(self, link: Link) -> None:
+        """The server has been started again: its leases live on, but no offset of before is committed; see `Committer`."""
+        for queue, (asked, number, lease_epoch) in list(self._releases.items()):
+            if asked is link:
+                link.cancel(number)
+                self._release(queue, link, lease_epoch, NO_COMMIT)
 
     def let_go(self, reading: Reading, offset: int) -> None:
         """Release a lease, with the final offset."""
@@ -105,19 +114,20 @@ class LeaseClaims:
         if isinstance(reply, Leased):
             if not self._listener.on_claimed(queue, link, reply.offset, reply.lease_epoch):
                 self.pending.add(queue)
-                self._release(queue, link, reply.lease_epoch, -1)
+                self._release(queue, link, reply.lease_epoch, NO_COMMIT)
         elif isinstance(reply, ClosedError):
-            self._doubtful[queue] = (0, -1)
+            self._doubtful[queue] = 0
         elif isinstance(reply, ZrmqError):
             if reply.code is not Code.LEASE_HELD:
                 log.warning("lease_refused", topic=queue.topic, queue_id=queue.queue_id, reason=reply.message)
             self._listener.on_unclaimed(HELD_PAUSE_MS if reply.code is Code.LEASE_HELD else RETRY_MS)
 
     def _release(self, queue: MessageQueue, link: Link, lease_epoch: int, offset: int) -> None:
-        link.request(
+        number = link.request(
             ReleaseLease, queue.topic, queue.queue_id, lease_epoch, offset,
             timeout_ms=REQUEST_TIMEOUT_MS, on_reply=partial(self._released, queue, link, lease_epoch, offset),
         )
+        self._releases[queue] = (link, number, lease_epoch)
 
     def _released(
         self, queue: MessageQueue, link: Link, lease_epoch: int, offset: int, reply: AnyReply | ZrmqError, frames: list[bytes]
@@ -126,8 +136,9 @@ class LeaseClaims:
             self._release(queue, link, lease_epoch, offset)
             return
         self.pending.discard(queue)
+        del self._releases[queue]
         if isinstance(reply, ClosedError):
-            self._doubtful[queue] = (lease_epoch, offset)
+            self._doubtful[queue] = lease_epoch
         self._listener.on_unclaimed(0.0 if isinstance(reply, Done) else HELD_PAUSE_MS)
 
 
@@ -166,8 +177,12 @@ class OffsetClaims:
         """Nothing to tell anybody."""
 
     def lose(self, reading: Reading, offset: int, error: ZrmqError) -> None:
-        """The broker is gone; should it come back, go on here."""
-        self.left_off[reading.queue] = offset
+        """The broker is gone. What it does not know we have to remember; else it is asked when it is back."""
+        if not self._has_group or reading.committed_offset < 0:
+            self.left_off[reading.queue] = offset
+
+    def restarted(self, link: Link) -> None:
+        """Nothing is under way that would commit."""
 
     def settle(self, unwanted: Callable[[MessageQueue], Link | None]) -> None:
         """Nothing is ever in doubt."""

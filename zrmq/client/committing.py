@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import partial
 
+import msgspec
+
 from zrmq.client.inbox import Inbox
 from zrmq.client.link import Link
 from zrmq.client.reading import Reading
-from zrmq.errors import FencedError, ZrmqError
+from zrmq.errors import FencedError, UnreachableError, ZrmqError
 from zrmq.protocol.requests import AnyReply, CommitOffsets, Committed, QueueOffset
 
 COMMIT_TIMEOUT_MS = 10_000
@@ -17,18 +19,23 @@ OnCommitted = Callable[[ZrmqError | None], None]
 
 
 class Committer:
-    """Commits of one consumer. Loop thread only. `on_lost` is told of a reading that the broker says is not ours."""
+    """Commits of one consumer. Loop thread only. `on_lost` is told of a reading that the broker says is not ours.
+
+    Invariant: a commit reaches the life of the server in which its messages were read, or none. After another start the same
+    offsets may be other messages, where a topic is acknowledged before it is flushed.
+    """
 
     def __init__(self, inbox: Inbox, on_lost: Callable[[Reading, ZrmqError], None]) -> None:
         self._inbox = inbox
         self._on_lost = on_lost
+        self._under_way: set[_Attempt] = set()
         self._busy: set[Link] = set()  # links with a commit of `commit_idle` under way
 
     def commit_idle(self, readings: Iterable[Reading]) -> None:
-        """What changed since the last time, where the broker is there and has answered the last one."""
-        able = [reading for reading in readings if reading.link.is_open and reading.link not in self._busy]
-        links = dict.fromkeys(reading.link for reading, _ in self._changed(able))
-        self._busy.update(links)
+        """What changed since the last time, where the broker has answered the last one."""
+        able = [reading for reading in readings if reading.link not in self._busy]
+        links = {reading.link for reading, _ in self._changed(able)}
+        self._busy |= links
         for link in links:
             self.commit([reading for reading in able if reading.link is link], partial(self._idle, link), COMMIT_TIMEOUT_MS)
 
@@ -39,9 +46,11 @@ class Committer:
             groups.setdefault((reading.link, reading.goes_back), []).append((reading, offset))
         tally = _Tally(len(groups), on_done)
         for (link, goes_back), changed in groups.items():
+            attempt = _Attempt(link, changed, tally)
+            self._under_way.add(attempt)
             offsets = [_wire(reading, offset) for reading, offset in changed]
-            link.request(
-                CommitOffsets, offsets, goes_back, timeout_ms=timeout_ms, on_reply=partial(self._committed, changed, tally)
+            attempt.number = link.request(
+                CommitOffsets, offsets, goes_back, timeout_ms=timeout_ms, on_reply=partial(self._committed, attempt)
             )
         if not groups:
             on_done(None)
@@ -51,24 +60,36 @@ class Committer:
         if reading.goes_back or not reading.process_queue.lease_epoch:
             self.commit([reading], lambda error: None, COMMIT_TIMEOUT_MS)
 
+    def give_up(self, link: Link) -> None:
+        """The session is a new one, perhaps with a server that was started again: end what is under way before the link sends it
+        again."""
+        error = UnreachableError(f"The session with {link.address} was lost during the commit; commit again.", address=link.address)
+        for attempt in [attempt for attempt in self._under_way if attempt.link is link]:
+            link.cancel(attempt.number)
+            self._end(attempt, error)
+
     def _changed(self, readings: Iterable[Reading]) -> list[tuple[Reading, int]]:
-        found = [(reading, self._inbox.commit_offset(reading.process_queue)) for reading in readings]
+        found = [
+            (reading, self._inbox.commit_offset(reading.process_queue)) for reading in readings if not reading.is_suspect
+        ]
         return [(reading, offset) for reading, offset in found if offset > reading.committed_offset]
 
-    def _committed(
-        self, changed: list[tuple[Reading, int]], tally: _Tally, reply: AnyReply | ZrmqError, frames: list[bytes]
-    ) -> None:
+    def _committed(self, attempt: _Attempt, reply: AnyReply | ZrmqError, frames: list[bytes]) -> None:
         error = reply if isinstance(reply, ZrmqError) else None
         if isinstance(reply, Committed):
             fenced = set(reply.fenced)
-            for index, (reading, offset) in enumerate(changed):
+            for index, (reading, offset) in enumerate(attempt.changed):
                 if index in fenced:
                     error = _fenced(reading)
                     self._on_lost(reading, error)
                 else:
                     reading.committed_offset = offset
                     reading.goes_back = False
-        tally.add(error)
+        self._end(attempt, error)
+
+    def _end(self, attempt: _Attempt, error: ZrmqError | None) -> None:
+        self._under_way.discard(attempt)
+        attempt.tally.add(error)
 
     def _idle(self, link: Link, error: ZrmqError | None) -> None:
         self._busy.discard(link)
@@ -87,6 +108,15 @@ class _Tally:
         self._expected -= 1
         if self._expected == 0:
             self._on_done(self._error)
+
+
+class _Attempt(msgspec.Struct, eq=False):
+    """One request and what it is to commit."""
+
+    link: Link
+    changed: list[tuple[Reading, int]]
+    tally: _Tally
+    number: int = 0
 
 
 def _wire(reading: Reading, offset: int) -> QueueOffset:

@@ -20,18 +20,18 @@ from random import Random
 import msgspec
 
 from zrmq.client.allocation import Strategy
-from zrmq.client.claiming import LeaseClaims, OffsetClaims
+from zrmq.client.claiming import NO_COMMIT, LeaseClaims, OffsetClaims
 from zrmq.client.committing import Committer, OnCommitted
 from zrmq.client.inbox import Inbox
 from zrmq.client.instance import ClientInstance, RouteView
 from zrmq.client.link import Link, OnReply
 from zrmq.client.membership import Joining, Membership
-from zrmq.client.reading import Bounds, Reader, Reading
+from zrmq.client.reading import Bounds, Reader, Reading, server_id
 from zrmq.client.rebalance import plan, share
 from zrmq.errors import ClosedError, InvalidArgumentError, TopicNotFoundError, UnreachableError, ZrmqError
 from zrmq.logs import get_logger
-from zrmq.message import ConsumeFrom, MessageModel, MessageQueue
-from zrmq.protocol.requests import AnyReply, Request, Subscription
+from zrmq.message import ConsumeFrom, FlushMode, MessageModel, MessageQueue
+from zrmq.protocol.requests import AnyReply, DescribeTopics, Request, Subscription, Topics
 from zrmq.transport.interface import Loop, Timer
 
 log = get_logger("consumer")
@@ -41,6 +41,8 @@ HANDOVER_MS_MAX = 60_000.0  # a queue that another member waits for is given up 
 CLAIM_MS_MAX = 500.0  # how long the start waits for queues that other members give back
 TOPIC_TIMEOUT_MS = 10_000
 RETRY_MS = 1_000.0
+SUSPECT_TIMEOUT_MS = 5_000
+SUSPECT_PAUSE_MS = 20
 
 
 class ConsumingConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,6 +104,7 @@ class ConsumerCore:
         self._creating: set[str] = set()
         self._missing: set[str] = set()  # topics that nobody may create
         self._patience: Timer | None = None  # with the members that have our queues, at the start
+        self._server_ids: dict[str, str] = {}  # by broker name, as of the last session
         self._rebalance_ms = inf  # when the next one is due
         self._rebalance_timer = loop.call_later(0.0, lambda: None)
         self._began_ms = loop.clock.time_ms()
@@ -136,8 +139,14 @@ class ConsumerCore:
 
     def on_link_open(self, broker_name: str, link: Link) -> None:
         """Of `InstanceListener`. Joining goes out before what the link sends again."""
-        if self._membership is not None and not self._is_closed:
+        if self._is_closed:
+            self._committer.give_up(link)  # as no member any more we could not say whose offsets these are
+            return
+        if self._membership is not None:
             self._membership.link_open(broker_name, link)
+        before, self._server_ids[broker_name] = self._server_ids.get(broker_name), server_id(link)
+        if before not in (None, server_id(link)):
+            self._suspect(link)
 
     def on_link_lost(self, broker_name: str, link: Link) -> None:
         """Of `InstanceListener`. The readings wait: the session may come back before their leases are in doubt."""
@@ -283,7 +292,7 @@ class ConsumerCore:
 
     def _let_go(self, reading: Reading) -> None:
         self._committer.commit_last(reading)
-        offset = self._inbox.commit_offset(reading.process_queue)
+        offset = NO_COMMIT if reading.is_suspect else self._inbox.commit_offset(reading.process_queue)
         self.reader.end(reading)
         self._claims.let_go(reading, offset)
         log.info("queue_given_back", **_place(reading.queue), group=self._config.group, offset=offset)
@@ -303,6 +312,40 @@ class ConsumerCore:
             self._lose(reading, error)
         else:
             log.warning("commit_refused", **_place(reading.queue), group=self._config.group, reason=error.message)
+
+    # --- brokers that were started again ------------------------------------------------------------------------------
+
+    def _suspect(self, link: Link) -> None:
+        """A broker that was started again may have lost the end of queues that it does not flush before it acknowledges. Then the
+        offsets behind are given anew, and who goes on where it was would pass messages over. So look at those topics first."""
+        self._claims.restarted(link)
+        self._committer.give_up(link)
+        readings = [reading for reading in self.reader.readings.values() if reading.link is link]
+        for reading in readings:
+            reading.suspected_in = server_id(link)
+            self.reader.stop_pulling(reading)
+        if readings:
+            topics = sorted({reading.queue.topic for reading in readings})
+            link.request(
+                DescribeTopics, topics,
+                timeout_ms=SUSPECT_TIMEOUT_MS, on_reply=partial(self._described, server_id(link), readings),
+            )
+
+    def _described(
+        self, server: str, readings: list[Reading], reply: AnyReply | ZrmqError, frames: list[bytes]
+    ) -> None:
+        """Queues of topics that are flushed first are as they were. The others are claimed again, where the group stands: a
+        commit is only on disk when everything before it is."""
+        infos = reply.topics if isinstance(reply, Topics) else []
+        safe = {info.config.topic for info in infos if info.config.flush_mode is FlushMode.SYNC}
+        for reading in readings:
+            if reading.process_queue.is_dropped or reading.suspected_in != server:
+                continue
+            if reading.queue.topic in safe:
+                reading.suspected_in = ""
+                self.reader.pull(reading)
+            else:
+                self._lose(reading, UnreachableError(f"Broker {reading.queue.broker_name} was started again."))
 
     # --- time ---------------------------------------------------------------------------------------------------------
 
@@ -335,7 +378,14 @@ class ConsumerCore:
     def _commit_round(self) -> None:
         self._timers[1] = self._loop.call_later(self._config.commit_interval_ms, self._commit_round)
         self._settle()
-        self._committer.commit_idle(self.reader.readings.values())
+        self._committer.commit_idle(self._committable())
+
+    def _committable(self) -> list[Reading]:
+        """The readings whose broker is there, and knows us as a member if we are one."""
+        return [
+            reading for reading in self.reader.readings.values()
+            if reading.link.is_open and (self._membership is None or self._membership.is_joined(reading.queue.broker_name))
+        ]
 
     # --- for the door -------------------------------------------------------------------------------------------------
 
@@ -346,8 +396,12 @@ class ConsumerCore:
         self._rebalance_soon()
 
     def commit(self, on_done: OnCommitted, timeout_ms: int) -> None:
-        """Commit what is finished, now."""
-        self._committer.commit(list(self.reader.readings.values()), on_done, timeout_ms)
+        """Commit what is finished, now, or as soon as it is known whether a broker that was started again has kept it."""
+        readings = list(self.reader.readings.values())
+        if timeout_ms > SUSPECT_PAUSE_MS and any(reading.is_suspect for reading in readings):
+            self._loop.call_later(SUSPECT_PAUSE_MS, lambda: self.commit(on_done, timeout_ms - SUSPECT_PAUSE_MS))
+        else:
+            self._committer.commit(readings, on_done, timeout_ms)
 
     def seek(self, queue: MessageQueue, offset: int) -> None:
         """Go on from another offset. Raises `InvalidArgumentError` for a queue that is not read here."""
@@ -402,8 +456,7 @@ class ConsumerCore:
         self._stop()
         if self._config.group and self._config.auto_commit:
             self._settle()
-            able = [reading for reading in self.reader.readings.values() if reading.link.is_open]
-            self._committer.commit(able, lambda error: self._closed(error, on_closed), timeout_ms)
+            self._committer.commit(self._committable(), lambda error: self._closed(error, on_closed), timeout_ms)
         else:
             on_closed()
 

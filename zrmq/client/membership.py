@@ -134,17 +134,16 @@ class Membership:
     def notice(self, broker_name: str, notice: AnyReply) -> None:
         """Members came or went."""
         seat = self._seats.get(broker_name)
-        if seat is None or not isinstance(notice, GroupChanged) or notice.group != self._joining.group:
+        if self._is_closed or seat is None or not isinstance(notice, GroupChanged) or notice.group != self._joining.group:
             return
         if notice.group_version > seat.version:
             seat.version = notice.group_version
             self._take_members(seat, notice.members)
 
     def close(self) -> None:
-        """Do nothing more. Leaving is the owner's to do, after its last commits."""
+        """Do nothing more, but know what was known. Leaving is the owner's to do, after its last commits."""
         self._is_closed = True
         self._check_timer.cancel()
-        self._seats.clear()
 
     # --- asking -------------------------------------------------------------------------------------------------------
 

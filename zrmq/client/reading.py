@@ -45,12 +45,18 @@ class Reading(msgspec.Struct, eq=False):
     goes_back: bool = False  # the next commit may be smaller than what the broker knows
     pull_number: int = 0  # of the outstanding pull, 0: none
     pull_offset: int = 0  # what it asked for
+    suspected_in: str = ""  # the life of the server in which the queue may not be what it was; empty: all is well
     refusal: Code | None = None  # the last one that was logged
     draining_ms: float = 0.0  # since when it is to be given back
 
     @property
     def queue(self) -> MessageQueue:
         return self.process_queue.queue
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether nothing may be pulled or committed before it is known that the queue is as it was."""
+        return bool(self.suspected_in)
 
 
 class Bounds(msgspec.Struct, frozen=True):
@@ -144,7 +150,9 @@ class Reader:
         queue = reading.process_queue
         if reading.pull_number and reading.pull_offset != queue.pull_offset:
             self.stop_pulling(reading)  # what came before was damaged and has to come again first
-        if reading.pull_number or self._is_closed or queue.is_dropped or queue.is_draining or queue.is_paused:
+        if reading.pull_number or reading.is_suspect or self._is_closed:
+            return
+        if queue.is_dropped or queue.is_draining or queue.is_paused:
             return
         if not self._has_room(queue):
             self._inbox.is_starving = True  # before looking again: a caller that makes room from here on will wake us
@@ -224,6 +232,11 @@ class Reader:
                 "pull_refused", topic=queue.topic, broker_name=queue.broker_name, queue_id=queue.queue_id, reason=error.message
             )
         self._loop.call_later(RETRY_MS * self._rng.uniform(0.8, 1.2), partial(self.pull, reading))
+
+
+def server_id(link: Link) -> str:
+    """Which life of the server the link talks to; another one after each start of it."""
+    return link.welcome.server_id if link.welcome is not None else ""
 
 
 def lease_ends_ms(link: Link) -> float:

@@ -123,7 +123,8 @@ class Consumer:
         if not self._filters and self._assigned is None:
             raise InvalidArgumentError("Nothing is subscribed; call subscribe() with a topic before the consumer is started.")
         config, in_order, nameservers = self._config(), self._in_order, self._nameservers
-        identity = Identity(self.client_id, "consumer", self.group or "", self.instance_name)
+        instance_name = self.instance_name if self._message_model is MessageModel.BROADCASTING else ""
+        identity = Identity(self.client_id, "consumer", self.group or "", instance_name)
         thread = ClientThread(f"zrmq-consumer-{self.group or 'reader'}", context=self._context)
         try:
             loop = thread.loop

@@ -76,10 +76,14 @@ class OffsetDesk:
         self._context.outbox.now(session.peer, Offsets(request.number, offsets))
 
     def _instance(self, session: Session) -> str:
-        """The name under which the session's offsets are kept: its own when broadcasting, none when clustering."""
+        """The name under which the session's offsets are kept: its own when broadcasting, none when clustering.
+
+        Who is no member (yet, again, or at all) is taken by its word in HELLO, where only a broadcasting consumer names itself.
+        """
         membership = self._groups.membership(session)
-        broadcasting = membership is not None and membership.message_model is MessageModel.BROADCASTING
-        return session.instance_name if broadcasting else ""
+        if membership is not None and membership.message_model is MessageModel.CLUSTERING:
+            return ""
+        return session.instance_name
 
     def _check_holder(self, session: Session, queue: Queue, asked: QueueOffset) -> None:
         membership = self._groups.membership(session)
