@@ -35,7 +35,7 @@ from zrmq.client.instance import ClientInstance
 from zrmq.client.lanes import Lanes
 from zrmq.client.link import Identity
 from zrmq.client.outgoing import NO_VALUE, Body, outgoing, outgoing_record
-from zrmq.client.producing import ProducerCore, ProducingConfig
+from zrmq.client.producing import ProducerCore, ProducingConfig, closed_error
 from zrmq.client.runtime import ClientThread
 from zrmq.config import find_nameservers
 from zrmq.errors import (
@@ -262,7 +262,8 @@ class Producer:
         handles: list[SendHandle] = []
         for data, size_bytes, extras in messages:
             group = None if extras is None else extras.message_group
-            target = bound if bound is not topic or group is None else self._target(topic, group, None, None)
+            is_free = isinstance(bound, str) and group is not None
+            target = self._target(topic, group, None, None) if is_free else bound
             try:
                 handles.append(self._append(target, data, size_bytes, extras, left_ms))
             except ZrmqError as error:
@@ -345,7 +346,7 @@ class Producer:
         """A topic's first message waits for its route."""
         check_topic(topic)
         if self._is_closed:
-            raise _closed_error()
+            raise closed_error()
         if not self._accumulator.may_wait():
             raise InvalidArgumentError(
                 f"The first message to topic {topic!r} waits for its route, and a callback must not; send one elsewhere before.",
@@ -409,7 +410,7 @@ class Producer:
     def _drain(self, timeout_ms: int | None) -> None:
         """Take nothing more, and let out what is here."""
         self._is_closed = True
-        self._accumulator.refuse(_closed_error)
+        self._accumulator.refuse(closed_error)
         try:
             self._accumulator.wake()
             self._wait_for_all(timeout_ms)
@@ -469,10 +470,6 @@ def _client_id(given: str | None, rng: random.Random) -> str:
             f"The client id has {len(given)} characters; use at most {chars_max}.", client_id=given, limit_chars=chars_max
         )
     return given
-
-
-def _closed_error() -> ClosedError:
-    return ClosedError("The producer is closed; make a new one.")
 
 
 def _forked_error() -> ForkedClientError:

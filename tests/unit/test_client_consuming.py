@@ -33,6 +33,7 @@ from zrmq.protocol.requests import (
     PullStatus,
     QueryOffsets,
     ReleaseLease,
+    encode,
 )
 
 Q0, Q1 = MessageQueue("meters", "broker-a", 0), MessageQueue("meters", "broker-a", 1)
@@ -551,6 +552,106 @@ def test_a_restarted_broker_finds_its_reader_where_it_was(cluster: ReadingCluste
     cluster.run_for(3_000)
     assert offsets_seen(member) == [0, 1, 2, 3]
     assert cluster.broker.leases == epochs, "it kept its leases over the restart"
+
+
+def lose_the_end(cluster: ReadingCluster, *, refill: int) -> None:
+    """Power off and on: queue 0 loses what lies behind its first batch, and its offsets are given to other messages."""
+    cluster.broker.crash()
+    log = cluster.broker.topics["meters"][0]
+    del log.batches[1:]
+    log.next_offset = log.batches[0][1]
+    cluster.broker.start()
+    cluster.broker.store("meters", 0, refill)
+
+
+@pytest.mark.parametrize("model", list(MessageModel))
+def test_messages_at_offsets_given_anew_are_not_passed_over(cluster: ReadingCluster, model: MessageModel) -> None:
+    cluster.broker.unflushed.add("meters")
+    member = cluster.started("one", eager=1.0, message_model=model, instance_name="hall")
+    cluster.broker.store("meters", 0, 3)
+    cluster.run_for(1_500)
+    cluster.broker.store("meters", 0, 5)
+    cluster.run_for(100)
+    lose_the_end(cluster, refill=10)
+    cluster.run_for(5_000)
+    assert offsets_seen(member) == [*range(8), *range(3, 13)]
+    assert cluster.broker.committed("reports", "meters", 0, "" if model is MessageModel.CLUSTERING else "hall") == 13
+
+
+def test_a_commit_of_what_a_broker_lost_is_not_sent_again(cluster: ReadingCluster) -> None:
+    cluster.broker.unflushed.add("meters")
+    member = cluster.started("one", eager=1.0, auto_commit=False)
+    cluster.broker.store("meters", 0, 3)
+    cluster.run_for(10)
+    cluster.broker.store("meters", 0, 5)
+    cluster.run_for(10)
+    cluster.broker._do_CommitOffsets = lambda session, request: None  # type: ignore[method-assign,assignment,return-value]
+    answers: list[ZrmqError | None] = []
+    member.core.commit(answers.append, 10_000)
+    cluster.run_for(10)
+    del cluster.broker._do_CommitOffsets
+    lose_the_end(cluster, refill=10)
+    cluster.run_for(5_000)
+    assert [type(answer) for answer in answers] == [UnreachableError]
+    assert "commit again" in str(answers[0])
+    assert cluster.broker.committed("reports", "meters", 0) is None
+
+
+def test_a_release_under_way_over_a_restart_commits_nothing(cluster: ReadingCluster) -> None:
+    cluster.broker.unflushed.add("meters")
+    first = cluster.started("one", eager=1.0)
+    cluster.broker.store("meters", 1, 3)
+    cluster.run_for(10)
+    cluster.broker._do_ReleaseLease = lambda session, request: None  # type: ignore[method-assign,assignment,return-value]
+    second = cluster.started("two", eager=1.0)
+    cluster.run_for(10)
+    del cluster.broker._do_ReleaseLease
+    cluster.broker.crash()
+    cluster.broker.start()
+    cluster.run_for(5_000)
+    assert (first.queues, second.queues) == ([Q0], [Q1])
+    assert [release.offset for release in cluster.broker.asked(ReleaseLease)] == [3, -1]
+    assert offsets_seen(second, Q1) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_a_commit_waits_until_it_is_known_what_a_broker_has_kept(cluster: ReadingCluster, is_kept: bool) -> None:
+    broker = cluster.broker
+    broker.unflushed |= set() if is_kept else {"meters"}
+    member = cluster.started("one", eager=1.0, auto_commit=False)
+    broker.store("meters", 0, 3)
+    cluster.run_for(10)
+    describe, held = broker._do_DescribeTopics, []
+    broker._do_DescribeTopics = lambda *asked: held.append(asked)  # type: ignore[method-assign,assignment]
+    broker.crash()
+    broker.start()
+    cluster.run_until(lambda: bool(held))
+    answers: list[ZrmqError | None] = []
+    member.core.commit(answers.append, 10_000)
+    cluster.run_for(1_000)
+    assert answers == []
+    session, request = held[0]
+    broker.endpoint.send(session.peer, [encode(describe(session, request))])
+    cluster.run_until(lambda: bool(answers))
+    assert [type(answer) for answer in answers] == [type(None) if is_kept else UnreachableError]
+    assert broker.committed("reports", "meters", 0) == (3 if is_kept else None)
+
+
+def test_the_last_commit_is_not_made_as_somebody_else(cluster: ReadingCluster) -> None:
+    """A broadcasting instance that is no member any more would commit for the group instead of itself."""
+    member = cluster.started("one", message_model=MessageModel.BROADCASTING, instance_name="hall")
+    cluster.broker.store("meters", 0, 3)
+    wait_for_messages(cluster, member)
+    for unit in member.take_all():
+        member.inbox.done(unit)
+    ended: list[bool] = []
+    cluster.network.cut("one", "broker-a")
+    member.core.close(lambda: ended.append(True), 30_000)
+    cluster.broker.crash()
+    cluster.network.heal("one", "broker-a")
+    cluster.broker.start()
+    cluster.run_until(lambda: bool(ended))
+    assert cluster.broker.committed("reports", "meters", 0) is None
 
 
 def test_a_broker_that_left_and_came_back_is_read_on(cluster: ReadingCluster) -> None:

@@ -280,3 +280,10 @@ def test_a_handed_over_message_ends_when_the_core_is_closed() -> None:
         desk.send_and_turn()
 
 
+
+
+def test_a_topic_deleted_under_a_lane_is_created_again() -> None:
+    desk = one()
+    desk.cluster["a"].delete_topics()
+    assert desk.send_and_turn(body=b"after").topic == "t"
+    assert desk.cluster["a"].bodies == [b"after"]

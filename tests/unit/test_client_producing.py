@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from tests.unit.fake_cluster import LIMITS, NAMESERVER, FakeCluster, StoringBroker
 from zrmq.client.accumulator import RECORD_OVERHEAD_BYTES, Accumulator, AccumulatorConfig, OneWay, SendHandle, Target
@@ -148,7 +149,7 @@ def test_bound_messages_stay_with_their_queue() -> None:
 def test_the_window_is_bounded_and_servers_may_lower_it() -> None:
     for server_max, expected in ((32, 16), (3, 3)):
         cluster = FakeCluster("a", queue_count=1)
-        cluster["a"].limits = LIMITS.__class__(*(*LIMITS.__struct_fields__[:0], 1 << 22, 1 << 22, 65536, server_max, 1 << 22))
+        cluster["a"].limits = replace(LIMITS, inflight_batches_max=server_max)
         cluster["a"].answer_after_ms = 1_000
         desk = Desk(cluster, "t", records_max=1)
         handles = [desk.send() for _ in range(40)]
@@ -607,7 +608,8 @@ class Chaos:
         self.check_end()
 
     def send(self) -> None:
-        target = self.rng.choice(["t", "t", A0, A1, B0])
+        targets: list[Target] = ["t", "t", A0, A1, B0]
+        target = self.rng.choice(targets)
         body = b"%d" % self.number
         self.number += 1
         if self.desk.accumulator.buffered_bytes > 19_000:

@@ -28,14 +28,14 @@ class Committer:
     def __init__(self, inbox: Inbox, on_lost: Callable[[Reading, ZrmqError], None]) -> None:
         self._inbox = inbox
         self._on_lost = on_lost
-        self._under_way: set[_Attempt] = set()
+        self._under_way: dict[_Attempt, None] = {}  # in the order begun
         self._busy: set[Link] = set()  # links with a commit of `commit_idle` under way
 
     def commit_idle(self, readings: Iterable[Reading]) -> None:
         """What changed since the last time, where the broker has answered the last one."""
         able = [reading for reading in readings if reading.link not in self._busy]
-        links = {reading.link for reading, _ in self._changed(able)}
-        self._busy |= links
+        links = dict.fromkeys(reading.link for reading, _ in self._changed(able))  # in order: the same run for the same seed
+        self._busy.update(links)
         for link in links:
             self.commit([reading for reading in able if reading.link is link], partial(self._idle, link), COMMIT_TIMEOUT_MS)
 
@@ -47,7 +47,7 @@ class Committer:
         tally = _Tally(len(groups), on_done)
         for (link, goes_back), changed in groups.items():
             attempt = _Attempt(link, changed, tally)
-            self._under_way.add(attempt)
+            self._under_way[attempt] = None
             offsets = [_wire(reading, offset) for reading, offset in changed]
             attempt.number = link.request(
                 CommitOffsets, offsets, goes_back, timeout_ms=timeout_ms, on_reply=partial(self._committed, attempt)
@@ -63,7 +63,8 @@ class Committer:
     def give_up(self, link: Link) -> None:
         """The session is a new one, perhaps with a server that was started again: end what is under way before the link sends it
         again."""
-        error = UnreachableError(f"The session with {link.address} was lost during the commit; commit again.", address=link.address)
+        text = f"The session with {link.address} was lost during the commit; commit again."
+        error = UnreachableError(text, address=link.address)
         for attempt in [attempt for attempt in self._under_way if attempt.link is link]:
             link.cancel(attempt.number)
             self._end(attempt, error)
@@ -88,7 +89,7 @@ class Committer:
         self._end(attempt, error)
 
     def _end(self, attempt: _Attempt, error: ZrmqError | None) -> None:
-        self._under_way.discard(attempt)
+        self._under_way.pop(attempt, None)
         attempt.tally.add(error)
 
     def _idle(self, link: Link, error: ZrmqError | None) -> None:

@@ -397,11 +397,17 @@ class ConsumerCore:
 
     def commit(self, on_done: OnCommitted, timeout_ms: int) -> None:
         """Commit what is finished, now, or as soon as it is known whether a broker that was started again has kept it."""
-        readings = list(self.reader.readings.values())
+        self._commit(list(self.reader.readings.values()), on_done, timeout_ms)
+
+    def _commit(self, readings: list[Reading], on_done: OnCommitted, timeout_ms: int) -> None:
         if timeout_ms > SUSPECT_PAUSE_MS and any(reading.is_suspect for reading in readings):
-            self._loop.call_later(SUSPECT_PAUSE_MS, lambda: self.commit(on_done, timeout_ms - SUSPECT_PAUSE_MS))
-        else:
-            self._committer.commit(readings, on_done, timeout_ms)
+            self._loop.call_later(SUSPECT_PAUSE_MS, lambda: self._commit(readings, on_done, timeout_ms - SUSPECT_PAUSE_MS))
+            return
+        present = [reading for reading in readings if not reading.process_queue.is_dropped]
+        error = None if len(present) == len(readings) else UnreachableError(
+            "A broker was started again during the commit; its messages that were not committed before come again."
+        )
+        self._committer.commit(present, lambda refusal: on_done(refusal or error), timeout_ms)
 
     def seek(self, queue: MessageQueue, offset: int) -> None:
         """Go on from another offset. Raises `InvalidArgumentError` for a queue that is not read here."""

@@ -157,7 +157,7 @@ class ProducerCore:
     def adopt(self, batch: Batch, queue: MessageQueue, error: ZrmqError) -> None:
         """Go on with a batch that a lane sent to `queue` and that came back with `error`: a broker's trouble, or no answer."""
         if self._is_closed:
-            self._accumulator.finish(batch, _closed_error(batch))
+            self._accumulator.finish(batch, _given_up_error(batch))
             return
         now_ms = self._now_ms()
         self._soon()
@@ -171,6 +171,8 @@ class ProducerCore:
         if isinstance(error, RequestRefusedError):
             batch.attempts, batch.refusal = 1, error
             line.resume_ms = now_ms + PAUSE_MS_MIN
+            if error.code is Code.TOPIC_NOT_FOUND:
+                self._create_again(queue.topic)
         if batch.attempts > self._config.retries:
             self._end(line, batch, error)
         elif self._config.retries and self._may_leave(line, batch, now_ms):
@@ -189,7 +191,7 @@ class ProducerCore:
     def close(self) -> None:
         """Fail what has no outcome with `ClosedError`, say how much that was, and forget everything. The instance stays."""
         self._is_closed = True
-        self._accumulator.take_open(lambda _: True)
+        self._accumulator.refuse(closed_error)
         left = self._accumulator.unfinished()
         if left:
             unknown = sum(batch.message_count for line in self._lines.values() for batch in line.unanswered)
@@ -197,7 +199,7 @@ class ProducerCore:
             log.warning("messages_given_up", messages=messages, batches=len(left), of_unknown_outcome=unknown)
         for batch in left:
             batch.forget()
-            self._accumulator.finish(batch, _closed_error(batch))
+            self._accumulator.finish(batch, _given_up_error(batch))
         self._report_failures()
         self._lines.clear()
         self._topics.clear()
@@ -588,7 +590,12 @@ class ProducerCore:
         )
 
 
-def _closed_error(batch: Batch) -> ClosedError:
+def closed_error() -> ClosedError:
+    """What sending raises once the producer is closed."""
+    return ClosedError("The producer is closed; make a new one.")
+
+
+def _given_up_error(batch: Batch) -> ClosedError:
     return ClosedError(
         "The producer was closed before the message was acknowledged; it is unknown whether it was stored.", topic=batch.topic
     )

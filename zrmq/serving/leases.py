@@ -14,7 +14,7 @@ import msgspec
 
 from zrmq.errors import Code, FencedError, RequestRefusedError
 from zrmq.logs import get_logger
-from zrmq.message import FlushMode, MessageModel
+from zrmq.message import MessageModel
 from zrmq.protocol.events import LeaseGranted, LeaseReleased, OffsetsCommitted
 from zrmq.protocol.requests import AcquireLease, Done, Leased, Pull, ReleaseLease
 from zrmq.serving.context import Context
@@ -53,27 +53,12 @@ class LeaseDesk:
         self._membership = membership
         self._waiting: dict[Key, deque[LeaseWait]] = {}
         self._epoch = context.store.boot << 32
-        if not context.store.recovery.is_clean:
-            self._renew_after_loss()
         deadline_ms = context.clock.monotonic_ms() + context.config.session_timeout_ms
         self._absent = {
             (name, lease.client_id): deadline_ms
             for name, group in context.store.tables.groups.items()
             for lease in group.leases.values()
         }
-
-    def _renew_after_loss(self) -> None:
-        """Let the leases on queues of async topics go on under new epochs, for the same holders.
-
-        Such a queue shows what is not flushed. A power cut may have taken its end, and what is stored there now has offsets that
-        its readers have passed already. Being fenced they begin again where they committed, which the log has.
-        """
-        store = self._context.store
-        for name, group in store.tables.groups.items():
-            for (topic_id, queue_id), lease in list(group.leases.items()):
-                if store.tables.topics_by_id[topic_id].config.flush_mode is FlushMode.ASYNC:
-                    self._epoch += 1
-                    store.append_event(LeaseGranted(name, topic_id, queue_id, lease.client_id, self._epoch))
 
     def acquire(self, session: Session, request: AcquireLease, frames: list[bytes]) -> None:
         membership = self._membership(session)
@@ -97,14 +82,8 @@ class LeaseDesk:
 
     def release(self, session: Session, request: ReleaseLease, frames: list[bytes]) -> None:
         queue = self._context.queue(request.topic, request.queue_id)
-        topic_id = queue.topic.topic_id
-        key = (session.group, topic_id, queue.queue_id)
-        lease = self._lease(key)
-        if lease is not None and lease.client_id == session.client_id and request.lease_epoch < self._context.store.boot << 32:
-            self._end(key, lease.lease_epoch)  # it may have been renewed since; the offset is of the time before
-            self._context.reply_when_safe(session, Done(request.number))
-            return
         self.check(session, queue, request.lease_epoch)
+        topic_id = queue.topic.topic_id
         committed = self._context.store.tables.groups[session.group].start_offset(queue.topic, queue.queue_id)
         offset = min(request.offset, queue.next_offset)
         if offset >= 0 and (committed is None or offset > committed):

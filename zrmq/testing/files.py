@@ -243,6 +243,8 @@ class FaultyFiles:
 
     def _apply(self, change: _Change) -> None:
         change.apply(self._names)
+        if change.inode is not None and change.made is not None:
+            change.inode.path = change.made
         self._changes.append(change)
 
     def _inode(self, path: Path) -> _Inode:
@@ -284,8 +286,6 @@ class _Change:
             names.pop(self.gone, None)
         if self.made is not None:
             names[self.made] = self.inode
-            if self.inode is not None:
-                self.inode.path = self.made
 
     def touches(self, folder: Path) -> bool:
         return any(path is not None and path.parent == folder for path in (self.gone, self.made))

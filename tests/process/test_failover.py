@@ -1,0 +1,128 @@
+"""NameServers, consumers and brokers that are killed or stopped while everybody works on."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import zrmq
+from zrmq.cli.children import Child, start_broker, start_nameserver
+
+TIMEOUT_MS = 30_000
+
+
+class Cluster:
+    """Two NameServers and one broker as processes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.nameservers = [self._start_nameserver(name) for name in ("one", "two")]
+        self.addresses = ",".join(address for _, address in self.nameservers)
+        self.broker, self.broker_address = start_broker(
+            "broker-a", folder / "broker.log", self.addresses, folder / "data", "--session-timeout-ms", "2000"
+        )
+
+    def _start_nameserver(self, name: str, port: int = 0) -> tuple[Child, str]:
+        return start_nameserver(name, self.folder / f"{name}.log", port=port)
+
+    def restart_nameserver(self, index: int) -> None:
+        """Kill it and start it again where it was."""
+        child, address = self.nameservers[index]
+        child.kill()
+        self.nameservers[index] = self._start_nameserver(child.name, int(address.rpartition(":")[2]))
+
+    def close(self) -> None:
+        self.broker.kill()
+        for child, _ in self.nameservers:
+            child.kill()
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    cluster = Cluster(tmp_path)
+    yield cluster
+    cluster.close()
+
+
+class Counting:
+    """A listener that remembers what it got and lets a test wait for it."""
+
+    def __init__(self) -> None:
+        self.bodies: list[bytes] = []
+        self._more = threading.Condition()
+
+    def __call__(self, message: zrmq.Message) -> None:
+        with self._more:
+            self.bodies.append(message.body)
+            self._more.notify_all()
+
+    def wait_for(self, wanted: set[bytes], timeout_s: float = 30) -> None:
+        with self._more:
+            assert self._more.wait_for(lambda: wanted <= set(self.bodies), timeout_s), wanted - set(self.bodies)
+
+
+def test_killing_and_restarting_one_of_two_nameservers_disturbs_nobody(cluster: Cluster) -> None:
+    got = Counting()
+    with zrmq.connect(cluster.addresses) as fabric:
+        producer = fabric.producer(send_timeout_ms=TIMEOUT_MS)
+        producer.send("meters", b"first")
+        fabric.consume("readers", "meters", got, consume_from=zrmq.ConsumeFrom.EARLIEST)
+        got.wait_for({b"first"})
+        for index in (0, 1):
+            cluster.restart_nameserver(index)
+            bodies = {b"%d:%d" % (index, number) for number in range(50)}
+            for body in bodies:
+                producer.send("meters", body)
+            got.wait_for(bodies)
+        producer.send("new-topic", b"the route still grows")
+    assert len(got.bodies) == len(set(got.bodies))
+
+
+def test_a_paused_broker_goes_on_where_it_was(cluster: Cluster) -> None:
+    got = Counting()
+    with zrmq.connect(cluster.addresses) as fabric:
+        producer = fabric.producer(send_timeout_ms=TIMEOUT_MS)
+        producer.send("meters", b"before")
+        fabric.consume("readers", "meters", got, consume_from=zrmq.ConsumeFrom.EARLIEST)
+        got.wait_for({b"before"})
+        cluster.broker.signal(signal.SIGSTOP)
+        handles = [producer.send_async("meters", b"during %d" % number) for number in range(20)]
+        threading.Event().wait(3)  # longer than the session timeout: the broker's own pause is not its clients' silence
+        assert not any(handle.done() for handle in handles)
+        cluster.broker.signal(signal.SIGCONT)
+        got.wait_for({b"during %d" % number for number in range(20)})
+        receipts = [handle.result(TIMEOUT_MS) for handle in handles]
+    assert len({(receipt.queue_id, receipt.queue_offset) for receipt in receipts}) == 20
+
+
+def test_a_killed_consumers_queues_go_to_the_others_and_nothing_is_missed(cluster: Cluster, tmp_path: Path) -> None:
+    mine, theirs = Counting(), Counting()
+    reading = threading.Event()
+
+    def note(child: Child, line: bytes | None) -> None:
+        if line is not None:
+            theirs.bodies.append(line.strip())
+            reading.set()
+
+    with zrmq.connect(cluster.addresses) as fabric:
+        producer = fabric.producer(send_timeout_ms=TIMEOUT_MS)
+        producer.send("meters", b"0")
+        fabric.consume("readers", "meters", mine, consume_from=zrmq.ConsumeFrom.EARLIEST)
+        mine.wait_for({b"0"})
+        other = Child(
+            "reader", "tests.process.reader", [cluster.addresses, "readers", "meters"], tmp_path / "reader.log", on_line=note
+        )
+        with other:
+            number = 0
+            while not reading.is_set():
+                number += 1
+                producer.send("meters", b"%d" % number)
+            other.kill()
+        for number in range(number + 1, number + 50):
+            producer.send("meters", b"%d" % number)
+        wanted = {b"%d" % n for n in range(number + 1)} - set(theirs.bodies)
+        mine.wait_for(wanted)
