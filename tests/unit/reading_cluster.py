@@ -368,7 +368,8 @@ class ReadingBroker:
         return standing.starts.get((topic, queue_id), 0) if topic in standing.since_ms else -1
 
     def _instance(self, session: Session) -> str:
-        return session.instance_name if self.groups[session.group].model is MessageModel.BROADCASTING else ""
+        is_member = session.client_id in self.members[session.group]
+        return session.instance_name if is_member and self.groups[session.group].model is MessageModel.BROADCASTING else ""
 
     def _do_CommitOffsets(self, session: Session, request: CommitOffsets) -> Reply:
         fenced, group, instance = [], self.groups[session.group], self._instance(session)
