@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from zrmq.errors import Code, FencedError, RequestRefusedError
+from zrmq.errors import Code, DiskFullError, FencedError, RequestRefusedError, StoreFailedError
 from zrmq.logs import get_logger
 from zrmq.message import MessageModel
 from zrmq.protocol.events import LeaseGranted, LeaseReleased, OffsetsCommitted
@@ -114,13 +114,16 @@ class LeaseDesk:
         return lease.client_id if lease else None
 
     def release_all(self, group: str, client_id: str) -> None:
-        """The member is gone: its queues go to whoever waits for them."""
+        """The member is gone: its queues go to whoever waits for them, as soon as the log can say so."""
         known = self._context.store.tables.groups.get(group)
         if known is None:
             return
-        for (topic_id, queue_id), lease in list(known.leases.items()):
-            if lease.client_id == client_id:
-                self._end((group, topic_id, queue_id), lease.lease_epoch)
+        try:
+            for (topic_id, queue_id), lease in list(known.leases.items()):
+                if lease.client_id == client_id:
+                    self._end((group, topic_id, queue_id), lease.lease_epoch)
+        except (DiskFullError, StoreFailedError):
+            self._absent[group, client_id] = self._context.clock.monotonic_ms()  # `expire` tries again
 
     def returned(self, session: Session) -> None:
         """A client opened a session: from here on its session's silence decides, not the restart's grace."""

@@ -29,7 +29,9 @@ class Views:
         """The queue's entries."""
         index = self._indexes.get(queue)
         if index is None:
-            self._indexes[queue] = index = ConsumeQueue(queue, self.shelf)
+            index = ConsumeQueue(queue, self.shelf)
+            if self.tables.topics_by_id.get(queue.topic.topic_id) is queue.topic:  # else it was deleted and is nobody's any more
+                self._indexes[queue] = index
         return index
 
     def indexes(self) -> list[ConsumeQueue]:

@@ -43,6 +43,8 @@ class FaultMaker:
             "pause": self._pause,
             "slow_network": self._slow_network,
             "slow_disk": self._slow_disk,
+            "full_disk": self._fill_disk,
+            "failing_disk": self._fail_disk,
             "producer_crash": self._crash_producer,
             "consumer_crash": self._crash_consumer,
             "consumer_leave": self._leave_consumer,
@@ -204,6 +206,27 @@ class FaultMaker:
             broker.slowness = least * (most / least) ** self._rng.random()
             self._world.note(broker.name, "slow_disk", f"{broker.slowness:.0f}")
             self._for_a_while(SLOW_MS, partial(setattr, broker, "slowness", 1.0))
+
+    def _fill_disk(self) -> None:
+        broker = self._broker()
+        if broker is not None and broker.files.capacity_bytes is None:
+            room_bytes = self._rng.randrange(4 * self._world.plan.segment_bytes)
+            self._world.note(broker.name, "full_disk", f"{room_bytes}")
+            broker.files.capacity_bytes = broker.files.used_bytes + room_bytes
+            self._for_a_while(SLOW_MS, partial(setattr, broker.files, "capacity_bytes", None))
+
+    def _fail_disk(self) -> None:
+        """A flush fails. The broker takes nothing more, and somebody starts it again in a while."""
+        broker = self._broker()
+        if broker is not None:
+            self._world.note(broker.name, "failing_disk")
+            broker.files.fail(self._rng.choice(("fdatasync", "pwritev", "commit", "rename", "fsync_dir")))
+            self._for_a_while(SLOW_MS, partial(self._restart_failed, broker, broker.machine))
+
+    def _restart_failed(self, broker: VirtualBroker, machine: Machine | None) -> None:
+        if machine is not None and broker.machine is machine:
+            broker.kill()
+            broker.start()
 
     def _step_clock(self) -> None:
         name = self._rng.choice(list(self._network.loops))

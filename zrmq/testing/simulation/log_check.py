@@ -52,6 +52,12 @@ class LogCheck:
         topic = self.watch.tables.topics.get(queue.topic)
         return {} if topic is None else self.watch.queues.get((topic.topic_id, queue.queue_id), {})
 
+    def unflushed_bodies(self) -> list[bytes]:
+        """What a power cut may take."""
+        return [
+            placed.body for contents in self.watch.queues.values() for placed in contents.values() if placed.end > self.flushed_position
+        ]
+
     def compare_with_former(self, former: LogCheck, survives_until: int) -> None:
         """Everything the former life had up to a position must be here, unchanged."""
         for position, (end, crc) in former.watch.entries.items():

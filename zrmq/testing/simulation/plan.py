@@ -24,6 +24,8 @@ FAULTS = {  # kind of fault: the shortest and longest mean time between two of t
     "pause": (3_000, 15_000),
     "slow_network": (3_000, 15_000),
     "slow_disk": (3_000, 15_000),
+    "full_disk": (4_000, 20_000),
+    "failing_disk": (6_000, 30_000),
     "producer_crash": (5_000, 20_000),
     "consumer_crash": (2_500, 15_000),
     "consumer_leave": (2_000, 10_000),
@@ -77,6 +79,7 @@ class Plan(msgspec.Struct, frozen=True):
     segment_bytes: int
     checkpoint_ms: int
     flush_ms: tuple[float, float]
+    has_short_writes: bool
     delay_ms: tuple[float, float]
 
 
@@ -105,6 +108,7 @@ def draw_plan(seed: int) -> Plan:
         segment_bytes=rng.choice((4_096, 8_192, 65_536)),
         checkpoint_ms=rng.choice((200, 2_000, 30_000)),
         flush_ms=rng.choice(((0.05, 0.3), (0.2, 5.0), (1.0, 40.0))),
+        has_short_writes=rng.random() < 0.2,
         delay_ms=rng.choice(((0.05, 0.3), (0.05, 0.3), (0.2, 10.0))),
     )
 

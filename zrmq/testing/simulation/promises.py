@@ -6,15 +6,14 @@ each group have got through. Both are what a user can see, taken at the public e
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from zrmq.client.accumulator import OneWay, SendHandle, Target
 from zrmq.errors import UnreachableError, ZrmqError
 from zrmq.message import FlushMode, Message, MessageQueue, SendReceipt
 from zrmq.protocol.events import GroupSubscribed
 from zrmq.testing.simulation.plan import GroupPlan, Plan
 from zrmq.testing.simulation.trace import BrokenPromise
-
-ASYNC_LOSS_MS = 1_000.0  # what was acknowledged from the page cache may be lost by a power cut that comes so soon
-
 
 class Posting:
     """One message handed to a producer, and its outcome."""
@@ -65,7 +64,7 @@ class Promises:
         self.postings: dict[bytes, Posting] = {}
         self.acknowledged: dict[MessageQueue, dict[int, Posting]] = {}
         self.subscriptions: dict[tuple[str, str, str], GroupSubscribed] = {}  # broker name, group, topic
-        self.power_cuts_ms: dict[str, list[float]] = {}
+        self._losable: set[bytes] = set()
         self._async_topics = {topic.name for topic in plan.topics if topic.flush_mode is FlushMode.ASYNC}
         self._wanted = {group.name: wanted_tags(group) for group in plan.groups}
         self._finished: dict[tuple[str, str, MessageQueue], dict[int, bytes]] = {}
@@ -91,12 +90,13 @@ class Promises:
             raise BrokenPromise("double", f"{other} and {posting} were both acknowledged at {outcome.queue_offset} of {outcome.queue}.")
         queue[outcome.queue_offset] = posting
 
+    def may_lose(self, bodies: Iterable[bytes]) -> None:
+        """The power goes, and these are written and not flushed. Those acknowledged from the page cache may be lost."""
+        self._losable.update(bodies)
+
     def may_be_lost(self, posting: Posting) -> bool:
         """Whether it was only promised to survive the end of the process, and the power went before it was flushed."""
-        if posting.receipt is None or posting.topic not in self._async_topics:
-            return False
-        cuts = self.power_cuts_ms.get(posting.receipt.broker_name, ())
-        return any(posting.posted_ms <= cut_ms <= posting.answered_ms + ASYNC_LOSS_MS for cut_ms in cuts)
+        return posting.topic in self._async_topics and posting.body in self._losable
 
     def is_async(self, topic: str) -> bool:
         """Whether its messages are acknowledged from the page cache."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from zrmq.broker import BrokerRole
 from zrmq.config import BrokerConfig
+from zrmq.errors import DiskFullError, FolderUnusableError
 from zrmq.protocol.batch import decode_records, iter_batches
 from zrmq.routing.core import NameServerCore
 from zrmq.serving.core import BrokerCore
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 PAUSED_POLL_MS = 5.0  # how often a job of a paused machine looks whether it may go on
 READ_BYTES = 16 * 1024
+RESTART_MS = 500.0  # a broker whose disk is full is started again after
 
 
 class VirtualNameServer:
@@ -145,6 +147,7 @@ class VirtualBroker:
         self.address = f"tcp://{name}:10911"
         self.files = FaultyFiles(seed=Random(f"{world.plan.seed} {name} disk").getrandbits(48))
         self.folder = Path("/") / name
+        self.files.short_writes = world.plan.has_short_writes
         self.machine: Machine | None = None
         self.role: BrokerRole | None = None
         self.check: LogCheck | None = None
@@ -180,14 +183,28 @@ class VirtualBroker:
         except PowerCut:
             self.lose_power()
             return
+        except (DiskFullError, FolderUnusableError) as error:
+            if self.files.capacity_bytes is None:
+                raise
+            self._end(f"could not start: {error.message}", is_power_cut=False)
+            self._world.later(RESTART_MS, self.start_again)
+            return
         self.role = role
         machine.after_turn = self.look
         self._world.note(self.name, "started", f"boot={self.store.boot} log={self.store.appended_position}")
 
+    def start_again(self) -> None:
+        """Start, unless somebody has done it."""
+        if self.machine is None:
+            self.start()
+
     def _config(self) -> BrokerConfig[StoreConfig]:
         plan = self._world.plan
         return BrokerConfig(
-            store=StoreConfig(segment_bytes=plan.segment_bytes, checkpoint_ms=plan.checkpoint_ms),
+            store=StoreConfig(
+                segment_bytes=plan.segment_bytes, checkpoint_ms=plan.checkpoint_ms, free_bytes_warn=0, free_bytes_delete=0,
+                free_bytes_min=2 * plan.segment_bytes,
+            ),
             broker_name=self.name, cluster="simulated", data=str(self.folder), nameservers=tuple(self._world.nameserver_addresses),
             session_timeout_ms=plan.session_timeout_ms,
         )
@@ -220,7 +237,6 @@ class VirtualBroker:
         machine.close()
         self._world.note(self.name, how)
         if is_power_cut:
-            self._world.promises.power_cuts_ms.setdefault(self.name, []).append(self._world.network.now_ms)
             self.files.crash()
         else:
             self.files.kill()

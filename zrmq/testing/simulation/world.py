@@ -169,6 +169,8 @@ class World:
         """A broker ended; remember what must survive."""
         check, broker.check = broker.check, None
         if check is not None:
+            if is_power_cut:
+                self.promises.may_lose(check.unflushed_bodies())
             self._former[broker.name] = (check, check.flushed_position if is_power_cut else check.watch.end)
         elif broker.name in self._former and is_power_cut:  # again, before anybody had a look
             former, survives_until = self._former[broker.name]

@@ -1,0 +1,222 @@
+"""zrmq broken on purpose, one promise at a time: what the simulator's checkers have to notice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+
+from zrmq.client import reading
+from zrmq.client.inbox import Inbox
+from zrmq.client.process_queue import ProcessQueue
+from zrmq.client.producing import ProducerCore
+from zrmq.protocol.events import LeaseGranted, OffsetsCommitted
+from zrmq.serving.groups import GroupDesk
+from zrmq.serving.leases import LeaseDesk
+from zrmq.serving.offsets import OffsetDesk
+from zrmq.serving.outbox import Outbox
+from zrmq.store import checkpoint, commit_log, recovery, segment
+from zrmq.store.checkpoint import Checkpoint
+from zrmq.store.commit_log import CommitLog, LogFlush
+from zrmq.store.store import Store
+from zrmq.store.tables import Tables
+from zrmq.transport.sessions import SessionTable
+
+Patch = pytest.MonkeyPatch
+Break = Callable[[Patch], None]
+
+
+class Variant(NamedTuple):
+    """One way to be wrong, and the checkers that may find it."""
+
+    name: str
+    break_it: Break
+    kinds: set[str]
+
+
+def acknowledge_before_flush(patch: Patch) -> None:
+    patch.setattr(Outbox, "after_flush", lambda self, position, peer, reply: self.now(peer, reply))
+
+
+def show_before_flush(patch: Patch) -> None:
+    write = Store.write
+
+    def hasty(self: Store) -> None:
+        write(self)
+        for queue, offset in self._awaiting.items():
+            self._show(queue, offset)
+
+    patch.setattr(Store, "write", hasty)
+
+
+def grant_what_is_held(patch: Patch) -> None:
+    patch.setattr(LeaseDesk, "_wait", lambda self, key, session, request, queue: self._grant(key, session, request, queue))
+
+
+def do_not_log_leases(patch: Patch) -> None:
+    append = Store.append_event
+
+    def forget(self: Store, event: Any) -> int:
+        if isinstance(event, LeaseGranted):
+            self._views.apply_event(event)
+            return self.appended_position
+        return append(self, event)
+
+    patch.setattr(Store, "append_event", forget)
+
+
+def forget_leases_at_restart(patch: Patch) -> None:
+    start = LeaseDesk.__init__
+
+    def forgetful(self: LeaseDesk, context: Any, *others: Any) -> None:
+        start(self, context, *others)
+        for group, client_id in list(self._absent):
+            self.release_all(group, client_id)
+
+    patch.setattr(LeaseDesk, "__init__", forgetful)
+
+
+def end_sessions_early(patch: Patch) -> None:
+    start = SessionTable.__init__
+
+    def hasty(self: SessionTable, now_ms: float, **options: Any) -> None:
+        start(self, now_ms, **options)
+        self.session_timeout_ms *= 0.2
+
+    patch.setattr(SessionTable, "__init__", hasty)
+
+
+def trust_leases_for_ever(patch: Patch) -> None:
+    patch.setattr(Inbox, "_may_hand_out", lambda self, queue: not (queue.is_dropped or queue.is_draining or queue.is_paused))
+
+
+def do_not_wait_for_what_is_in_flight(patch: Patch) -> None:
+    drain = Inbox.drain
+
+    def hasty(self: Inbox, queue: ProcessQueue) -> bool:
+        drain(self, queue)
+        return True
+
+    patch.setattr(Inbox, "drain", hasty)
+
+
+def commit_before_the_listener(patch: Patch) -> None:
+    patch.setattr(ProcessQueue, "commit_offset", property(lambda self: self.position))
+
+
+def let_commits_go_back(patch: Patch) -> None:
+    patch.setattr(OffsetDesk, "_target", lambda self, session, instance, queue, asked, reset: min(asked.offset, queue.next_offset))
+
+
+def begin_late_at_other_brokers(patch: Patch) -> None:
+    patch.setattr(GroupDesk, "_start", lambda self, queue, request: queue.next_offset)
+
+
+def ask_for_one_tag_only(patch: Patch) -> None:
+    mask = reading.filter_mask
+    patch.setattr(reading, "filter_mask", lambda expression: mask(expression.partition("||")[0]))
+
+
+def recognise_no_duplicate(patch: Patch) -> None:
+    patch.setattr(Tables, "find_duplicate", lambda self, *key: None)
+
+
+def check_no_predecessor(patch: Patch) -> None:
+    patch.setattr(Tables, "has_stored", lambda self, *key: True)
+
+
+def go_back_to_a_broker_that_may_have_it(patch: Patch) -> None:
+    usable = ProducerCore._usable
+    patch.setattr(ProducerCore, "_usable", lambda self, topic, avoid, now_ms: usable(self, topic, frozenset(), now_ms))
+
+
+def check_no_crc_in_recovery(patch: Patch) -> None:
+    patch.setattr(segment, "entry_checks_out", lambda buffer, header, at=0: len(buffer) - at >= header.length)
+
+
+def save_views_before_the_log(patch: Patch) -> None:
+    start = Checkpoint.__init__
+
+    def hasty(self: Checkpoint, *parts: Any) -> None:
+        start(self, *parts)
+        self.position = 0
+
+    patch.setattr(Checkpoint, "__init__", hasty)
+
+
+def save_no_windows(patch: Patch) -> None:
+    patch.setattr(checkpoint, "_window_rows", lambda tables, saved_position: [])
+
+
+def save_offsets_once_only(patch: Patch) -> None:
+    rows = checkpoint._offset_rows
+    patch.setattr(checkpoint, "_offset_rows", lambda tables, changed: rows(tables, changed)[:1])
+
+
+def flush_no_folder(patch: Patch) -> None:
+    begin = CommitLog.begin_flush
+
+    def lazy(self: CommitLog, *parts: Any) -> LogFlush:
+        self._is_folder_unsynced = False
+        return begin(self, *parts)
+
+    patch.setattr(CommitLog, "begin_flush", lazy)
+
+
+def flush_the_newest_segment_only(patch: Patch) -> None:
+    start = LogFlush.__init__
+
+    def lazy(self: LogFlush, owner: CommitLog, position: int, segments: Any, *parts: Any) -> None:
+        start(self, owner, position, segments, *parts)
+        self._files = self._files[-1:]
+
+    patch.setattr(LogFlush, "__init__", lazy)
+
+
+def flush_nothing(patch: Patch) -> None:
+    patch.setattr(LogFlush, "work", lambda self: None)
+
+
+def leave_the_tail_behind(patch: Patch) -> None:
+    patch.setattr(CommitLog, "erase", lambda self, position, end: None)
+
+
+def lose_commits_in_replay(patch: Patch) -> None:
+    fold = recovery.Replay._fold_event
+    decode = recovery.decode_event
+
+    def forgetful(self: Any, found: Any, header: Any) -> None:
+        payload = memoryview(found.block)[found.at + 40 : found.at + header.length]
+        if not isinstance(decode(payload), OffsetsCommitted):
+            fold(self, found, header)
+
+    patch.setattr(recovery.Replay, "_fold_event", forgetful)
+
+
+VARIANTS = [
+    Variant("acknowledge before flush", acknowledge_before_flush, {"flush", "lost"}),
+    Variant("show before flush", show_before_flush, {"visible", "phantom"}),
+    Variant("grant what is held", grant_what_is_held, {"lease", "owner"}),
+    Variant("do not log leases", do_not_log_leases, {"views", "owner", "lease"}),
+    Variant("forget leases at restart", forget_leases_at_restart, {"owner"}),
+    Variant("end sessions early", end_sessions_early, {"owner"}),
+    Variant("trust leases for ever", trust_leases_for_ever, {"owner"}),
+    Variant("do not wait for what is in flight", do_not_wait_for_what_is_in_flight, {"drain"}),
+    Variant("commit before the listener", commit_before_the_listener, {"commit"}),
+    Variant("let commits go back", let_commits_go_back, {"commit"}),
+    Variant("begin late at other brokers", begin_late_at_other_brokers, {"missed"}),
+    Variant("ask for one tag only", ask_for_one_tag_only, {"commit", "missed"}),
+    Variant("recognise no duplicate", recognise_no_duplicate, {"double"}),
+    Variant("check no predecessor", check_no_predecessor, {"order"}),
+    Variant("go back to a broker that may have it", go_back_to_a_broker_that_may_have_it, {"double"}),
+    Variant("check no crc in recovery", check_no_crc_in_recovery, {"log", "views", "raised", "survival"}),
+    Variant("save views before the log", save_views_before_the_log, {"views", "raised", "survival"}),
+    Variant("save no windows", save_no_windows, {"views"}),
+    Variant("save offsets once only", save_offsets_once_only, {"views"}),
+    Variant("flush no folder", flush_no_folder, {"survival", "raised", "lost"}),
+    Variant("flush the newest segment only", flush_the_newest_segment_only, {"survival", "lost", "raised"}),
+    Variant("flush nothing", flush_nothing, {"survival", "lost"}),
+    Variant("leave the tail behind", leave_the_tail_behind, {"log", "views", "raised", "survival"}),
+    Variant("lose commits in replay", lose_commits_in_replay, {"views", "commit"}),
+]
