@@ -2,8 +2,9 @@
 
     python tests/process/kill_broker.py --times 100 [--seed 1] [--data DIR]
 
-A producer sends numbered messages, some of any queue and some of message groups, while the broker's process is killed (SIGKILL) at
-random moments and started again on the same port and folder. At the end the whole log is read back and compared with the receipts.
+A producer sends numbered messages, some of any queue and some of message groups, while the broker's process is killed (SIGKILL)
+at random moments and started again on the same port and folder. At the end the whole log is read back and compared with the
+receipts.
 """
 
 from __future__ import annotations

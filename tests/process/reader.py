@@ -1,4 +1,7 @@
-"""A consumer as a process of its own: prints each message it got, until it is told to end. Run: reader.py NAMESERVERS GROUP TOPIC."""
+"""A consumer as a process of its own: prints each message it got, until it is told to end.
+
+    python tests/process/reader.py NAMESERVERS GROUP TOPIC
+"""
 
 from __future__ import annotations
 

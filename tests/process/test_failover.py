@@ -122,7 +122,7 @@ def test_a_killed_consumers_queues_go_to_the_others_and_nothing_is_missed(cluste
                 number += 1
                 producer.send("meters", b"%d" % number)
             other.kill()
-        for number in range(number + 1, number + 50):
-            producer.send("meters", b"%d" % number)
-        wanted = {b"%d" % n for n in range(number + 1)} - set(theirs.bodies)
+        for later in range(number + 1, number + 50):
+            producer.send("meters", b"%d" % later)
+        wanted = {b"%d" % each for each in range(number + 50)} - set(theirs.bodies)
         mine.wait_for(wanted)

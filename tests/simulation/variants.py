@@ -16,7 +16,7 @@ from zrmq.serving.groups import GroupDesk
 from zrmq.serving.leases import LeaseDesk
 from zrmq.serving.offsets import OffsetDesk
 from zrmq.serving.outbox import Outbox
-from zrmq.store import checkpoint, commit_log, recovery, segment
+from zrmq.store import checkpoint, recovery, segment
 from zrmq.store.checkpoint import Checkpoint
 from zrmq.store.commit_log import CommitLog, LogFlush
 from zrmq.store.store import Store

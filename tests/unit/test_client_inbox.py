@@ -11,10 +11,10 @@ import pytest
 
 from tests.unit.reading_cluster import ReadyList
 from tests.unit.stored import stored_batch
+from zrmq.client.consumer_engine import ThreadQueue
 from zrmq.client.inbox import Inbox
 from zrmq.client.process_queue import Chunk, ProcessQueue, Unit
 from zrmq.clock import SystemClock
-from zrmq.consumer.engine import ThreadQueue
 from zrmq.message import MessageQueue
 from zrmq.testing.clock import ManualClock
 

@@ -9,7 +9,7 @@ from functools import partial
 from random import Random
 from typing import TYPE_CHECKING
 
-from zrmq.client.allocation import AllocateAveragely, AllocateByCircle, AllocateConsistentHash
+from zrmq.client.allocation import AllocateAveragely, AllocateByCircle, AllocateConsistentHash, Strategy
 from zrmq.client.consuming import ConsumerCore, ConsumingConfig
 from zrmq.client.inbox import Inbox, Ready
 from zrmq.client.instance import ClientInstance
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 BOUNDS = Bounds(64 * 1024, 500)
 COMMIT_MS = 300
 CLOSE_MS = 2_000
-STRATEGIES = {"averagely": AllocateAveragely, "by circle": AllocateByCircle, "consistent hash": AllocateConsistentHash}
+STRATEGIES: dict[str, Callable[[], Strategy]] = {
+    "averagely": AllocateAveragely, "by circle": AllocateByCircle, "consistent hash": AllocateConsistentHash,
+}
 
 
 class ReadyLine:
@@ -79,8 +81,8 @@ class VirtualConsumer:
         group = self.group
         return ConsumingConfig(
             client_id=self.who, group=group.name, filters=dict.fromkeys(group.topics, group.expression),
-            message_model=group.message_model, consume_from=group.consume_from, allocation=STRATEGIES[group.allocation](), bounds=BOUNDS,
-            commit_interval_ms=COMMIT_MS,
+            message_model=group.message_model, consume_from=group.consume_from, allocation=STRATEGIES[group.allocation](),
+            bounds=BOUNDS, commit_interval_ms=COMMIT_MS,
         )
 
     # --- lives --------------------------------------------------------------------------------------------------------

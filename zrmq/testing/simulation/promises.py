@@ -15,6 +15,7 @@ from zrmq.protocol.events import GroupSubscribed
 from zrmq.testing.simulation.plan import GroupPlan, Plan
 from zrmq.testing.simulation.trace import BrokenPromise
 
+
 class Posting:
     """One message handed to a producer, and its outcome."""
 

@@ -12,12 +12,12 @@ from random import Random
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from zrmq.client.allocation import Strategy
+from zrmq.client.consumer_engine import LAST_COMMIT_MS, Answer, Engine
 from zrmq.client.consuming import ConsumingConfig
 from zrmq.client.link import Identity, OnReply
 from zrmq.client.reading import Bounds
 from zrmq.client.runtime import ClientThread
 from zrmq.config import find_nameservers
-from zrmq.consumer.engine import LAST_COMMIT_MS, Answer, Engine
 from zrmq.errors import ClosedError, Code, InvalidArgumentError, RequestTimeoutError
 from zrmq.logs import get_logger
 from zrmq.message import ConsumeFrom, MessageModel, MessageQueue
