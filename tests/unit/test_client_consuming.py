@@ -774,6 +774,30 @@ def test_a_lease_granted_as_its_broker_left_is_given_back_if_another_is_to_have_
     assert (first.queues, second.queues) == ([Q0], [Q1])
 
 
+@pytest.mark.parametrize("kind", [AcquireLease, ReleaseLease])
+def test_a_lease_request_refused_by_a_broker_that_does_not_know_itself_is_settled(
+    cluster: ReadingCluster, kind: type[Any]
+) -> None:
+    """The disk refused the flush, but what was written may be there after all when the broker is started again."""
+    broker, name = cluster.broker, f"_do_{kind.__name__}"
+    serve = getattr(broker, name)
+
+    def serve_and_fail(session: Any, request: Any) -> Any:
+        if kind is AcquireLease:
+            serve(session, request)
+        raise RequestRefusedError("The disk refused to write.", code=Code.STORE_FAILED)
+
+    first = cluster.started("one", eager=1.0) if kind is ReleaseLease else None
+    setattr(broker, name, serve_and_fail)
+    first = first or cluster.started("one", eager=1.0)
+    second = cluster.member("two", eager=1.0)
+    cluster.run_for(500)
+    assert broker.holder("reports", "meters", 1) == "one"
+    setattr(broker, name, serve)
+    cluster.run_for(20_000)
+    assert (first.queues, second.queues) == ([Q0], [Q1])
+
+
 def test_a_rebalance_that_is_due_is_not_put_off(cluster: ReadingCluster) -> None:
     member = assigned(cluster, "one", Q0)
     member.core.assign([Q1])

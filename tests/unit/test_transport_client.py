@@ -121,11 +121,17 @@ def test_many_connections_open_and_close_without_leaking_descriptors(reactor: Re
 
 def test_the_last_words_of_an_inproc_server_are_heard(reactor: Reactor) -> None:
     notes = Notes()
-    endpoint = reactor.listen("inproc://last-words", lambda peer, frames: None)
+
+    def say_bye_and_go(peer: bytes, frames: list[bytes]) -> None:
+        endpoint.send(peer, [b"bye"])
+        endpoint.close()
+
+    def ask() -> None:
+        assert connection.send([b"x"])
+
+    endpoint = reactor.listen("inproc://last-words", say_bye_and_go)
     connection = reactor.connect(endpoint.address, notes)
-    run_until(
-        reactor, lambda: "disconnected" in notes.events, first=lambda: reactor.call_later(5, lambda: connection.send([b"x"]) and None)
-    )
+    run_until(reactor, lambda: "disconnected" in notes.events, first=lambda: reactor.call_later(1, ask))
     assert notes.events == ["connected", b"bye", "disconnected"]
 
 

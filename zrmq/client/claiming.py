@@ -35,6 +35,9 @@ HELD_PAUSE_MS = 100.0  # before asking again for a queue that is held
 REQUEST_TIMEOUT_MS = 5_000
 NO_COMMIT = -1  # as the offset of a release
 
+# A broker refuses so when it does not know itself what the next start will find in its log.
+UNKNOWN_OUTCOME = frozenset({Code.STORE_FAILED, Code.INTERNAL_ERROR})
+
 
 class ClaimListener(Protocol):
     """What a claim tells the consumer's core."""
@@ -118,6 +121,8 @@ class LeaseClaims:
         elif isinstance(reply, ClosedError):
             self._doubtful[queue] = 0
         elif isinstance(reply, ZrmqError):
+            if reply.code in UNKNOWN_OUTCOME:
+                self._doubtful[queue] = 0
             if reply.code is not Code.LEASE_HELD:
                 log.warning("lease_refused", topic=queue.topic, queue_id=queue.queue_id, reason=reply.message)
             self._listener.on_unclaimed(HELD_PAUSE_MS if reply.code is Code.LEASE_HELD else RETRY_MS)
@@ -137,9 +142,10 @@ class LeaseClaims:
             return
         self.pending.discard(queue)
         del self._releases[queue]
-        if isinstance(reply, ClosedError):
+        is_open = isinstance(reply, ClosedError) or (isinstance(reply, ZrmqError) and reply.code in UNKNOWN_OUTCOME)
+        if is_open:
             self._doubtful[queue] = lease_epoch
-        self._listener.on_unclaimed(0.0 if isinstance(reply, Done) else HELD_PAUSE_MS)
+        self._listener.on_unclaimed(RETRY_MS if is_open else 0.0 if isinstance(reply, Done) else HELD_PAUSE_MS)
 
 
 class OffsetClaims:

@@ -41,7 +41,6 @@ def connect_socket(sock: Socket, address: Address) -> None:
     try:
         sock.connect(str(address))
     except zmq.ZMQError as error:
-        sock.close(0)
         raise InvalidArgumentError(
             f"Cannot connect to {address}: {error.strerror}; correct the address.", address=str(address)
         ) from error

@@ -63,7 +63,7 @@ class VirtualConsumer:
         self.instance_name = f"host-{slot}" if self.is_broadcasting else ""
         self.is_started = False
         self.is_leaving = False
-        self.in_flight = 0  # units with workers
+        self.in_flight: dict[Unit, None] = {}  # units with workers
         self._world = world
         self._rng = rng = Random(f"{world.plan.seed} {self.who}")
         self.machine: Machine = world.network.machine(self.name)
@@ -94,7 +94,7 @@ class VirtualConsumer:
 
     def crash(self) -> None:
         """End without a word."""
-        self._world.note(self.who, "crashed", f"in_flight={self.in_flight}")
+        self._world.note(self.who, "crashed", f"in_flight={len(self.in_flight)}")
         self.machine.close()
 
     def leave(self) -> None:
@@ -105,7 +105,7 @@ class VirtualConsumer:
             self._leave_when_idle()
 
     def _leave_when_idle(self) -> None:
-        if self.in_flight == 0:
+        if not self.in_flight:
             self.inbox.close()
             self.core.close(self._core_closed, CLOSE_MS)
 
@@ -120,9 +120,15 @@ class VirtualConsumer:
     def holds(self, queue: MessageQueue) -> bool:
         """Whether by its own rules the queue is its own at this moment."""
         reading = self.core.reader.readings.get(queue)
-        if reading is None or reading.process_queue.is_dropped or (self.is_leaving and self.in_flight == 0):
+        if reading is None or reading.process_queue.is_dropped or (self.is_leaving and not self.in_flight):
             return False
         return reading.process_queue.valid_until_ms() > self.machine.clock.monotonic_ms()
+
+    def is_giving_back(self, queue: MessageQueue) -> bool:
+        """Whether it was told to give the queue back and is not through with all of its messages."""
+        now_ms = self.machine.clock.monotonic_ms()
+        mine = [unit.process_queue for unit in self.in_flight if unit.process_queue.queue == queue]
+        return any(each.is_draining and each.valid_until_ms() > now_ms for each in mine)
 
     # --- work ---------------------------------------------------------------------------------------------------------
 
@@ -141,7 +147,7 @@ class VirtualConsumer:
             if unit is None:
                 return
             self._idle -= 1
-            self.in_flight += 1
+            self.in_flight[unit] = None
             self._world.handed_out(self, unit)
             self.machine.call_later(self._draw_ms(len(unit.messages)), partial(self._run, unit))
 
@@ -160,7 +166,7 @@ class VirtualConsumer:
         self.inbox.done(unit, [failure.unit for failure in outcome.failures], outcome.stop_offset)
         self._rest(outcome)
         self._idle += 1
-        self.in_flight -= 1
+        del self.in_flight[unit]
         if self.is_leaving:
             self._leave_when_idle()
         else:

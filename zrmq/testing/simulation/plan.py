@@ -72,6 +72,7 @@ class Plan(msgspec.Struct, frozen=True):
     faults: dict[str, float]  # kind: mean time between two
     send_every_ms: float  # mean, of one producer
     burst_max: int
+    body_bytes: tuple[int, int]  # of most messages; equal ones make what a crash left behind fit what is written over it
     linger_ms: float
     batch_records_max: int
     send_timeout_ms: int
@@ -101,6 +102,7 @@ def draw_plan(seed: int) -> Plan:
         faults=_faults(rng),
         send_every_ms=duration_ms * (burst_max + 1) / (2 * messages),
         burst_max=burst_max,
+        body_bytes=rng.choice(((32, 32), (24, 64), (24, 64), (24, 1_000))),
         linger_ms=rng.choice((0.0, 0.0, 5.0, 50.0)),
         batch_records_max=rng.choice((1, 4, 16, 1000)),
         send_timeout_ms=rng.choice((1_500, 5_000, 15_000)),

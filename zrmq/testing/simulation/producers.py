@@ -105,7 +105,7 @@ class VirtualProducer:
         tag = None if extras is None else extras.tag
         number = len(self.postings)
         posting = Posting(self.who, self.producer_id, number, target, tag)
-        size = rng.randint(200, 1_000) if rng.random() < 0.05 else rng.randint(16, 64)
+        size = rng.randint(*self._world.plan.body_bytes)
         posting.body = f"{self.who}:{number}:".encode().ljust(size, b".")
         posting.posted_ms = self._world.network.now_ms
         try:

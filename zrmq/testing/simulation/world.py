@@ -131,11 +131,8 @@ class World:
         self.note(consumer.who, "handed_out", f"{queue.broker_name}/{queue.topic}/{queue.queue_id} {unit.offset}..{unit.next_offset}")
         if not consumer.is_broadcasting:
             for other in self.consumers:
-                if other is not consumer and other.group is consumer.group and other.holds(queue):
-                    raise BrokenPromise(
-                        "owner", f"{consumer.who} delivers {queue} from {unit.offset} while {other.who} holds a lease on it that is"
-                        " valid by its own rules."
-                    )
+                if other is not consumer and other.group is consumer.group:
+                    _check_owner(consumer, other, queue, unit.offset)
         for message in unit.messages:
             self._check_message(consumer, message)
 
@@ -184,3 +181,12 @@ class World:
             check.advance(broker.store.written_position, broker.store.flushed_position)
             check.compare_with_former(*former)
             check.compare_tables(broker.store.tables)
+
+
+def _check_owner(consumer: VirtualConsumer, other: VirtualConsumer, queue: MessageQueue, offset: int) -> None:
+    if other.holds(queue):
+        raise BrokenPromise(
+            "owner", f"{consumer.who} delivers {queue} from {offset} while {other.who} holds a lease on it, valid by its own rules."
+        )
+    if other.is_giving_back(queue):
+        raise BrokenPromise("drain", f"{consumer.who} delivers {queue} from {offset} while {other.who} still works on some of it.")
