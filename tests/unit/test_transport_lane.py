@@ -241,8 +241,8 @@ def test_no_session_for_ever_does_not_flood_the_server(place: Place, desk: Desk)
         desk.store(request, peer) if isinstance(request, Hello) else [Failed(request.number, Code.NO_SESSION, "again")]
     )
     with pytest.raises(RequestTimeoutError):
-        send(place.lane(), timeout_ms=450)
-    assert 3 <= desk.kinds.count("Hello") <= 8
+        send(place.lane(), timeout_ms=1_000)
+    assert 2 <= desk.kinds.count("Hello") <= 12
 
 
 def test_a_restarted_server_is_asked_again(place: Place, desk: Desk) -> None:
