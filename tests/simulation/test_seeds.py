@@ -1,34 +1,130 @@
-"""Whole clusters through faults, one seed each; `tox -e sim -- --runs 10000 --seed N` runs any number."""
+"""Whole clusters through faults, one seed each; `tox -e sim -- --seed N --runs 10000` runs any number."""
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
+from collections import Counter
+from typing import Any
 
 import pytest
 
+from zrmq.testing.simulation import __main__ as command
+from zrmq.testing.simulation.plan import FAULTS, draw_plan
 from zrmq.testing.simulation.run import run_seed
+from zrmq.testing.simulation.trace import BrokenPromise, SimulationError
+from zrmq.testing.simulation.world import World
 
-SEEDS = 120
-CHUNK = 10
+SEEDS = 150
+CHUNK = 10  # so that workers of pytest-xdist can share them
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("first", range(1, SEEDS, CHUNK))
 def test_every_promise_is_kept(first: int) -> None:
     for seed in range(first, first + CHUNK):
-        result = run_seed(seed)  # raises with the seed and the last events
-        assert result.counts, "a run in which nothing happens proves nothing"
+        run_seed(seed)  # raises with the seed and the last events
 
 
 @pytest.mark.timeout(120)
-def test_a_seed_is_one_run_whatever_python_hashes() -> None:
+def test_a_seed_gives_one_run_whatever_python_hashes() -> None:
+    program = "import sys; from zrmq.testing.simulation.run import run_seed; print([run_seed(seed).digest for seed in range(20, 26)])"
     digests = [
         subprocess.run(
-            [sys.executable, "-c", "from zrmq.testing.simulation.run import run_seed; print(run_seed(3).digest)"],
-            env={"PYTHONHASHSEED": hash_seed, "PATH": ""}, capture_output=True, text=True, check=True, timeout=60,
+            [sys.executable, "-c", program], env={**os.environ, "PYTHONHASHSEED": hash_seed},
+            capture_output=True, text=True, check=True, timeout=60,
         ).stdout
         for hash_seed in ("1", "2")
     ]
-    assert digests[0] == digests[1] != ""
-    assert run_seed(4).digest != digests[0].strip()
+    assert digests[0] == digests[1] == f"{[run_seed(seed).digest for seed in range(20, 26)]}\n"
+    assert len(set(json.loads(digests[0].replace("'", '"')))) == 6
+
+
+def test_plans_differ_and_cover_what_can_go_wrong() -> None:
+    plans = [draw_plan(seed) for seed in range(1, 101)]
+    assert draw_plan(7) == draw_plan(7)
+    kinds = Counter(kind for plan in plans for kind in plan.faults)
+    assert kinds.keys() == FAULTS.keys()
+    assert min(kinds.values()) >= 10
+    assert sum(not plan.faults for plan in plans) >= 5, "some runs have no faults at all"
+    assert {group.message_model for plan in plans for group in plan.groups} == {"clustering", "broadcasting"}
+
+
+def test_a_run_in_fair_weather_loses_no_send() -> None:
+    seed = next(seed for seed in range(1, 100) if not draw_plan(seed).faults)
+    result = run_seed(seed)
+    assert result.counts["acknowledged"] > 50
+    assert result.counts["handed_out"] > 10
+    assert not result.counts["send_failed"]
+    assert result.healed_ms < 10_000
+
+
+def test_runs_do_what_they_claim() -> None:
+    counts: Counter[str] = Counter()
+    for seed in range(1, 13):
+        counts.update(run_seed(seed).counts)
+    for what in ("acknowledged", "handed_out", "paused", "cut", "lost power", "killed", "crashed", "left", "queue_given_back"):
+        assert counts[what], f"no {what} in a dozen runs"
+
+
+# --- failures -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken_world(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A world that breaks a promise after a second."""
+
+    def break_promise(self: World, posting: Any, outcome: Any) -> None:
+        if self.network.now_ms > 1_000.0:
+            raise BrokenPromise("test", f"{posting} is not to my taste.")
+
+    monkeypatch.setattr(World, "answered", break_promise)
+
+
+@pytest.mark.usefixtures("broken_world")
+def test_a_failure_says_how_to_repeat_it() -> None:
+    with pytest.raises(SimulationError) as raised:
+        run_seed(3, events_kept=5)
+    error = raised.value
+    assert (error.seed, error.kind) == (3, "test")
+    assert "not to my taste" in error.reason
+    assert "--seed 3" in str(error)
+    assert "Plan(seed=3" in str(error)
+    assert len(error.story.splitlines()) == 3 + 5, "the last events, as many as asked for"
+
+
+@pytest.mark.usefixtures("broken_world")
+def test_a_failure_repeats_exactly() -> None:
+    stories = []
+    for _ in range(2):
+        with pytest.raises(SimulationError) as raised:
+            run_seed(3)
+        stories.append(str(raised.value))
+    assert stories[0] == stories[1]
+
+
+@pytest.mark.usefixtures("broken_world")
+def test_the_command_fails_with_the_seeds(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--seed", "3", "--runs", "2", "--events", "5"]) == 1
+    told = capsys.readouterr().out
+    assert "seed 3: [test]" in told
+    assert "2 runs, 2 failed" in told
+
+
+@pytest.mark.usefixtures("broken_world")
+def test_the_command_fails_in_json_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--seed", "3", "--json"]) == 1
+    failure, summary = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (failure["seed"], failure["kind"], summary["failed"]) == (3, "test", [3])
+
+
+def test_the_command_sums_up(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--seed", "5", "--runs", "2", "--json"]) == 0
+    *runs, summary = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [run["seed"] for run in runs] == [5, 6]
+    assert runs[0]["digest"] != runs[1]["digest"]
+    assert (summary["runs"], summary["failed"]) == (2, [])
+    assert command.main(["--seed", "5"]) == 0
+    assert "1 runs, 0 failed" in capsys.readouterr().out

@@ -1,8 +1,8 @@
 """Whatever happens, and whenever the power goes: what was flushed is there, unchanged and in order, and the views are its fold.
 
-One model, driven by hypothesis: it appends, writes, flushes, saves, cleans up, ends, kills and cuts the power at any change of the
-disk, deletes what can be rebuilt, and opens again. After each opening the log's files are read by the format alone and compared
-with what was appended, and the store's tables and queues with a fresh fold of those files.
+One model, driven by hypothesis: it appends, writes, flushes, saves, cleans up, ends, kills and cuts the power at any change of
+the disk, deletes what can be rebuilt, and opens again. After each opening the log's files are read by the format alone and
+compared with what was appended, and the store's tables and queues with a fresh fold of those files.
 """
 
 from __future__ import annotations
@@ -224,7 +224,9 @@ steps = st.one_of(
 
 @settings(max_examples=150)
 @given(seed=st.integers(0, 1 << 32), short_writes=st.booleans(), script=st.lists(steps, max_size=60))
-def test_what_was_flushed_is_there_and_the_views_are_its_fold(seed: int, short_writes: bool, script: list[tuple[Any, ...]]) -> None:
+def test_what_was_flushed_is_there_and_the_views_are_its_fold(
+    seed: int, short_writes: bool, script: list[tuple[Any, ...]]
+) -> None:
     model = Model(seed, short_writes)
     for name, *arguments in script:
         target = {"write": lambda: model.bench.store.write(), "cut_power_after": model.bench.files.cut_power_after}

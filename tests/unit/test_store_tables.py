@@ -95,7 +95,8 @@ def test_a_deleted_topic_takes_everything_along() -> None:
 
 
 def test_a_topic_made_again_is_read_from_its_beginning() -> None:
-    tables = folded(PUT, GroupSubscribed("g", "meters", 5, [(0, 30), (1, 40)]), TopicDeleted(1), TopicPut(2, TopicConfig("meters", 2)))
+    again = TopicPut(2, TopicConfig("meters", 2))
+    tables = folded(PUT, GroupSubscribed("g", "meters", 5, [(0, 30), (1, 40)]), TopicDeleted(1), again)
     assert tables.groups["g"].start_offset(tables.topics["meters"], 0) == 0
 
 
@@ -170,9 +171,9 @@ def test_leases_come_and_go_by_their_epoch() -> None:
     assert tables.groups["g"].leases == {}
 
 
-def test_a_clean_end_ends_all_leases() -> None:
+def test_a_clean_end_leaves_the_leases_to_their_holders() -> None:
     tables = folded(BrokerStarted(3), PUT, LeaseGranted("g", 1, 0, "one", 5), BrokerStopped())
-    assert tables.groups["g"].leases == {}
+    assert tables.groups["g"].leases == {(1, 0): Lease("one", 5)}
     assert tables.is_stopped
     tables.apply_event(BrokerStarted(4))
     assert not tables.is_stopped
@@ -208,7 +209,8 @@ def test_batches_without_a_place_change_nothing() -> None:
 
 
 def test_a_batch_sent_again_is_recognized() -> None:
-    tables = folded(PUT, header(count=3, first_sequence=10), header(base_offset=3, count=2, first_sequence=20, store_timestamp_ms=2000))
+    later = header(base_offset=3, count=2, first_sequence=20, store_timestamp_ms=2000)
+    tables = folded(PUT, header(count=3, first_sequence=10), later)
     assert tables.find_duplicate(7, 1, 0, 10) == (0, 1000, 3)
     assert tables.find_duplicate(7, 1, 0, 20) == (3, 2000, 2)
     for other in ((8, 1, 0, 10), (7, 2, 0, 10), (7, 1, 1, 10), (7, 1, 0, 11), (7, 1, 0, 22)):

@@ -1,0 +1,649 @@
+"""Recovery: where the log ends, what is damage and what is a torn tail, and what the views are made from."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from tests.unit.store_bench import FOLDER, LOG, QUEUES, SEGMENT_BYTES, StoreBench, batch, describe, fold, log_entries, run
+from zrmq.errors import FolderUnusableError
+from zrmq.files import read_file, remove_tree, replace_file
+from zrmq.protocol.batch import BATCH_HEADER_BYTES, KIND_EVENT, BatchHeader, encode_entry
+from zrmq.protocol.events import BrokerStarted, GroupSubscribed, LeaseGranted, OffsetsCommitted, TopicDeleted
+from zrmq.protocol.requests import PullStatus
+from zrmq.store.segment import segment_name
+
+
+@pytest.fixture
+def bench() -> StoreBench:
+    return StoreBench()
+
+
+def bodies_of(bench: StoreBench, queue_id: int = 0) -> list[bytes]:
+    return bench.bodies(bench.queue(queue_id=queue_id))
+
+
+def overwrite(bench: StoreBench, position: int, data: bytes, synced: bool = True) -> None:
+    """Put bytes into the log's files behind the store's back."""
+    path, at = bench.path_at(position)
+    file = bench.files.open(path)
+    file.pwritev([data], at)
+    if synced:
+        file.fdatasync()
+
+
+# --- where the log ends -------------------------------------------------------------------------------------------------
+
+
+def test_flushed_batches_survive_and_later_ones_may_not(bench: StoreBench) -> None:
+    (queue, _) = bench.topic()
+    bench.append(queue, count=3)
+    bench.flush()
+    bench.append(queue, count=2)
+    bench.crash()
+    assert len(bodies_of(bench)) == 3
+    assert bench.queue().next_offset == 3
+
+
+def test_what_was_written_survives_the_end_of_the_process(bench: StoreBench) -> None:
+    (queue, _) = bench.topic()
+    bench.append(queue, count=3)
+    bench.store.write()
+    bench.append(queue, count=2)
+    bench.kill()
+    assert len(bodies_of(bench)) == 3
+
+
+def test_an_unflushed_tail_is_cut_at_the_first_entry_that_does_not_check_out(bench: StoreBench) -> None:
+    (queue, _) = bench.topic()
+    bench.append(queue)
+    bench.flush()
+    first = bench.append(queue).end_position
+    second = bench.append(queue).end_position
+    bench.append(queue)
+    bench.store.write()
+    bench.files.kill()
+    overwrite(bench, second - 3, b"\xff")
+    bench.open()
+    report = bench.store.recovery
+    assert (report.end_position, report.damage) == (first, [])
+    assert report.cut_bytes > 0
+    assert len(bodies_of(bench)) == 2
+    assert bench.queue().next_offset == 2
+
+
+def test_what_was_cut_off_does_not_come_back(bench: StoreBench) -> None:
+    """An entry behind the cut checks out. It must be gone before the log has grown up to it again."""
+    (queue, _) = bench.topic()
+    bench.flush()
+    placed = [bench.append(queue, size=100) for _ in range(20)]
+    bench.store.write()
+    bench.files.kill()
+    overwrite(bench, placed[0].end_position - 3, b"\xff")
+    bench.open()
+    assert bodies_of(bench) == []
+    for _ in range(5):
+        bench.store.append_event(OffsetsCommitted("g", "", [(1, 0, 0)]))
+    bench.flush()
+    for _ in range(3):
+        bench.crash()
+        assert bodies_of(bench) == []
+        assert describe(bench.store.tables) == describe(fold(bench.disk))
+
+
+def test_a_lost_write_in_front_of_a_kept_one_cuts_both(bench: StoreBench) -> None:
+    (queue, _) = bench.topic()
+    bench.flush()
+    start = bench.store.appended_position
+    end = bench.append(queue, size=2000).end_position
+    bench.store.write()
+    bench.append(queue)
+    bench.store.write()
+    bench.files.kill()
+    overwrite(bench, start, bytes(end - start))
+    bench.open()
+    assert bench.store.recovery.end_position == start
+    assert bodies_of(bench) == []
+
+
+def test_a_log_that_ends_with_a_full_segment(bench: StoreBench) -> None:
+    (queue, _) = bench.topic()
+    room = SEGMENT_BYTES - 40 - bench.store.appended_position
+    header, _ = batch(size=1)
+    bench.append(queue, size=room - header.length - 1)
+    assert bench.store.appended_position in (SEGMENT_BYTES - 40, SEGMENT_BYTES - 41)
+    bench.flush()
+    bench.crash()
+    assert len(bodies_of(bench)) == 1
+    bench.append(bench.queue())
+    bench.flush()
+    bench.crash()
+    assert len(bodies_of(bench)) == 2
+
+
+def test_a_segment_that_never_became_part_of_the_log_is_removed(bench: StoreBench) -> None:
+    (queue, _) = bench.topic()
+    bench.flush()
+    while len(bench.segments()) == 1:
+        bench.append(queue, size=900)
+    bench.files.kill()  # the rename is in the page cache, the end of the old segment is not even written
+    bench.open()
+    assert bench.segments() == [0]
+    bench.fill_segments(bench.queue(), 2)
+    bench.crash()
+    assert len(bodies_of(bench)) == bench.queue().next_offset
+
+
+def test_spares_are_not_trusted_after_a_crash(bench: StoreBench) -> None:
+    (queue, _) = bench.topic()
+    bench.fill_segments(queue, 1)
+    for _ in range(9):
+        bench.append(queue, size=900)
+    bench.flush()
+    bench.maintain(2)
+    assert [name for name in bench.files.listdir(LOG) if name.startswith("spare")]
+    bench.files.crash()
+    bench.open()
+    assert not [name for name in bench.files.listdir(LOG) if name.startswith("spare")]
+
+
+def test_spares_are_kept_over_a_clean_end(bench: StoreBench) -> None:
+    (queue, _) = bench.topic()
+    for _ in range(12):
+        bench.append(queue, size=900)
+    bench.flush()
+    bench.maintain(2)
+    spares = [name for name in bench.files.listdir(LOG) if name.startswith("spare")]
+    assert spares
+    replace_file(bench.files, LOG / "spare-99", b"of another length")
+    bench.reopen()
+    assert [name for name in bench.files.listdir(LOG) if name.startswith("spare")] == spares
+    bench.fill_segments(bench.queue(), 1)
+    assert [name for name in bench.files.listdir(LOG) if name.startswith("spare")] == []
+
+
+def test_the_unflushed_tail_that_is_kept_is_written_again(bench: StoreBench) -> None:
+    (queue, _) = bench.topic()
+    bench.append(queue)
+    bench.store.write()
+    bench.files.kill()
+    writes: list[str] = []
+    bench.files.before = lambda operation, path: writes.append(operation) if path.suffix == ".log" else None
+    bench.open()
+    assert "pwritev" in writes[: writes.index("fdatasync")]
+
+
+# --- damage -------------------------------------------------------------------------------------------------------------
+
+
+def damaged_bench(at: int) -> tuple[StoreBench, list[int]]:
+    """Ten flushed batches of which the fourth has a flipped bit `at` bytes from its start; and where each ends."""
+    bench = StoreBench()
+    (queue, other) = bench.topic()
+    ends = []
+    for number in range(10):
+        placed = bench.append(queue if number != 6 else other, count=2)
+        ends.append(placed.end_position)
+        bench.flush()
+    bench.rot(ends[2] + at)
+    return bench, ends
+
+
+@pytest.mark.parametrize("at", [0, 4, 10, 20, 50, 90, BATCH_HEADER_BYTES + 10])
+@pytest.mark.parametrize("lose_views", [False, True])
+def test_damage_before_the_flushed_position_is_never_cut_off(at: int, lose_views: bool) -> None:
+    bench, ends = damaged_bench(at)
+    bench.files.crash()
+    if lose_views:
+        bench.files.unlink(FOLDER / "views.db")
+        bench.files.fsync_dir(FOLDER)
+    bench.open()
+    report = bench.store.recovery
+    assert report.damage == [(ends[2], ends[3])]
+    assert report.end_position == ends[9]
+    assert report.cut_bytes <= 0 or report.cut_bytes == 0
+    assert bench.store.damage == [(ends[2], ends[3])]
+    assert len(bodies_of(bench)) == 16
+    assert len(bodies_of(bench, 1)) == 2
+    assert (bench.queue().min_offset, bench.queue().next_offset) == (0, 18)
+
+
+@pytest.mark.parametrize("at", [20, BATCH_HEADER_BYTES + 10])
+def test_a_damaged_batch_answers_corrupt_and_says_where_to_go_on(at: int) -> None:
+    bench, _ = damaged_bench(at)
+    bench.crash()
+    queue = bench.queue()
+    chunk = bench.store.read(queue, 0, 100_000)
+    assert (chunk.status, chunk.next_offset) == (PullStatus.FOUND, 6)
+    for offset in (6, 7):
+        chunk = bench.store.read(queue, offset, 100_000)
+        assert (chunk.status, chunk.next_offset, chunk.frames) == (PullStatus.CORRUPT, 8, [])
+    chunk = bench.store.read(queue, 8, 100_000)
+    assert (chunk.status, chunk.next_offset) == (PullStatus.FOUND, 18)
+
+
+def test_damage_is_remembered_over_a_checkpoint(bench: StoreBench) -> None:
+    damaged, _ = damaged_bench(20)
+    damaged.crash()
+    before = describe(damaged.store.tables)
+    damaged.checkpoint()
+    damaged.crash()
+    assert damaged.store.recovery.damage == []
+    after = describe(damaged.store.tables)
+    assert after["topics"] == before["topics"]
+    assert damaged.store.read(damaged.queue(), 6, 1000).status is PullStatus.CORRUPT
+    assert len(bodies_of(damaged)) == 16
+
+
+def test_damage_found_while_serving(bench: StoreBench) -> None:
+    (queue, _) = bench.topic()
+    ends = [bench.append(queue).end_position for _ in range(5)]
+    bench.flush()
+    bench.rot(ends[1] + 30)
+    assert bench.store.read(queue, 0, 100_000).next_offset == 2
+    assert bench.store.read(queue, 2, 100_000).status is PullStatus.CORRUPT
+    assert bench.store.read(queue, 3, 100_000).next_offset == 5
+    assert bench.store.damage == [(ends[1], ends[2])]
+
+
+def test_the_last_flushed_batch_is_protected_by_what_follows_it(bench: StoreBench) -> None:
+    """Its flush is known from the next entry, though that one was never flushed itself."""
+    (queue, _) = bench.topic()
+    bench.append(queue)
+    bench.flush()
+    start = bench.store.appended_position
+    end = bench.append(queue, count=2).end_position
+    bench.flush()
+    bench.append(queue)
+    bench.store.write()
+    bench.files.kill()
+    bench.rot(start + BATCH_HEADER_BYTES + 20)
+    bench.open()
+    assert bench.store.recovery.damage == [(start, end)]
+    assert bench.queue().next_offset == 4
+    assert len(bodies_of(bench)) == 2
+
+
+def test_the_last_flushed_batch_is_protected_by_the_views(bench: StoreBench) -> None:
+    (queue, _) = bench.topic()
+    bench.append(queue)
+    bench.flush()
+    start = bench.store.appended_position
+    end = bench.append(queue).end_position
+    bench.checkpoint()
+    bench.rot(start + 20)
+    bench.crash()
+    assert bench.store.recovery.end_position == end
+    assert bench.queue().next_offset == 2
+    assert bench.store.read(bench.queue(), 1, 1000).status is PullStatus.CORRUPT
+
+
+def test_damage_up_to_the_flushed_position_and_nothing_behind(bench: StoreBench) -> None:
+    """All that is flushed behind some place is unreadable; the log goes on behind it, not in it."""
+    (queue, _) = bench.topic()
+    bench.append(queue)
+    bench.checkpoint()
+    start = bench.store.appended_position
+    bench.append(queue, count=3)
+    bench.append(queue)
+    bench.flush()
+    flushed = bench.store.flushed_position
+    bench.store.append_event(OffsetsCommitted("g", "", [(1, 0, 4)]))
+    bench.store.write()
+    bench.files.kill()
+    for position in range(start, flushed, 8):
+        overwrite(bench, position, b"\xff" * 8)
+    overwrite(bench, flushed, encode_entry(KIND_EVENT, b"\x80", epoch=0, position=flushed, flushed_position=flushed, store_timestamp_ms=1)[:30])
+    bench.open()
+    assert bench.store.recovery.end_position in (start, flushed)
+    assert bench.queue().next_offset in (1, 4, 5)
+
+
+def test_damaged_events_cost_only_themselves(bench: StoreBench) -> None:
+    bench.topic()
+    start = bench.store.append_event(GroupSubscribed("one", "meters", 5, []))
+    bench.flush()
+    end = bench.store.append_event(GroupSubscribed("two", "meters", 5, []))
+    bench.flush()
+    bench.store.append_event(GroupSubscribed("three", "meters", 5, []))
+    bench.flush()
+    bench.store.append_event(LeaseGranted("one", 1, 0, "c", 1))
+    bench.flush()
+    bench.rot(start + 42)
+    bench.crash()
+    assert bench.store.recovery.damage == [(start, end)]
+    assert sorted(bench.store.tables.groups) == ["one", "three"]
+
+
+def test_offsets_are_not_given_again_when_a_commit_proves_they_were(bench: StoreBench) -> None:
+    (queue, _) = bench.topic()
+    bench.append(queue, count=3)
+    bench.flush()
+    start = bench.store.appended_position
+    bench.append(queue, count=4)
+    bench.flush()
+    bench.store.append_event(OffsetsCommitted("g", "", [(1, 0, 7)]))
+    bench.flush()
+    bench.store.append_event(OffsetsCommitted("g", "", [(1, 0, 7)]))
+    bench.flush()
+    bench.rot(start + 20)
+    bench.crash()
+    assert bench.queue().next_offset == 7
+    assert bench.append(bench.queue()).base_offset == 7
+    bench.flush()
+    chunk = bench.store.read(bench.queue(), 3, 1000)
+    assert (chunk.status, chunk.next_offset) == (PullStatus.CORRUPT, 7)
+    assert len(bodies_of(bench)) == 4
+
+
+def test_a_hole_at_the_end_of_a_queue(bench: StoreBench) -> None:
+    (queue, _) = bench.topic()
+    bench.append(queue, count=3)
+    bench.flush()
+    start = bench.store.appended_position
+    bench.append(queue, count=4)
+    bench.flush()
+    for _ in range(2):
+        bench.store.append_event(OffsetsCommitted("g", "", [(1, 0, 7)]))
+        bench.flush()
+    bench.rot(start + 20)
+    bench.crash()
+    for offset in (3, 6):
+        chunk = bench.store.read(bench.queue(), offset, 1000)
+        assert (chunk.status, chunk.next_offset) == (PullStatus.CORRUPT, 7)
+    assert bench.store.read(bench.queue(), 7, 1000).status is PullStatus.NOTHING
+
+
+def test_a_misdirected_write_is_damage_at_both_places(bench: StoreBench) -> None:
+    (queue, _) = bench.topic()
+    ends = []
+    for number in range(10):
+        if number == 7:
+            path, _ = bench.path_at(ends[-1])
+            bench.files.misdirect(path, ends[2] - ends[6])
+        ends.append(bench.append(queue).end_position)
+        bench.flush()
+    bench.crash()
+    report = bench.store.recovery
+    assert report.end_position == ends[9]
+    assert report.damage == [(ends[2], ends[3]), (ends[6], ends[7])]
+    assert len(bodies_of(bench)) == 8
+    assert bench.queue().next_offset == 10
+
+
+def test_an_unreadable_sector_costs_only_what_is_in_it(bench: StoreBench) -> None:
+    (queue, _) = bench.topic()
+    ends = [bench.append(queue, size=400).end_position for _ in range(12)]
+    bench.flush()
+    bench.append(queue)
+    bench.flush()
+    bench.files.kill()
+    bench.files.fail("pread", errno.EIO, times=1, path=".log")
+    bench.open()  # the first try of the whole block fails, sector by sector it works
+    assert bench.store.recovery.damage == []
+    assert bench.store.recovery.end_position > ends[-1]
+    assert len(bodies_of(bench)) == 13
+
+
+def test_a_damaged_segment_header_costs_nothing(bench: StoreBench) -> None:
+    (queue, _) = bench.topic()
+    bench.fill_segments(queue, 2)
+    count = queue.next_offset
+    bench.rot(SEGMENT_BYTES + 20)
+    bench.files.crash()
+    bench.files.unlink(FOLDER / "views.db")
+    bench.open()
+    assert bench.store.recovery.damage == [(SEGMENT_BYTES, SEGMENT_BYTES + 64)]
+    assert len(bodies_of(bench)) == count
+
+
+def test_a_missing_segment_in_the_middle(bench: StoreBench) -> None:
+    (queue, _) = bench.topic()
+    bench.fill_segments(queue, 3)
+    total = queue.next_offset
+    bench.files.crash()
+    bench.files.unlink(LOG / segment_name(SEGMENT_BYTES))
+    bench.files.fsync_dir(LOG)
+    bench.files.unlink(FOLDER / "views.db")
+    bench.files.fsync_dir(FOLDER)
+    bench.open()
+    assert bench.store.recovery.damage == [(SEGMENT_BYTES, 2 * SEGMENT_BYTES)]
+    assert bench.queue().next_offset == total
+    kept = len(bodies_of(bench))
+    assert 0 < kept < total
+
+
+def test_a_missing_segment_under_intact_views(bench: StoreBench) -> None:
+    (queue, _) = bench.topic()
+    bench.fill_segments(queue, 3)
+    total = queue.next_offset
+    bench.checkpoint()
+    bench.files.crash()
+    bench.files.unlink(LOG / segment_name(SEGMENT_BYTES))
+    bench.files.fsync_dir(LOG)
+    bench.open()
+    assert 0 < len(bodies_of(bench)) < total
+    assert bench.queue().next_offset == total
+
+
+def test_a_log_without_its_end_is_not_gone_on_with(bench: StoreBench) -> None:
+    (queue, _) = bench.topic()
+    bench.fill_segments(queue, 2)
+    bench.store.close()
+    names = bench.files.listdir(LOG)
+    kept = read_file(bench.files, LOG / names[-1])
+    bench.files.unlink(LOG / names[-1])
+    with pytest.raises(FolderUnusableError, match="files are missing. Bring them back; or delete views.db"):
+        bench.open()
+    replace_file(bench.files, LOG / names[-1], kept)
+    assert len(bench.open().tables.topics) == 1
+
+
+def test_the_way_out_that_the_error_names_works(bench: StoreBench) -> None:
+    (queue, _) = bench.topic()
+    bench.fill_segments(queue, 2)
+    bench.store.close()
+    bench.files.unlink(LOG / bench.files.listdir(LOG)[-1])
+    bench.files.unlink(FOLDER / "views.db")
+    remove_tree(bench.files, QUEUES)
+    bench.open()
+    assert bodies_of(bench)
+
+
+def test_entries_of_a_newer_version_are_not_skipped(bench: StoreBench) -> None:
+    for kind, payload in ((9, b"?"), (KIND_EVENT, b"\x92\xcc\xfa\x01")):
+        other = StoreBench()
+        end = other.store.flushed_position
+        other.files.kill()
+        overwrite(
+            other, end, encode_entry(kind, payload, epoch=0, position=end, flushed_position=end, store_timestamp_ms=1)
+        )
+        with pytest.raises(FolderUnusableError, match="a newer zrmq wrote it"):
+            other.open()
+
+
+# --- the views ----------------------------------------------------------------------------------------------------------
+
+
+def busy(bench: StoreBench) -> None:
+    """A few of everything, over several segments, partly saved."""
+    first = bench.topic("first", 3)
+    bench.topic("second", 1)
+    for number in range(60):
+        bench.append(first[number % 3], count=1 + number % 4, size=300, producer_id=number % 5 + 1)
+        bench.append(bench.queue("second"), producer_id=9)
+        bench.store.append_event(OffsetsCommitted(f"g{number % 3}", "", [(1, number % 3, number % 7)]))
+        if number == 20:
+            bench.store.append_event(GroupSubscribed("g1", "first", 77, [(0, 5)]))
+            bench.store.append_event(LeaseGranted("g1", 1, 0, "client", 9))
+        if number == 30:
+            bench.checkpoint()
+        if number == 40:
+            bench.store.append_event(TopicDeleted(2))
+            bench.topic("second", 2)
+        bench.flush()
+
+
+@pytest.mark.parametrize("lose", ["nothing", "views", "queues", "both"])
+def test_what_can_be_made_again_is_made_again(bench: StoreBench, lose: str) -> None:
+    busy(bench)
+    before = {name: [bench.bodies(queue) for queue in topic.queues] for name, topic in bench.store.tables.topics.items()}
+    bench.files.crash()
+    if lose in ("views", "both"):
+        bench.files.unlink(FOLDER / "views.db")
+        bench.files.fsync_dir(FOLDER)
+    if lose in ("queues", "both"):
+        remove_tree(bench.files, QUEUES)
+        bench.files.fsync_dir(FOLDER)
+    bench.open()
+    report = bench.store.recovery
+    assert report.has_views == (lose in ("nothing", "queues"))
+    assert (report.replayed_from > 0) == report.has_views
+    assert describe(bench.store.tables) == describe(fold(bench.disk))
+    after = {name: [bench.bodies(queue) for queue in topic.queues] for name, topic in bench.store.tables.topics.items()}
+    assert after == before
+
+
+def test_queues_without_files_are_made_from_the_log(bench: StoreBench) -> None:
+    (queue, other) = bench.topic()
+    for _ in range(150):  # long enough for a file
+        bench.append(queue, size=10)
+        bench.flush()
+    bench.append(other)
+    bench.checkpoint()
+    assert bench.files.listdir(QUEUES / "meters@1") == ["0"], "the short one is in views.db"
+    bench.files.crash()
+    remove_tree(bench.files, QUEUES)
+    bench.open()
+    assert bench.store.recovery.queues_reindexed == 1
+    assert len(bodies_of(bench)) == 150
+    bench.append(bench.queue())
+    bench.flush()
+    bench.checkpoint()
+    bench.crash()
+    assert bench.store.recovery.queues_reindexed == 0
+    assert len(bodies_of(bench)) == 151
+
+
+def test_only_what_was_not_saved_is_replayed(bench: StoreBench) -> None:
+    (queue, _) = bench.topic()
+    bench.fill_segments(queue, 5)
+    bench.checkpoint()
+    position = bench.store.checkpoint_position
+    bench.append(queue)
+    bench.flush()
+    bench.files.crash()
+    read: list[str] = []
+    bench.files.before = lambda operation, path: read.append(path.name) if operation == "pread" else None
+    bench.open()
+    assert bench.store.recovery.replayed_from == position
+    assert bench.store.recovery.replayed_entries == 1
+    scanned = {name for name in read if read.count(name) > 1 and name.endswith(".log")}  # a header is read of each
+    assert scanned <= {segment_name(start) for start in bench.segments()[-1:]}
+
+
+def test_a_clean_end_is_believed_without_looking(bench: StoreBench) -> None:
+    (queue, _) = bench.topic()
+    bench.append(queue)
+    bench.store.close()
+    read: list[str] = []
+    bench.files.before = lambda operation, path: read.append(path.name) if operation == "pread" else None
+    bench.open()
+    assert [name for name in read if name.endswith(".log")] == [segment_name(0)], "its header"
+    bench.files.before = None
+    bench.append(bench.queue())
+    bench.flush()
+    bench.crash()
+    assert not bench.store.recovery.is_clean, "the mark of a clean end is gone once the log goes on"
+    assert len(bodies_of(bench)) == 2
+
+
+def test_damage_right_behind_a_clean_end_is_damage(bench: StoreBench) -> None:
+    """The first entry of the next run rots: without the mark being taken back, all of that run would seem never written."""
+    (queue, _) = bench.topic()
+    bench.append(queue)
+    bench.store.close()
+    end = bench.store.flushed_position
+    bench.open()
+    bench.append(bench.queue())
+    bench.flush()
+    bench.append(bench.queue())
+    bench.flush()
+    bench.rot(end + 42)
+    bench.crash()
+    assert bench.store.recovery.damage[0][0] == end
+    assert len(bodies_of(bench)) == 3
+
+
+def test_views_that_cannot_be_read_are_made_again(bench: StoreBench) -> None:
+    busy(bench)
+    bench.files.crash()
+    replace_file(bench.files, FOLDER / "views.db", b"nonsense" * 1000)
+    bench.open()
+    assert not bench.store.recovery.has_views
+    assert describe(bench.store.tables) == describe(fold(bench.disk))
+    bench.checkpoint()
+    bench.crash()
+    assert bench.store.recovery.has_views
+
+
+def test_files_of_topics_that_are_gone_are_removed(bench: StoreBench) -> None:
+    (queue, _) = bench.topic()
+    for _ in range(150):
+        bench.append(queue, size=10)
+    bench.flush()
+    bench.checkpoint()
+    assert bench.files.listdir(QUEUES) == ["meters@1"]
+    bench.store.append_event(TopicDeleted(1))
+    bench.flush()
+    bench.crash()
+    assert bench.files.listdir(QUEUES) == ["meters@1"], "views.db still speaks of them"
+    bench.checkpoint()
+    assert bench.files.listdir(QUEUES) == []
+    bench.files.mkdir(QUEUES / "left@9" / "0")
+    bench.reopen()
+    assert bench.files.listdir(QUEUES) == []
+
+
+def test_the_report_counts(bench: StoreBench) -> None:
+    (queue, _) = bench.topic()
+    bench.append(queue)
+    bench.store.append_event(TopicDeleted(1))
+    bench.flush()
+    entries = len(log_entries(bench.disk))
+    bench.files.crash()
+    bench.files.unlink(FOLDER / "views.db")
+    bench.open()
+    report = bench.store.recovery
+    assert (report.replayed_entries, report.unplaced_batches, report.queues_reindexed) == (entries, 0, 0)
+    assert isinstance(log_entries(bench.disk)[-1][1], BrokerStarted)
+    assert sum(isinstance(content, BatchHeader) for _, content in log_entries(bench.disk)) == 1
+
+
+def test_batches_of_a_topic_that_nobody_knows_are_counted(bench: StoreBench) -> None:
+    """The event that made the topic is damaged, and the views are lost: its messages have no name to be served under."""
+    start = bench.store.appended_position
+    (queue, _) = bench.topic()
+    bench.flush()
+    for _ in range(3):
+        bench.append(queue)
+        bench.flush()
+    bench.rot(start + 42)
+    bench.files.crash()
+    bench.files.unlink(FOLDER / "views.db")
+    bench.files.fsync_dir(FOLDER)
+    bench.open()
+    assert bench.store.recovery.unplaced_batches == 3
+    assert bench.store.tables.topics == {}
+
+
+def test_a_job_that_was_begun_before_a_crash_harms_nobody(bench: StoreBench) -> None:
+    (queue, _) = bench.topic()
+    bench.append(queue)
+    job = bench.store.begin_flush()
+    bench.files.crash()
+    bench.open()
+    run(job)
+    assert bench.store.failure is None
+    assert bench.store.boot == 2
