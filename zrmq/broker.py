@@ -9,8 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from zrmq.client.registration import Registration
 from zrmq.config import BrokerConfig, load, tcp_address
@@ -172,43 +171,18 @@ class BrokerRole:
         on_stopped()
 
 
-class Broker:
+class Broker(Host):
     """One broker. `data` is its folder, made if it is missing; `options` are those of `zrmq broker --help`.
 
-    Any thread may use it; it is started once. Raises `ConfigError` for options that cannot be.
+    Any thread may use it; it is started once. Raises `ConfigError` for options that cannot be; starting recovers the log and
+    raises `FolderLockedError`, `FolderUnusableError`, `AddressInUseError`.
     """
 
     def __init__(self, data: str | Path = "./data", *, config: Config | None = None, **options: Any) -> None:
         self._role = BrokerRole(config if config is not None else load(Config, flags={"data": str(data), **options}))
-        self._host: Host | None = None
+        super().__init__(self._role, name="zrmq-broker")
 
     @property
     def address(self) -> str:
         """What clients connect to; `ClosedError` before the start."""
         return self._role.address
-
-    def start(self) -> None:
-        """Recover the log and listen, in a new thread. Raises `FolderLockedError`, `FolderUnusableError`, `AddressInUseError`."""
-        self._make_host().start()
-
-    def stop(self) -> None:
-        """Answer what was taken, save everything and end the thread. Does nothing when it does not run."""
-        if self._host is not None:
-            self._host.stop()
-
-    def run(self, on_open: Callable[[], None] = lambda: None) -> None:
-        """Run in the main thread until SIGINT or SIGTERM; `on_open` is called when it listens."""
-        self._make_host().run(on_open)
-
-    def _make_host(self) -> Host:
-        if self._host is not None:
-            raise ClosedError("This broker was started already; make a new one to start again.")
-        self._host = Host(self._role, name="zrmq-broker")
-        return self._host
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.stop()

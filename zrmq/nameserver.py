@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from zrmq.config import NameServerConfig, load, tcp_address
 from zrmq.errors import ClosedError
@@ -55,43 +54,17 @@ class NameServerRole:
         on_stopped()
 
 
-class NameServer:
+class NameServer(Host):
     """One NameServer. `options` are those of `zrmq nameserver --help`; any thread may use it; it is started once.
 
-    Raises `ConfigError` for options that cannot be.
+    Raises `ConfigError` for options that cannot be; starting raises `AddressInUseError`, `InvalidArgumentError`.
     """
 
     def __init__(self, config: NameServerConfig | None = None, **options: Any) -> None:
         self._role = NameServerRole(config if config is not None else load(NameServerConfig, flags=options))
-        self._host: Host | None = None
+        super().__init__(self._role, name="zrmq-nameserver")
 
     @property
     def address(self) -> str:
         """What clients and brokers connect to; `ClosedError` before the start."""
         return self._role.address
-
-    def start(self) -> None:
-        """Listen, in a new thread. Raises `AddressInUseError`, `InvalidArgumentError`."""
-        self._make_host().start()
-
-    def stop(self) -> None:
-        """Stop listening and end the thread. Does nothing when it does not run."""
-        if self._host is not None:
-            self._host.stop()
-
-    def run(self, on_open: Callable[[], None] = lambda: None) -> None:
-        """Run in the main thread until SIGINT or SIGTERM; `on_open` is called when it listens."""
-        self._make_host().run(on_open)
-
-    def _make_host(self) -> Host:
-        if self._host is not None:
-            raise ClosedError("This NameServer was started already; make a new one to start again.")
-        self._host = Host(self._role, name="zrmq-nameserver")
-        return self._host
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.stop()

@@ -43,7 +43,7 @@ from zrmq.protocol.requests import (
     decode_request,
     encode,
 )
-from zrmq.transport import memory
+from zrmq.transport import circuit
 from zrmq.transport.interface import Timer
 from zrmq.transport.memory import MemoryNetwork
 from zrmq.transport.sessions import SessionTable
@@ -694,17 +694,28 @@ def test_a_refusal_nobody_asked_for_while_greeting_does_no_harm(world: World, de
 def test_what_a_full_pipe_refuses_follows_in_order(
     open_world: World, desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "PIPE_MESSAGES_MAX", 7)
+    monkeypatch.setattr(circuit, "PIPE_MESSAGES_MAX", 7)
     numbers = [open_world.ask() for _ in range(200)]
     open_world.wait_answered(*numbers)
     assert desk.numbers == numbers
+
+
+def test_a_hello_that_finds_the_pipe_full_is_said_soon_after(
+    world: World, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(circuit, "PIPE_MESSAGES_MAX", 0)
+    world.network.run_for(1_000)
+    assert not desk.hellos
+    monkeypatch.undo()
+    world.run_until(lambda: world.link.is_open, limit_ms=20)
+    assert len(desk.hellos) == 1
 
 
 def test_what_a_full_pipe_keeps_may_end_by_its_deadline_or_be_cancelled(
     open_world: World, desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     desk.loop.pause()
-    monkeypatch.setattr(memory, "PIPE_MESSAGES_MAX", 1)
+    monkeypatch.setattr(circuit, "PIPE_MESSAGES_MAX", 1)
     first, overdue, cancelled, last = open_world.ask(), open_world.ask(timeout_ms=300), open_world.ask(), open_world.ask()
     open_world.link.cancel(cancelled)
     open_world.network.run_for(500)
@@ -719,7 +730,7 @@ def test_a_full_pipe_whose_connection_breaks_is_sent_by_the_next(
     open_world: World, desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     desk.loop.pause()
-    monkeypatch.setattr(memory, "PIPE_MESSAGES_MAX", 3)
+    monkeypatch.setattr(circuit, "PIPE_MESSAGES_MAX", 3)
     numbers = [open_world.ask() for _ in range(20)]
     open_world.network.run_for(100)
     open_world.network.break_connections("client", "server")

@@ -126,6 +126,9 @@ def test_a_rename_is_whole() -> None:
 
 def test_folders_stay_when_they_are_made() -> None:
     files = disk()
+    files.mkdir(FOLDER / "deep")
+    files.fsync_dir(FOLDER)
+    files.rmdir(FOLDER / "deep")
     files.mkdir(FOLDER / "deep" / "deeper")
     files.crash()
     assert files.listdir(FOLDER / "deep") == ["deeper"]
@@ -290,6 +293,19 @@ def test_rot_flips_one_bit_on_the_disk() -> None:
     assert files.rot(FILE, 7) == 7
     with pytest.raises(FileNotFoundError):
         files.rot(FOLDER / "nothing")
+
+
+def test_bad_sectors_cannot_be_read() -> None:
+    files = disk(content=b"0123456789")
+    file = files.open(FILE)
+    files.bad_ranges[FILE] = [(3, 5)]
+    assert file.pread(3, 0) == b"012"
+    assert file.pread(9, 5) == b"56789"
+    for size, position in ((4, 0), (1, 4), (10, 0)):
+        with pytest.raises(OSError, match="Input/output"):
+            file.pread(size, position)
+    files.bad_ranges.clear()
+    assert file.pread(10, 0) == b"0123456789"
 
 
 def test_a_misdirected_write_lands_elsewhere_once() -> None:

@@ -412,7 +412,7 @@ def test_close_before_it_was_used(place: Place) -> None:
     place.lane().close()
 
 
-@pytest.mark.parametrize("address", ["tcp://127.0.0.1:0", "nowhere", "tcp://*:1"])
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:0", "nowhere", "tcp://*:1", "tcp://-host:1"])
 def test_an_address_that_cannot_be_one_is_refused(address: str) -> None:
     context = make_context()
     with pytest.raises(InvalidArgumentError):

@@ -12,14 +12,8 @@ from hypothesis import strategies as st
 
 from zrmq.errors import AddressInUseError, ClosedError
 from zrmq.protocol.limits import MESSAGE_BYTES_MAX
-from zrmq.transport.memory import (
-    HEARTBEAT_INTERVAL_MS,
-    HEARTBEAT_TIMEOUT_MS,
-    PIPE_MESSAGES_MAX,
-    START_TIME_MS,
-    MemoryEndpoint,
-    MemoryNetwork,
-)
+from zrmq.transport.circuit import HEARTBEAT_INTERVAL_MS, HEARTBEAT_TIMEOUT_MS, PIPE_MESSAGES_MAX
+from zrmq.transport.memory import START_TIME_MS, MemoryEndpoint, MemoryNetwork
 
 ADDRESS = "tcp://server:1"
 GIVE_UP_MS = HEARTBEAT_TIMEOUT_MS + HEARTBEAT_INTERVAL_MS

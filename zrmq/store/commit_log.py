@@ -87,7 +87,7 @@ class CommitLog:
 
     def _load_segment(self, start: int) -> Segment:
         path = self.folder / segment_name(start)
-        version = segment_version(read_fully(self._open_files.get(path), SEGMENT_HEADER_BYTES, 0), start)
+        version = segment_version(read_or_zeros(self._open_files.get(path), SEGMENT_HEADER_BYTES, 0), start)
         if version is not None and version > SEGMENT_FORMAT_VERSION:
             raise FolderUnusableError(
                 f"{path} was written by a newer zrmq (format {version}, this one reads up to {SEGMENT_FORMAT_VERSION}); upgrade.",

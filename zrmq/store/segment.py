@@ -23,6 +23,7 @@ import errno
 import re
 import struct
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 from zlib import crc32
@@ -58,7 +59,7 @@ KIND_AT = 3
 _MARK = MAGIC + bytes([FORMAT_VERSION])
 _POSITION = struct.Struct("<Q")
 _POSITION_AT = ASSIGNED_AT + 4
-_SECTOR_BYTES = 4096
+_BLOCK_BYTES = 4096  # what a disk, or the page cache above it, fails to read at once
 _UNREADABLE = (errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO))  # the latter two: a file system's own checksums
 _NAME = re.compile(r"(\d{20})\.log\Z")
 
@@ -238,13 +239,14 @@ def peek_header(block: bytes, at: int) -> EntryHeader | BatchHeader | None:
 
 
 def read_or_zeros(file: OpenFile, size: int, position: int) -> bytes:
-    """What can be read: sectors that the disk cannot give come as zeros, which check out as nothing. Raises other `OSError`s."""
+    """What can be read: blocks that the disk cannot give come as zeros, which check out as nothing. Raises other `OSError`s."""
     try:
         return read_fully(file, size, position)
     except OSError as error:
         if error.errno not in _UNREADABLE:
             raise
-        if size <= _SECTOR_BYTES:
+        end = position + size
+        if position // _BLOCK_BYTES == (end - 1) // _BLOCK_BYTES:
             return bytes(size)
-        ends = range(position, position + size, _SECTOR_BYTES)
-        return b"".join(read_or_zeros(file, min(_SECTOR_BYTES, position + size - start), start) for start in ends)
+        starts = [position, *range(position - position % _BLOCK_BYTES + _BLOCK_BYTES, end, _BLOCK_BYTES)]
+        return b"".join(read_or_zeros(file, stop - start, start) for start, stop in pairwise([*starts, end]))

@@ -21,6 +21,8 @@ later `fdatasync` writes them, as on Linux.
 **Full disk** (`capacity_bytes`). Writing beyond a file's length, and `allocate`, take room; without room they fail with ENOSPC, a
 write after taking what fits. Writing where a file has bytes already always works. A database takes no room.
 
+**Bad sectors** (`bad_ranges`). Reading any byte between two positions of a file fails with EIO, until the range is taken out.
+
 **Silent damage**. `rot` flips a bit on the disk, and nobody is told. `misdirect` lets a file's next write land elsewhere in it.
 
 **Whims**. With `short_writes`, a write takes fewer bytes than given, by the dice. `before` is called with each operation's name
@@ -62,6 +64,7 @@ class FaultyFiles:
     def __init__(self, seed: int = 0, capacity_bytes: int | None = None) -> None:
         self.rng = Random(seed)
         self.capacity_bytes = capacity_bytes
+        self.bad_ranges: dict[Path, list[tuple[int, int]]] = {}
         self.short_writes = False
         self.before: Callable[[str, Path], None] | None = None
         self.counts: Counter[str] = Counter()  # operations by name, for tests that count system calls
@@ -156,7 +159,7 @@ class FaultyFiles:
             if path not in self._names:
                 self.change("mkdir", path)
                 self._apply(_Change(made=path))
-                self._changes.pop().apply(self._synced_names)
+                self._sync_names(path.parent)
             elif self._names[path] is not None:
                 raise _error(errno.ENOTDIR, path)
 
@@ -181,13 +184,7 @@ class FaultyFiles:
     def fsync_dir(self, folder: Path) -> None:
         self.change("fsync_dir", folder)
         self._require_folder(folder)
-        kept = []
-        for change in self._changes:
-            if change.touches(folder):
-                change.apply(self._synced_names)
-            else:
-                kept.append(change)
-        self._changes = kept
+        self._sync_names(folder)
 
     def free_bytes(self, folder: Path) -> int:
         self.look("free_bytes", folder)
@@ -207,7 +204,7 @@ class FaultyFiles:
             database = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False, factory=_Database)
             database.files, database.path = self, path
             self._apply(_Change(made=path, inode=_Inode(path, database)))
-            self._changes.pop().apply(self._synced_names)  # SQLite syncs the folder itself
+            self._sync_names(path.parent)  # SQLite does so itself
         found = self._inode(path).database
         if found is None:
             raise sqlite3.DatabaseError("file is not a database")
@@ -246,6 +243,12 @@ class FaultyFiles:
         if change.inode is not None and change.made is not None:
             change.inode.path = change.made
         self._changes.append(change)
+
+    def _sync_names(self, folder: Path) -> None:
+        for change in self._changes:
+            if change.touches(folder):
+                change.apply(self._synced_names)
+        self._changes = [change for change in self._changes if not change.touches(folder)]
 
     def _inode(self, path: Path) -> _Inode:
         if path not in self._names:
@@ -363,6 +366,9 @@ class _FaultyFile:
     def pread(self, size: int, position: int) -> bytes:
         self._require_open()
         self._files.look("pread", self._inode.path)
+        for start, end in self._files.bad_ranges.get(self._inode.path, ()):
+            if position < end and start < position + size:
+                raise _error(errno.EIO, self._inode.path)
         return bytes(self._inode.content[position : position + size])
 
     def pwritev(self, buffers: Sequence[Buffer], position: int) -> int:

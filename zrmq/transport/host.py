@@ -50,9 +50,7 @@ class Host:
 
     def start(self) -> None:
         """Open the roles in a new thread and return when all are open. Raises what the first that cannot open raises."""
-        if self._thread is not None:
-            raise ClosedError(f"{self._name} was started already; make a new one to start again.")
-        self._reactor = Reactor()
+        self._make_reactor()
         self._thread = threading.Thread(target=self._main, name=self._name, daemon=True)
         self._thread.start()
         self._opened.wait()
@@ -71,7 +69,7 @@ class Host:
 
     def run(self, on_open: Callable[[], None] = lambda: None) -> None:
         """Run in the calling thread, which must be the main one, until SIGINT or SIGTERM; call `on_open` when all is open."""
-        self._reactor = Reactor()
+        self._make_reactor()
         before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             self._main(on_open)
@@ -87,6 +85,12 @@ class Host:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.stop()
+
+    def _make_reactor(self) -> None:
+        """Not in the constructor: what is never started holds nothing."""
+        if self._reactor is not None:
+            raise ClosedError(f"{self._name} was started already; make a new one to start again.")
+        self._reactor = Reactor()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         log.info("signal_received", signal=signal.Signals(number).name)

@@ -1,0 +1,115 @@
+"""The broker's door over real sockets and files: starts, stops, restarts, and what keeps it from starting."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.unit.real_cluster import await_brokers
+
+import zrmq
+from zrmq.errors import AddressInUseError, ClosedError, ConfigError, FolderLockedError, FolderUnusableError
+
+
+@pytest.fixture
+def nameserver() -> Iterator[str]:
+    with zrmq.NameServer(nameserver_port=0, start_grace_ms=0) as nameserver:
+        yield nameserver.address
+
+
+def make(folder: Path, nameserver: str, **options: Any) -> zrmq.Broker:
+    return zrmq.Broker(folder, nameservers=nameserver, **{"broker_port": 0, "ingest_port": 0, **options})
+
+
+def test_what_was_acknowledged_is_there_after_a_restart(tmp_path: Path, nameserver: str) -> None:
+    with make(tmp_path / "data", nameserver) as broker:
+        await_brokers(nameserver, 1)
+        with zrmq.Producer(nameservers=nameserver) as producer:
+            handles = [producer.send_async("meters", f"{number}") for number in range(500)]
+            broker.stop()  # a graceful stop answers what it took
+            stored = [handle.message_id for handle in handles if _is_stored(handle)]
+    with make(tmp_path / "data", nameserver), zrmq.connect(nameserver) as fabric:
+        await_brokers(nameserver, 1)
+        reader = fabric.pull_consumer(None, "meters", consume_from=zrmq.ConsumeFrom.EARLIEST)
+        found: set[str] = set()
+        while not found >= set(stored):
+            messages = reader.poll(timeout_ms=5_000)
+            assert messages, "an acknowledged message is missing"
+            found |= {message.message_id for message in messages}
+
+
+def _is_stored(handle: Any) -> bool:
+    try:
+        handle.result(200)
+    except zrmq.ZrmqError:
+        return False
+    return True
+
+
+def test_a_folder_has_one_broker(tmp_path: Path, nameserver: str) -> None:
+    with make(tmp_path / "data", nameserver):
+        second = make(tmp_path / "data", nameserver, broker_name="broker-b")
+        with pytest.raises(FolderLockedError, match="pid"):
+            second.start()
+
+
+def test_a_folder_of_another_broker_is_refused(tmp_path: Path, nameserver: str) -> None:
+    with make(tmp_path / "data", nameserver):
+        pass
+    with pytest.raises(FolderUnusableError, match="broker-a"):
+        make(tmp_path / "data", nameserver, broker_name="broker-b").start()
+
+
+def test_a_file_is_no_folder(tmp_path: Path, nameserver: str) -> None:
+    (tmp_path / "data").write_text("not a folder")
+    with pytest.raises(FolderUnusableError, match="Not a directory"):
+        make(tmp_path / "data", nameserver).start()
+
+
+def test_a_taken_port_is_named_and_the_folder_let_go(tmp_path: Path, nameserver: str) -> None:
+    with make(tmp_path / "one", nameserver) as broker:
+        port = int(broker.address.rpartition(":")[2])
+        with pytest.raises(AddressInUseError, match=str(port)):
+            make(tmp_path / "two", nameserver, broker_port=port, broker_name="broker-b").start()
+    with make(tmp_path / "two", nameserver, broker_name="broker-b"):
+        pass
+
+
+def test_it_is_started_once_and_stopped_any_number_of_times(tmp_path: Path, nameserver: str) -> None:
+    broker = make(tmp_path / "data", nameserver)
+    with pytest.raises(ClosedError, match="start it first"):
+        _ = broker.address
+    broker.stop()
+    broker.start()
+    with pytest.raises(ClosedError, match="make a new one"):
+        broker.start()
+    broker.stop()
+    broker.stop()
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"brocker_name": "x"}, "did you mean broker_name"),
+        ({"host": "0.0.0.0"}, "insecure"),
+        ({"session_timeout_ms": "soon"}, "duration"),
+        ({"broker_port": 70_000}, "65535"),
+        ({"nameservers": ""}, "No NameServer"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_is_touched(tmp_path: Path, options: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        zrmq.Broker(tmp_path / "data", **options)
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_broker_without_a_nameserver_serves_when_one_appears(tmp_path: Path) -> None:
+    with zrmq.NameServer(nameserver_port=0) as first:
+        address = first.address
+    port = int(address.rpartition(":")[2])
+    with make(tmp_path / "data", address), zrmq.NameServer(nameserver_port=port, start_grace_ms=0):
+        await_brokers(address, 1)
+        with zrmq.Producer(nameservers=address) as producer:
+            assert producer.send("meters", b"21.5").queue_offset == 0

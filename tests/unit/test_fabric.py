@@ -1,0 +1,69 @@
+"""One object for a program: embedded or connected, and what closing it closes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.unit.real_cluster import running_cluster
+
+import zrmq
+from zrmq.errors import ClosedError, ConfigError, FolderLockedError, UnreachableError
+
+
+def test_embedded_sends_and_reads_and_opens_no_port(tmp_path: Path) -> None:
+    with zrmq.embedded(tmp_path) as fabric:
+        with fabric.producer() as producer:
+            producer.send("meters", b"21.5")
+        reader = fabric.pull_consumer("reports", "meters", consume_from=zrmq.ConsumeFrom.EARLIEST)
+        assert [message.body for message in reader.poll(timeout_ms=5_000)] == [b"21.5"]
+        assert all(address.startswith("inproc://") for address in fabric.nameservers)
+
+
+def test_an_embedded_broker_keeps_its_messages(tmp_path: Path) -> None:
+    with zrmq.embedded(tmp_path) as fabric:
+        fabric.producer().send("meters", b"21.5")
+    with zrmq.embedded(tmp_path) as fabric:
+        reader = fabric.pull_consumer(None, "meters", consume_from=zrmq.ConsumeFrom.EARLIEST)
+        assert [message.body for message in reader.poll(timeout_ms=5_000)] == [b"21.5"]
+
+
+def test_a_folder_is_embedded_once(tmp_path: Path) -> None:
+    with zrmq.embedded(tmp_path), pytest.raises(FolderLockedError):
+        zrmq.embedded(tmp_path)
+
+
+def test_two_embedded_brokers_do_not_meet(tmp_path: Path) -> None:
+    with zrmq.embedded(tmp_path / "one") as one, zrmq.embedded(tmp_path / "two") as two:
+        one.producer().send("meters", b"1")
+        assert list(two.admin().topics()) == []
+
+
+def test_closing_closes_what_was_made_and_ends_it(tmp_path: Path) -> None:
+    fabric = zrmq.embedded(tmp_path)
+    producer = fabric.producer()
+    fabric.close()
+    fabric.close()
+    with pytest.raises(ClosedError):
+        producer.send("meters", b"late")
+    with pytest.raises(ClosedError, match="make a new one"):
+        fabric.producer()
+
+
+def test_connected_clients_reach_a_running_cluster(tmp_path: Path) -> None:
+    with running_cluster(tmp_path) as nameserver, zrmq.connect(nameserver) as fabric:
+        assert fabric.producer().send("meters", b"21.5").broker_name == "broker-a"
+
+
+def test_nobody_there_is_said_with_the_address() -> None:
+    with zrmq.connect("tcp://127.0.0.1:1") as fabric:
+        producer = fabric.producer()
+        with pytest.raises(UnreachableError, match="127.0.0.1:1"):
+            producer.send("meters", b"21.5", timeout_ms=1_500)
+
+
+def test_wrong_addresses_and_options_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="tcp://HOST:PORT"):
+        zrmq.connect("no address")
+    with pytest.raises(ConfigError, match="did you mean"):
+        zrmq.embedded(tmp_path, default_queue_cuont=1)
