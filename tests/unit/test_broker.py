@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.real_cluster import await_brokers
 
 import zrmq
+from tests.unit.real_cluster import await_brokers
 from zrmq.errors import AddressInUseError, ClosedError, ConfigError, FolderLockedError, FolderUnusableError
 
 

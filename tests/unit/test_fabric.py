@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.unit.real_cluster import running_cluster
 
 import zrmq
+from tests.unit.real_cluster import running_cluster
 from zrmq.errors import ClosedError, ConfigError, FolderLockedError, UnreachableError
 
 

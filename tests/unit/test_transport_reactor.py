@@ -131,6 +131,13 @@ def test_who_uses_it_first_owns_it(reactor: Reactor) -> None:
         lambda: reactor.listen_pull("inproc://x", lambda peer, frames: None), reactor.run,
     ):
         assert isinstance(in_thread(call), AssertionError)
+    endpoint = reactor.listen("inproc://owned", lambda peer, frames: None)
+    for connection in (
+        reactor.connect("inproc://owned", Deaf()), reactor.connect("tcp://127.0.0.1:1", Deaf()),
+        reactor.connect_push("tcp://127.0.0.1:1"),
+    ):
+        assert isinstance(in_thread(lambda connection=connection: connection.send([b"x"])), AssertionError)  # type: ignore[misc]
+    assert isinstance(in_thread(lambda: endpoint.send(b"peer", [b"x"])), AssertionError)
     assert in_thread(lambda: reactor.call_soon_threadsafe(lambda: None)) is None
     assert in_thread(reactor.stop) is None
 

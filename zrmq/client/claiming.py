@@ -37,6 +37,7 @@ NO_COMMIT = -1  # as the offset of a release
 
 # A broker refuses so when it does not know itself what the next start will find in its log.
 UNKNOWN_OUTCOME = frozenset({Code.STORE_FAILED, Code.INTERNAL_ERROR})
+STILL_HELD = UNKNOWN_OUTCOME | {Code.DISK_FULL}  # after these a lease that was to be released may be ours still
 
 
 class ClaimListener(Protocol):
@@ -142,7 +143,7 @@ class LeaseClaims:
             return
         self.pending.discard(queue)
         del self._releases[queue]
-        is_open = isinstance(reply, ClosedError) or (isinstance(reply, ZrmqError) and reply.code in UNKNOWN_OUTCOME)
+        is_open = isinstance(reply, ClosedError) or (isinstance(reply, ZrmqError) and reply.code in STILL_HELD)
         if is_open:
             self._doubtful[queue] = lease_epoch
         self._listener.on_unclaimed(RETRY_MS if is_open else 0.0 if isinstance(reply, Done) else HELD_PAUSE_MS)

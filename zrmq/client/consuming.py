@@ -294,8 +294,9 @@ class ConsumerCore:
         self._committer.commit_last(reading)
         offset = NO_COMMIT if reading.is_suspect else self._inbox.commit_offset(reading.process_queue)
         self.reader.end(reading)
-        self._claims.let_go(reading, offset)
+        # Said before it is done: whoever gets the queue next says so later than this, on any clock both can see.
         log.info("queue_given_back", **_place(reading.queue), group=self._config.group, offset=offset)
+        self._claims.let_go(reading, offset)
 
     def _lose(self, reading: Reading, error: ZrmqError) -> None:
         """The lease or the broker is gone: what is buffered is nobody's, what is in flight is not committed."""

@@ -27,6 +27,7 @@ answered with `DamageError`; the store then builds the queue's entries anew from
 
 from __future__ import annotations
 
+import errno
 import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ from zlib import crc32
 from zrmq.errors import DamageError
 from zrmq.files import Files, read_fully, write_fully
 from zrmq.store.open_files import OpenFiles
+from zrmq.store.segment import UNREADABLE
 from zrmq.store.tables import Queue, Topic
 
 ENTRIES_PER_FILE = 65_536
@@ -104,13 +106,15 @@ class Shelf:
         return self.folder_of_topic(queue.topic) / str(queue.queue_id)
 
     def read(self, folder: Path, number: int, count: int) -> bytes:
-        """Up to `count` packed entries from `number` on, within one file. Raises `DamageError`."""
+        """Up to `count` packed entries from `number` on, of one file. Raises `DamageError`; `OSError` if it may work later."""
         first = number - number % self._entries_per_file
         path = folder / f"{first:020d}"
         size = min(count, first + self._entries_per_file - number) * ENTRY_BYTES
         try:
             data = read_fully(self._open_files.get(path), size, (number - first) * ENTRY_BYTES)
         except OSError as error:
+            if error.errno not in (*UNREADABLE, errno.ENOENT):
+                raise
             raise DamageError(f"The queue file {path} cannot be read: {error}.", path=str(path)) from error
         if len(data) < size:
             raise DamageError(f"The queue file {path} is shorter than it was.", path=str(path))

@@ -82,11 +82,13 @@ class Upkeep:
         return job
 
     def trim(self, index: ConsumeQueue) -> None:
-        """Let the queue begin where the log does."""
+        """Let the queue begin where the log does; later, if its files cannot be read now."""
         try:
             index.trim(self._log.start)
         except DamageError:
             self.queue_damaged(index.queue)
+        except OSError as error:
+            log.warning("queue_not_trimmed", topic=index.queue.topic.config.topic, reason=str(error))
 
     def _trim(self) -> bool:
         """Some of the queues that begin before the log does. Returns whether there are more."""

@@ -48,8 +48,8 @@ class Reader:
             return _chunk(queue, PullStatus.NOTHING, offset)
         try:
             choice = _choose(index, offset, bytes_max, tag_mask)
-        except DamageError as error:
-            raise self._reindex(queue) from error
+        except (DamageError, OSError) as error:
+            raise self._not_ready(queue, error) from error
         index.remember(choice.next_offset, choice.number, offset)
         if choice.entries:
             return self._read(queue, choice)
@@ -61,10 +61,12 @@ class Reader:
         try:
             frames, good_count = read_batches(self._log, queue, choice.entries)
         except OSError as error:
-            raise NotReadyError(f"The log cannot be read just now: {error}. Ask again shortly.", reason=str(error)) from error
+            raise self._not_ready(queue, error) from error
         if good_count == len(choice.entries):
             return _chunk(queue, PullStatus.FOUND, choice.next_offset, frames)
         damaged = choice.entries[good_count]
+        if damaged.position < self._log.start:  # deleted, and the queue has not been trimmed yet
+            return _chunk(queue, PullStatus.MOVED, damaged.next_offset)
         self._on_damage((damaged.position, damaged.position + damaged.length))
         if good_count:
             return _chunk(queue, PullStatus.FOUND, damaged.base_offset, frames)
@@ -76,8 +78,8 @@ class Reader:
         try:
             number = index.find_time(timestamp_ms)
             offset = index.entry(number).base_offset if number < index.end else queue.visible_offset
-        except DamageError as error:
-            raise self._reindex(queue) from error
+        except (DamageError, OSError) as error:
+            raise self._not_ready(queue, error) from error
         return min(offset, queue.visible_offset)
 
     def _index(self, queue: Queue) -> ConsumeQueue:
@@ -85,11 +87,16 @@ class Reader:
         if index.first_position < self._log.start:
             self._upkeep.trim(index)
         if queue in self._upkeep.reindexing:
-            raise self._reindex(queue)
+            raise self._being_reindexed(queue)
         return index
 
-    def _reindex(self, queue: Queue) -> NotReadyError:
+    def _not_ready(self, queue: Queue, error: DamageError | OSError) -> NotReadyError:
+        if isinstance(error, OSError):
+            return NotReadyError(f"The log cannot be read just now: {error}. Ask again shortly.", reason=str(error))
         self._upkeep.queue_damaged(queue)
+        return self._being_reindexed(queue)
+
+    def _being_reindexed(self, queue: Queue) -> NotReadyError:
         name = queue.topic.config.topic
         return NotReadyError(
             f"The index of queue {queue.queue_id} of {name!r} was damaged and is being made anew; ask again shortly.",

@@ -60,7 +60,7 @@ _MARK = MAGIC + bytes([FORMAT_VERSION])
 _POSITION = struct.Struct("<Q")
 _POSITION_AT = ASSIGNED_AT + 4
 _BLOCK_BYTES = 4096  # what a disk, or the page cache above it, fails to read at once
-_UNREADABLE = (errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO))  # the latter two: a file system's own checksums
+UNREADABLE = (errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO))  # the latter two: a file system's own checksums
 _NAME = re.compile(r"(\d{20})\.log\Z")
 
 assert _HEADER.size == SEGMENT_HEADER_BYTES
@@ -243,7 +243,7 @@ def read_or_zeros(file: OpenFile, size: int, position: int) -> bytes:
     try:
         return read_fully(file, size, position)
     except OSError as error:
-        if error.errno not in _UNREADABLE:
+        if error.errno not in UNREADABLE:
             raise
         end = position + size
         if position // _BLOCK_BYTES == (end - 1) // _BLOCK_BYTES:

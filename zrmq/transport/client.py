@@ -22,6 +22,9 @@ from zrmq.transport.wire import is_readable, receive_message, send_message
 if TYPE_CHECKING:
     from zrmq.transport.reactor import Reactor
 
+_WRONG_THREAD = "a connection is used from the loop's thread; use call_soon_threadsafe"
+
+
 def connect(reactor: Reactor, address: Address, listener: ConnectionListener) -> Connection:
     """The connection for this kind of address."""
     if address.scheme == "inproc":
@@ -75,6 +78,7 @@ class SocketConnection:
         reactor.watch(self._socket, self._read)
 
     def send(self, frames: Frames) -> bool:
+        assert self._reactor.is_owner(), _WRONG_THREAD
         return self._is_connected and try_send(self._socket, frames)
 
     def close(self) -> None:
@@ -118,6 +122,7 @@ class PushConnection:
             raise
 
     def send(self, frames: Frames) -> bool:
+        assert self._reactor.is_owner(), _WRONG_THREAD
         return not self._is_closed and try_send(self._socket, frames)
 
     def close(self) -> None:
@@ -142,6 +147,7 @@ class InprocConnection:
         self._directory.add_watch(self._watch)
 
     def send(self, frames: Frames) -> bool:
+        assert self._reactor.is_owner(), _WRONG_THREAD
         return self._socket is not None and try_send(self._socket, frames)
 
     def close(self) -> None:

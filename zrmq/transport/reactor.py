@@ -95,7 +95,7 @@ class Reactor:
     # --- Loop -------------------------------------------------------------------------------------------------------
 
     def call_later(self, delay_ms: float, callback: Callback) -> ReactorTimer:
-        assert self._is_owner(), "call_later is for the loop's thread; use call_soon_threadsafe"
+        assert self.is_owner(), "call_later is for the loop's thread; use call_soon_threadsafe"
         timer = ReactorTimer(self, callback)
         heappush(self._timers, (self.clock.monotonic_ms() + delay_ms, next(self._timer_numbers), timer))
         return timer
@@ -174,6 +174,13 @@ class Reactor:
         """A connection or endpoint was closed."""
         self._closables.pop(closable, None)
 
+    def is_owner(self) -> bool:
+        """Whether this is the loop's thread; the first that asks becomes it. For asserts."""
+        here = threading.get_ident()
+        if self._owner is None:
+            self._owner = here
+        return self._owner == here
+
     def timer_cancelled(self) -> None:
         """Count it, and sweep them out when there are many."""
         self._cancelled_count += 1
@@ -233,15 +240,9 @@ class Reactor:
 
     # --- checks -----------------------------------------------------------------------------------------------------
 
-    def _is_owner(self) -> bool:
-        here = threading.get_ident()
-        if self._owner is None:
-            self._owner = here
-        return self._owner == here
-
     def _check_usable(self) -> None:
         check_fork(self._forks)
-        assert self._is_owner(), "a reactor is used from the thread that used it first"
+        assert self.is_owner(), "a reactor is used from the thread that used it first"
         if self._has_ended:
             raise ClosedError("The loop has ended; make a new one.")
 

@@ -59,6 +59,7 @@ class SocketEndpoint:
         return str(self._bound)
 
     def send(self, peer: bytes, frames: Frames) -> bool:
+        assert self._reactor.is_owner(), "an endpoint is used from the loop's thread"
         if self._is_closed:
             return False
         try:

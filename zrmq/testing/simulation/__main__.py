@@ -34,8 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m zrmq.testing.simulation",
-        description="Run simulated clusters through faults and check every promise. Exit codes: 0 all kept, 1 some broken, 2 wrong usage.",
-        epilog="Example: python -m zrmq.testing.simulation --seed 1 --runs 1000",
+        description="Run simulated clusters through faults and check every promise.",
+        epilog="Exit codes: 0 all kept, 1 some broken, 2 wrong usage. "
+        "Example: python -m zrmq.testing.simulation --seed 1 --runs 1000",
     )
     parser.add_argument("--seed", type=int, default=1, help="the first seed (default 1)")
     parser.add_argument("--runs", type=int, default=1, help="how many seeds, one after the other (default 1)")
@@ -81,7 +82,8 @@ class _Tally:
         elapsed_ms = self._clock.monotonic_ms() - self._began_ms
         facts = {
             "runs": self._runs, "failed": sorted(self.failed), "elapsed_ms": round(elapsed_ms),
-            "virtual_ms": round(self._virtual_ms), "healed_ms_max": round(self._healed_ms_max), "events": dict(sorted(self._counts.items())),
+            "virtual_ms": round(self._virtual_ms), "healed_ms_max": round(self._healed_ms_max),
+            "events": dict(sorted(self._counts.items())),
         }
         if self._as_json:
             _write_json(facts)
@@ -89,8 +91,8 @@ class _Tally:
         for seed, reason in self.failed.items():
             sys.stdout.write(f"seed {seed}: {reason}\n")
         sys.stdout.write(
-            f"{self._runs} runs, {len(self.failed)} failed; {self._virtual_ms / 1000:.0f} virtual seconds in {elapsed_ms / 1000:.1f} s,"
-            f" healthy at most {self._healed_ms_max / 1000:.1f} s after the last fault\n"
+            f"{self._runs} runs, {len(self.failed)} failed; {self._virtual_ms / 1000:.0f} virtual seconds in"
+            f" {elapsed_ms / 1000:.1f} s, healthy at most {self._healed_ms_max / 1000:.1f} s after the last fault\n"
         )
 
 

@@ -9,14 +9,19 @@ from zrmq.client.reading import PULL_BYTES_MIN
 from zrmq.message import ConsumeFrom, MessageModel, MessageQueue
 from zrmq.testing.simulation.consumers import BOUNDS, VirtualConsumer
 from zrmq.testing.simulation.log_check import LogCheck
-from zrmq.testing.simulation.plan import GroupPlan
+from zrmq.testing.simulation.log_watch import Placed
+from zrmq.testing.simulation.plan import FAULTS, GroupPlan
 from zrmq.testing.simulation.producers import BUFFER_BYTES
 from zrmq.testing.simulation.promises import Posting
 from zrmq.testing.simulation.servers import VirtualBroker
-from zrmq.testing.simulation.trace import BrokenPromise
+from zrmq.testing.simulation.trace import BrokenPromise, spell
 from zrmq.testing.simulation.world import World
 
 REPLIES_HELD_MAX = 2_000
+PULLS_PER_QUEUE_MAX = 2  # and client
+WATCHES_PER_CLIENT_MAX = 4
+ISOLATING = FAULTS.keys() - {"clock_step", "producer_crash", "consumer_crash", "consumer_leave", "consumer_join"}
+GHOSTS_MAX = 100  # watches of clients that are gone and whose sessions have not run out
 
 
 # --- while it lasts -----------------------------------------------------------------------------------------------------
@@ -33,6 +38,10 @@ def check_bounds(world: World) -> None:
         bytes_max = BOUNDS.size_bytes + len(consumer.core.reader.readings) * max(PULL_BYTES_MIN, world.plan.segment_bytes)
         if not 0 <= held_bytes <= bytes_max:
             raise BrokenPromise("memory", f"{consumer.who} holds {held_bytes} bytes of messages; its bound is {bytes_max}.")
+    watches_max = WATCHES_PER_CLIENT_MAX * len(world.network.loops) + GHOSTS_MAX
+    for nameserver in world.nameservers:
+        if nameserver.machine is not None and nameserver.watch_count > watches_max:
+            raise BrokenPromise("memory", f"{nameserver.name} holds {nameserver.watch_count} watches.")
     for producer in world.producers:
         held_bytes = producer.accumulator.buffered_bytes
         if not 0 <= held_bytes <= BUFFER_BYTES:
@@ -43,8 +52,8 @@ def _check_broker_bounds(world: World, broker: VirtualBroker) -> None:
     core = broker.core
     if len(core.outbox) > REPLIES_HELD_MAX:
         raise BrokenPromise("memory", f"{broker.name} holds {len(core.outbox)} replies.")
-    queues = sum(topic.queue_count for topic in world.plan.topics)
-    pulls_max = 4 * queues * max(len(core.sessions), 1)
+    # A pull of a session that ended is forgotten with the next tick; so count who lives, and those who may just have gone.
+    pulls_max = PULLS_PER_QUEUE_MAX * sum(topic.queue_count for topic in world.plan.topics) * len(world.network.loops)
     if core.pulling.held_count > pulls_max:
         raise BrokenPromise("memory", f"{broker.name} holds {core.pulling.held_count} pulls of {len(core.sessions)} sessions.")
 
@@ -86,12 +95,14 @@ def _group_troubles(world: World, group: GroupPlan) -> Iterator[str]:
                 yield from _lag_troubles(group, broker, queue, instance_name)
 
 
-def _lease_troubles(group: GroupPlan, broker: VirtualBroker, queue: MessageQueue, members: list[VirtualConsumer]) -> Iterator[str]:
+def _lease_troubles(
+    group: GroupPlan, broker: VirtualBroker, queue: MessageQueue, members: list[VirtualConsumer]
+) -> Iterator[str]:
     topic = broker.store.tables.topics[queue.topic]
     known = broker.store.tables.groups.get(group.name)
     lease = known.leases.get((topic.topic_id, queue.queue_id)) if known is not None else None
     if lease is None or not any(member.who == lease.client_id and member.holds(queue) for member in members):
-        yield f"{queue} is leased to {lease} of {group.name}, and no live member holds it."
+        yield f"{spell(queue)} is leased to {lease} of {group.name}, and no live member holds it."
 
 
 def _lag_troubles(group: GroupPlan, broker: VirtualBroker, queue: MessageQueue, instance_name: str) -> Iterator[str]:
@@ -100,7 +111,7 @@ def _lag_troubles(group: GroupPlan, broker: VirtualBroker, queue: MessageQueue, 
     committed = known.start_offset(topic, queue.queue_id, instance_name) if known is not None else None
     next_offset = topic.queues[queue.queue_id].next_offset
     if committed is None or committed < next_offset:
-        yield f"{group.name} {instance_name} has committed {committed} of {next_offset} on {queue}."
+        yield f"{group.name} {instance_name} has committed {committed} of {next_offset} on {spell(queue)}."
 
 
 # --- the accounts at the end ----------------------------------------------------------------------------------------------
@@ -125,7 +136,8 @@ def _check_views(broker: VirtualBroker, check: LogCheck) -> None:
             contents = check.watch.queues.get((topic.topic_id, queue.queue_id), {})
             bodies = dict(broker.read_all(queue))
             if bodies != {offset: placed.body for offset, placed in contents.items()}:
-                raise BrokenPromise("views", f"{broker.name} serves {len(bodies)} messages of {queue!r}; its log has {len(contents)}.")
+                counts = f"{len(bodies)} messages of {queue}; its log has {len(contents)}"
+                raise BrokenPromise("views", f"{broker.name} serves {counts}.")
 
 
 def _check_acknowledged(world: World, checks: dict[str, LogCheck]) -> None:
@@ -135,7 +147,8 @@ def _check_acknowledged(world: World, checks: dict[str, LogCheck]) -> None:
         for offset, posting in postings.items():
             placed = contents.get(offset)
             if (placed is None or placed.body != posting.body) and not world.promises.may_be_lost(posting):
-                raise BrokenPromise("lost", f"{posting} was acknowledged at {offset} of {queue}, where there is {placed} in the end.")
+                place = f"{offset} of {spell(queue)}"
+                raise BrokenPromise("lost", f"{posting} was acknowledged at {place}; in the end {placed} is there.")
 
 
 def _check_copies(world: World, checks: dict[str, LogCheck]) -> None:
@@ -160,18 +173,28 @@ def _copies_max(posting: Posting) -> int:
 
 def _check_consumed(world: World, group: GroupPlan, checks: dict[str, LogCheck]) -> None:
     """Each group got everything it subscribed to; what was sent after it was ready counts as that."""
-    instances = sorted({name for known, name in world.ready_ms if known == group.name})
     for topic in group.topics:
         for queue in world.all_queues(topic):
-            check = checks[queue.broker_name]
-            start = _start(world, group, queue)
-            for offset, placed in check.contents(queue).items():
-                posting = world.promises.postings[placed.body]
-                for instance_name in instances:
-                    is_later = posting.posted_ms > world.ready_ms[group.name, instance_name]
-                    is_owed = is_later if group.message_model is MessageModel.BROADCASTING else offset >= start or is_later
-                    if is_owed and not world.promises.is_finished(group.name, instance_name, queue, offset, placed.body):
-                        raise BrokenPromise("missed", f"{group.name} {instance_name} never got {posting}, at {offset} of {queue} (start {start}).")
+            contents = checks[queue.broker_name].contents(queue)
+            for known, instance_name in world.ready_ms:
+                if known == group.name:
+                    _check_instance(world, group, instance_name, queue, contents)
+
+
+def _check_instance(
+    world: World, group: GroupPlan, instance_name: str, queue: MessageQueue, contents: dict[int, Placed]
+) -> None:
+    start, ready_ms = _start(world, group, queue), world.ready_ms[group.name, instance_name]
+    is_clustering, is_informed = group.message_model is MessageModel.CLUSTERING, _is_informed(world, group, queue)
+    for offset, placed in contents.items():
+        posting = world.promises.postings[placed.body]
+        is_later = is_informed and posting.posted_ms > ready_ms
+        if not (is_later or (is_clustering and offset >= start)):
+            continue
+        if not world.promises.is_finished(group.name, instance_name, queue, offset, placed.body):
+            raise BrokenPromise(
+                "missed", f"{group.name} {instance_name} never got {posting}, at {offset} of {spell(queue)}; it began at {start}."
+            )
 
 
 def _start(world: World, group: GroupPlan, queue: MessageQueue) -> int:
@@ -179,3 +202,13 @@ def _start(world: World, group: GroupPlan, queue: MessageQueue) -> int:
         return 0
     event = world.promises.subscriptions.get((queue.broker_name, group.name, queue.topic))
     return 0 if event is None else dict(event.starts).get(queue.queue_id, 0)
+
+
+def _is_informed(world: World, group: GroupPlan, queue: MessageQueue) -> bool:
+    """Whether the queue's broker knew when the group had first subscribed. It cannot when nobody who did could be asked."""
+    if group.consume_from is ConsumeFrom.EARLIEST or not ISOLATING & world.plan.faults.keys():
+        return True
+    known = world.promises.subscriptions
+    since_ms = [event.since_ms for (_, name, topic), event in known.items() if (name, topic) == (group.name, queue.topic)]
+    here = known.get((queue.broker_name, group.name, queue.topic))
+    return here is not None and here.since_ms == min(since_ms)

@@ -1,4 +1,4 @@
-"""The consumers of a run: the real core and inbox, workers in virtual time, and listeners that take a while and sometimes raise."""
+"""The consumers of a run: the real core and inbox, workers in virtual time, listeners that take a while and sometimes raise."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ Each life of a broker has a check of its own that reads the log from its beginni
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from zrmq.files import Files
 from zrmq.message import MessageQueue
@@ -14,7 +14,7 @@ from zrmq.protocol.events import GroupSubscribed, LeaseGranted, OffsetsCommitted
 from zrmq.store.tables import Tables
 from zrmq.testing.simulation.log_watch import Entry, LogWatch, Placed
 from zrmq.testing.simulation.promises import Promises
-from zrmq.testing.simulation.trace import BrokenPromise
+from zrmq.testing.simulation.trace import BrokenPromise, spell
 
 
 class LogCheck:
@@ -54,28 +54,23 @@ class LogCheck:
 
     def unflushed_bodies(self) -> list[bytes]:
         """What a power cut may take."""
-        return [
-            placed.body for contents in self.watch.queues.values() for placed in contents.values() if placed.end > self.flushed_position
-        ]
+        queues = self.watch.queues.values()
+        return [placed.body for contents in queues for placed in contents.values() if placed.end > self.flushed_position]
 
     def compare_with_former(self, former: LogCheck, survives_until: int) -> None:
         """Everything the former life had up to a position must be here, unchanged."""
         for position, (end, crc) in former.watch.entries.items():
             if end <= survives_until and self.watch.entries.get(position) != (end, crc):
-                raise BrokenPromise(
-                    "survival", f"{self._broker_name} lost the entry at {position}..{end} of its log; all up to {survives_until} was safe."
-                )
+                self._fail("survival", f"the entry at {position}..{end} is lost; all up to {survives_until} was safe.")
 
     def compare_tables(self, tables: Tables) -> None:
         """The store's tables must equal a fold of its log."""
         ours, theirs = describe_tables(self.watch.tables), describe_tables(tables)
         for name in ours:
             if ours[name] != theirs[name]:
-                raise BrokenPromise(
-                    "views", f"{self._broker_name}: the {name} are {theirs[name]}, but a fold of the log gives {ours[name]}."
-                )
+                self._fail("views", f"the {name} are {theirs[name]}, but a fold of the log gives {ours[name]}.")
 
-    def _fail(self, kind: str, reason: str) -> None:
+    def _fail(self, kind: str, reason: str) -> NoReturn:
         raise BrokenPromise(kind, f"{self._broker_name}: {reason}")
 
     def _check_batch(self, entry: Entry) -> None:
@@ -83,12 +78,11 @@ class LogCheck:
         assert batch is not None
         topic = self.watch.tables.topics_by_id.get(batch.topic_id)
         if topic is None or batch.queue_id >= len(topic.queues):
-            self._fail("log", f"a batch at {entry.position} for queue {batch.queue_id} of topic id {batch.topic_id}, which does not exist.")
-            return
+            self._fail("log", f"there is no queue {batch.queue_id} of topic {batch.topic_id} for the batch at {entry.position}.")
         next_offset = topic.queues[batch.queue_id].next_offset
         queue = MessageQueue(topic.config.topic, self._broker_name, batch.queue_id)
         if batch.base_offset != next_offset:
-            self._fail("dense", f"{queue} goes on at {batch.base_offset} after {next_offset}.")
+            self._fail("dense", f"{spell(queue)} goes on at {batch.base_offset} after {next_offset}.")
         if batch.record_count != len(entry.bodies):
             self._fail("log", f"the batch at {entry.position} has {len(entry.bodies)} records and says {batch.record_count}.")
         for index, body in enumerate(entry.bodies):
@@ -96,18 +90,19 @@ class LogCheck:
 
     def _check_message(self, queue: MessageQueue, offset: int, producer_id: int, sequence: int, body: bytes) -> None:
         if (producer_id, sequence) in self._sequences:
-            self._fail("double", f"sequence {sequence} of producer {producer_id:x} is in the log twice, now at {offset} of {queue}.")
+            place = f"{offset} of {spell(queue)}"
+            self._fail("double", f"sequence {sequence} of producer {producer_id:x} is there twice, now at {place}.")
         self._sequences.add((producer_id, sequence))
         posting = self._promises.postings.get(body)
         if posting is None or posting.producer_id != producer_id:
-            self._fail("log", f"nobody sent what is at {offset} of {queue}.")
+            self._fail("log", f"nobody sent what is at {offset} of {spell(queue)}.")
             return
         if not posting.is_in_order:
             return
         key = (queue, producer_id, posting.kind)
         last = self._last_numbers.get(key, -1)
         if posting.number <= last:
-            self._fail("order", f"{posting} is at {offset} of {queue} behind number {last}, which was sent later.")
+            self._fail("order", f"{posting} is at {offset} of {spell(queue)} behind number {last}, which was sent later.")
         self._last_numbers[key] = posting.number
 
     def _check_grant(self, event: LeaseGranted) -> None:
@@ -125,10 +120,9 @@ class LogCheck:
             topic = self.watch.tables.topics_by_id.get(topic_id)
             if topic is None or queue_id >= len(topic.queues):
                 self._fail("commit", f"{event} is for a queue that does not exist.")
-                continue
             queue = MessageQueue(topic.config.topic, self._broker_name, queue_id)
             if offset > topic.queues[queue_id].next_offset:
-                self._fail("commit", f"{event} commits beyond the end of {queue}, {topic.queues[queue_id].next_offset}.")
+                self._fail("commit", f"{event} commits beyond the end of {spell(queue)}, {topic.queues[queue_id].next_offset}.")
             known = (event.instance_name, topic_id, queue_id)
             is_start = bool(event.instance_name) and (group is None or known not in group.offsets)
             if group is not None and not is_start:
@@ -137,13 +131,13 @@ class LogCheck:
 
     def _check_move(self, event: OffsetsCommitted, queue: MessageQueue, before: int, offset: int) -> None:
         if offset < before and not self._promises.is_async(queue.topic):  # after a loss consumers go back by a reset
-            self._fail("commit", f"group {event.group} went back on {queue} from {before} to {offset} without a reset.")
+            self._fail("commit", f"group {event.group} went back on {spell(queue)} from {before} to {offset} without a reset.")
         for at in range(before, offset):
             placed = self.placed(queue, at)
             if placed is not None and not self._promises.is_finished(event.group, event.instance_name, queue, at, placed.body):
                 self._fail(
-                    "commit", f"group {event.group} {event.instance_name} committed {offset} on {queue}, but nobody finished"
-                    f" {self._promises.postings.get(placed.body)} at {at}."
+                    "commit", f"group {event.group} {event.instance_name} committed {offset} on {spell(queue)}, but nobody"
+                    f" finished {self._promises.postings.get(placed.body)} at {at}."
                 )
 
 
@@ -156,7 +150,8 @@ def describe_tables(tables: Tables) -> dict[str, Any]:
         },
         "names": {name: topic.topic_id for name, topic in sorted(tables.topics.items())},
         "groups": {
-            name: (dict(group.subscriptions), dict(group.offsets), dict(group.leases)) for name, group in sorted(tables.groups.items())
+            name: (dict(group.subscriptions), dict(group.offsets), dict(group.leases))
+            for name, group in sorted(tables.groups.items())
         },
         "windows": {key: (window.highest_sequence, bytes(window.sent)) for key, window in sorted(tables.windows.items())},
         "numbers": (tables.next_topic_id, tables.boot),

@@ -55,8 +55,8 @@ class VirtualProducer:
         self.machine: Machine = world.network.machine(name)
         self.producer_id = rng.getrandbits(63) | 1
         config = AccumulatorConfig(
-            self.producer_id, BUFFER_BYTES, False, plan.batch_records_max, min(plan.segment_bytes // 2, 64 * 1024), plan.linger_ms,
-            compress=rng.random() < 0.2,
+            self.producer_id, BUFFER_BYTES, block_when_full=False, batch_records_max=plan.batch_records_max,
+            batch_bytes_max=min(plan.segment_bytes // 2, 64 * 1024), linger_ms=plan.linger_ms, compress=rng.random() < 0.2,
         )
         self.accumulator = Accumulator(config, self.machine.clock, new_lock=NoLock, wake=self._wake, may_wait=lambda: False)
         identity = Identity(self.who, "producer", "senders")

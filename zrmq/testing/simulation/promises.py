@@ -13,15 +13,15 @@ from zrmq.errors import UnreachableError, ZrmqError
 from zrmq.message import FlushMode, Message, MessageQueue, SendReceipt
 from zrmq.protocol.events import GroupSubscribed
 from zrmq.testing.simulation.plan import GroupPlan, Plan
-from zrmq.testing.simulation.trace import BrokenPromise
+from zrmq.testing.simulation.trace import BrokenPromise, spell
 
 
 class Posting:
     """One message handed to a producer, and its outcome."""
 
     __slots__ = (
-        "answered_ms", "body", "error", "handle", "kind", "number", "posted_ms", "producer_id", "queue", "receipt", "sender", "tag",
-        "topic",
+        "answered_ms", "body", "error", "handle", "kind", "number", "posted_ms", "producer_id", "queue", "receipt", "sender",
+        "tag", "topic",
     )
 
     def __init__(self, sender: str, producer_id: int, number: int, target: Target, tag: str | None) -> None:
@@ -84,11 +84,12 @@ class Promises:
         if posting.kind is OneWay:
             return
         if posting.queue is not None and outcome.queue != posting.queue:
-            raise BrokenPromise("bound", f"{posting} for {posting.queue} was stored in {outcome.queue}.")
+            raise BrokenPromise("bound", f"{posting} for {spell(posting.queue)} was stored in {spell(outcome.queue)}.")
         queue = self.acknowledged.setdefault(outcome.queue, {})
         other = queue.get(outcome.queue_offset)
         if other is not None and not self.may_be_lost(other):
-            raise BrokenPromise("double", f"{other} and {posting} were both acknowledged at {outcome.queue_offset} of {outcome.queue}.")
+            place = f"{outcome.queue_offset} of {spell(outcome.queue)}"
+            raise BrokenPromise("double", f"{other} and {posting} were both acknowledged at {place}.")
         queue[outcome.queue_offset] = posting
 
     def may_lose(self, bodies: Iterable[bytes]) -> None:

@@ -47,7 +47,12 @@ class VirtualNameServer:
         """Come up, knowing nothing."""
         self._world.note(self.name, "started")
         self.machine = self._world.network.machine(self.name)
-        NameServerCore(self.machine, self.address, self._rng)
+        self._core = NameServerCore(self.machine, self.address, self._rng)
+
+    @property
+    def watch_count(self) -> int:
+        """Of the running one."""
+        return self._core.watch_count
 
     def crash(self) -> None:
         """End without a word."""
@@ -205,8 +210,8 @@ class VirtualBroker:
                 segment_bytes=plan.segment_bytes, checkpoint_ms=plan.checkpoint_ms, free_bytes_warn=0, free_bytes_delete=0,
                 free_bytes_min=2 * plan.segment_bytes,
             ),
-            broker_name=self.name, cluster="simulated", data=str(self.folder), nameservers=tuple(self._world.nameserver_addresses),
-            session_timeout_ms=plan.session_timeout_ms,
+            broker_name=self.name, cluster="simulated", data=str(self.folder),
+            nameservers=tuple(self._world.nameserver_addresses), session_timeout_ms=plan.session_timeout_ms,
         )
 
     def _draw_job_ms(self) -> float:

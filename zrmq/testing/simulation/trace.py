@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter, deque
 from hashlib import blake2b
 
+from zrmq.message import MessageQueue
+
 EVENTS_KEPT = 200
 
 
@@ -23,8 +25,8 @@ class BrokenPromise(BaseException):
 class SimulationError(Exception):
     """A run in which a promise was broken, or the cluster did not become healthy. The text has all that is needed to repeat it.
 
-    `seed` repeats the run exactly; `kind` names the checker, `reason` the broken promise in one sentence; `story` has the plan and
-    the last events.
+    `seed` repeats the run exactly; `kind` names the checker, `reason` the broken promise in one sentence; `story` has the plan
+    and the last events.
     """
 
     def __init__(self, seed: int, kind: str, reason: str, story: str) -> None:
@@ -36,6 +38,11 @@ class SimulationError(Exception):
 
     def __str__(self) -> str:
         return f"[{self.kind}] {self.reason}\n{self.story}"
+
+
+def spell(queue: MessageQueue) -> str:
+    """A queue in an event or a reason."""
+    return f"{queue.broker_name}/{queue.topic}/{queue.queue_id}"
 
 
 class Trace:

@@ -17,7 +17,7 @@ from zrmq.testing.simulation.plan import GroupPlan, Plan
 from zrmq.testing.simulation.producers import VirtualProducer
 from zrmq.testing.simulation.promises import Posting, Promises
 from zrmq.testing.simulation.servers import VirtualBroker, VirtualNameServer
-from zrmq.testing.simulation.trace import BrokenPromise, Trace
+from zrmq.testing.simulation.trace import BrokenPromise, Trace, spell
 from zrmq.transport.memory import MemoryTimer
 
 
@@ -120,15 +120,16 @@ class World:
         if broker.check is None or broker.machine is None:
             return  # down, or not looked at yet: looked at when it is back
         placed = broker.check.placed(receipt.queue, receipt.queue_offset)
+        place = f"{receipt.queue_offset} of {spell(receipt.queue)}"
         if placed is None or placed.body != posting.body:
-            raise BrokenPromise("lost", f"{posting} was acknowledged at {receipt.queue_offset} of {receipt.queue}, where there is {placed}.")
+            raise BrokenPromise("lost", f"{posting} was acknowledged at {place}; {placed} is there.")
         if placed.end > broker.store.flushed_position and not self.promises.is_async(posting.topic):
-            raise BrokenPromise("flush", f"{posting} was acknowledged before it was flushed, at {receipt.queue_offset} of {receipt.queue}.")
+            raise BrokenPromise("flush", f"{posting} was acknowledged before it was flushed, at {place}.")
 
     def handed_out(self, consumer: VirtualConsumer, unit: Unit) -> None:
         """A consumer gives messages to a listener."""
         queue = unit.process_queue.queue
-        self.note(consumer.who, "handed_out", f"{queue.broker_name}/{queue.topic}/{queue.queue_id} {unit.offset}..{unit.next_offset}")
+        self.note(consumer.who, "handed_out", f"{spell(queue)} {unit.offset}..{unit.next_offset}")
         if not consumer.is_broadcasting:
             for other in self.consumers:
                 if other is not consumer and other.group is consumer.group:
@@ -147,9 +148,10 @@ class World:
             return
         placed = broker.check.placed(message.queue, message.queue_offset)
         if placed is None or placed.body != message.body:
-            raise BrokenPromise("phantom", f"{consumer.who} got {posting} at {message.queue_offset} of {message.queue}, where there is {placed}.")
+            place = f"{message.queue_offset} of {spell(message.queue)}"
+            raise BrokenPromise("phantom", f"{consumer.who} got {posting} from {place}; {placed} is there.")
         if placed.end > broker.store.flushed_position:
-            raise BrokenPromise("visible", f"{consumer.who} got {posting} of {message.queue} before it was flushed.")
+            raise BrokenPromise("visible", f"{consumer.who} got {posting} of {spell(message.queue)} before it was flushed.")
 
     def listened(self, consumer: VirtualConsumer, message: Message, is_failing: bool) -> None:
         """A listener was called."""
@@ -184,9 +186,8 @@ class World:
 
 
 def _check_owner(consumer: VirtualConsumer, other: VirtualConsumer, queue: MessageQueue, offset: int) -> None:
+    what = f"{consumer.who} delivers {spell(queue)} from {offset}"
     if other.holds(queue):
-        raise BrokenPromise(
-            "owner", f"{consumer.who} delivers {queue} from {offset} while {other.who} holds a lease on it, valid by its own rules."
-        )
+        raise BrokenPromise("owner", f"{what} while {other.who} holds a lease that is valid by its own rules.")
     if other.is_giving_back(queue):
-        raise BrokenPromise("drain", f"{consumer.who} delivers {queue} from {offset} while {other.who} still works on some of it.")
+        raise BrokenPromise("drain", f"{what} while {other.who} still works on some of it.")
