@@ -15,6 +15,7 @@ from zrmq.protocol.batch import (
     BatchHeader,
     Columns,
     EntryHeader,
+    decode_records,
     encode_batch,
     entry_checks_out,
     iter_batches,
@@ -174,9 +175,7 @@ def append(
 
 def read_all(store: Store, queue: Queue, bytes_max: int = 4096) -> list[tuple[BatchHeader, list[bytes]]]:
     """All visible batches of a queue that are not damaged, from its first offset on."""
-    from zrmq.protocol.batch import decode_records
-
-    found, offset = [], queue.min_offset
+    found, offset = [], store.read(queue, queue.min_offset, 1).min_offset  # a read trims the queue where that is due
     while offset < queue.visible_offset:
         chunk = store.read(queue, offset, bytes_max)
         assert chunk.next_offset > offset, chunk

@@ -202,10 +202,12 @@ def test_a_queue_whose_beginning_is_gone_begins_where_its_log_does() -> None:
 def test_batches_without_a_place_change_nothing() -> None:
     tables = folded(PUT, header(count=5))
     before = describe(tables)
-    assert tables.apply_batch(header(topic_id=9)) is None
     assert tables.apply_batch(header(queue_id=2)) is None
     assert tables.apply_batch(header(base_offset=4)) is None
     assert describe(tables) == before
+    assert tables.apply_batch(header(topic_id=9)) is None
+    assert describe(tables)["topics"] == before["topics"]
+    assert tables.next_topic_id == 10, "an id that was used is not used again, though nobody knows the topic any more"
 
 
 def test_a_batch_sent_again_is_recognized() -> None:

@@ -25,13 +25,13 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True):
     store_bytes_max: Annotated[
         int, meta("Size of the log beyond which its oldest segment is deleted, expired or not; 0 sets no bound.", ge=0)
     ] = 0
-    free_bytes_warn: Annotated[
+    free_warn_bytes: Annotated[
         int, meta("Free disk space below which a warning is logged.", ge=0)
     ] = GIB
-    free_bytes_delete: Annotated[
+    free_delete_bytes: Annotated[
         int, meta("Free disk space below which the oldest segment is deleted, expired or not.", ge=0)
     ] = 512 * MIB
-    free_bytes_min: Annotated[
+    free_refuse_bytes: Annotated[
         int, meta("Free disk space below which messages are refused; reads and commits go on.", ge=0)
     ] = 256 * MIB
     checkpoint_bytes: Annotated[

@@ -59,7 +59,8 @@ class Flusher:
         self.thread_count += 1
         self._started.append((job, on_finished))
         if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="zrmq-flusher", daemon=True)
+            name = "zrmq-flusher" if self._inline_below_ms else "zrmq-upkeep"
+            self._thread = threading.Thread(target=self._work, name=name, daemon=True)
             self._thread.start()
         self._queue.put(job)
 

@@ -102,7 +102,7 @@ class Upkeep:
     def _expire(self, saved_position: int) -> list[tuple[Segment, Path | None]]:
         config = self._config
         excess_bytes = max(self._log.size_bytes - config.store_bytes_max, 0) if config.store_bytes_max else 0
-        is_disk_low = self.free_bytes is not None and self.free_bytes < config.free_bytes_delete
+        is_disk_low = self.free_bytes is not None and self.free_bytes < config.free_delete_bytes
         if is_disk_low:
             excess_bytes = max(excess_bytes, 1)  # one segment; then the disk is looked at again
         count = expired_count(
@@ -126,7 +126,7 @@ class Upkeep:
             return None
         half_bytes = self._log.segment_bytes // 2
         is_half_full = self._log.limit - self._log.appended_position < half_bytes
-        room_bytes = (self.free_bytes or 0) - self._config.free_bytes_min
+        room_bytes = (self.free_bytes or 0) - self._config.free_refuse_bytes
         return self._log.next_spare() if is_half_full and room_bytes >= self._log.segment_bytes else None
 
     # --- damage -------------------------------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ class Upkeep:
 
     def _warn_of_full_disk(self, free_bytes: int) -> None:
         now_ms = self._clock.monotonic_ms()
-        if free_bytes < self._config.free_bytes_warn and now_ms >= self._next_warning_ms:
+        if free_bytes < self._config.free_warn_bytes and now_ms >= self._next_warning_ms:
             self._next_warning_ms = now_ms + WARN_AGAIN_MS
             log.warning("disk_low", free_bytes=free_bytes, folder=str(self._log.folder.parent))
 

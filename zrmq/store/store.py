@@ -136,8 +136,13 @@ class Store:
         for index in self._views.indexes():
             self._upkeep.trim(index)
         self._database.mark_started()
-        self.append_event(BrokerStarted(self.tables.boot + 1))
+        self.append_event(BrokerStarted(self._next_boot()))
         self._flush_now()
+
+    def _next_boot(self) -> int:
+        """One more than the last; where the event that said so is deleted and the views are lost, the time, which is more too."""
+        is_known = self.recovery.has_views or self._log.start == 0
+        return self.tables.boot + 1 if is_known else max(self.tables.boot + 1, self._clock.time_ms() // 1000)
 
     # --- what there is ------------------------------------------------------------------------------------------------
 
@@ -268,9 +273,6 @@ class Store:
         self._log.finish_flush(flush)
         for queue, offset in awaiting.items():
             self._show(queue, offset)
-        checkpoint = self._checkpoint
-        if checkpoint is not None and checkpoint.position > flush.position:
-            self.needs_flush = True
 
     def take_visible(self) -> list[Queue]:
         """The queues that have more to show than at the last call."""
@@ -286,7 +288,7 @@ class Store:
 
     def _admit_batch(self, length: int) -> None:
         """The slow path of the check: a segment is full, the disk is, or the store has failed."""
-        reserve_bytes = self._config.free_bytes_min
+        reserve_bytes = self._config.free_refuse_bytes
         self._require_working()
         if self._is_disk_full:
             self._look_again()
@@ -318,13 +320,13 @@ class Store:
             self._disk_seen(self._files.free_bytes(self._folder))
         if self._is_disk_full:
             raise DiskFullError(
-                f"The disk of {self._folder} has less than {self._config.free_bytes_min} bytes left, and those stay free. Free"
+                f"The disk of {self._folder} has less than {self._config.free_refuse_bytes} bytes left, and those stay free. Free"
                 " some space or lower retention_ms; sending works again by itself.",
-                folder=str(self._folder), free_bytes_min=self._config.free_bytes_min,
+                folder=str(self._folder), free_refuse_bytes=self._config.free_refuse_bytes,
             )
 
     def _disk_seen(self, free_bytes: int) -> None:
-        is_full = free_bytes < self._config.free_bytes_min
+        is_full = free_bytes < self._config.free_refuse_bytes
         if is_full != self._is_disk_full:
             log.warning("disk_full" if is_full else "disk_has_room", free_bytes=free_bytes, folder=str(self._folder))
         self._is_disk_full = is_full

@@ -178,10 +178,13 @@ class Tables:
     # --- batches ------------------------------------------------------------------------------------------------------
 
     def apply_batch(self, header: BatchHeader) -> Queue | None:
-        """Fold one batch of the log. Returns its queue; None, and nothing changes, when the tables have no place for it:
+        """Fold one batch of the log. Returns its queue; None, and no queue changes, when the tables have no place for it:
         its topic is gone, or the queue has offsets beyond it already."""
         topic = self.topics_by_id.get(header.topic_id)
-        if topic is None or header.queue_id >= len(topic.queues):
+        if topic is None:
+            self.next_topic_id = max(self.next_topic_id, header.topic_id + 1)  # the log may begin behind the topic's own event
+            return None
+        if header.queue_id >= len(topic.queues):
             return None
         queue = topic.queues[header.queue_id]
         if header.base_offset < queue.next_offset:

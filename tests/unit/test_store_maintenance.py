@@ -1,0 +1,480 @@
+"""Upkeep: segments deleted and recycled, spares, the disk's room, and the search for damage."""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+import pytest
+
+from tests.unit.store_bench import FOLDER, LOG, QUEUES, SEGMENT_BYTES, StoreBench, run
+from zrmq.errors import DiskFullError
+from zrmq.protocol.events import TopicDeleted
+from zrmq.protocol.requests import PullStatus
+from zrmq.store import maintenance
+from zrmq.store.maintenance import TRIMS_MAX
+
+HOUR_MS = 3_600_000
+
+
+def spares(bench: StoreBench) -> list[str]:
+    return [name for name in bench.files.listdir(LOG) if name.startswith("spare")]
+
+
+def old_bench(segments: int = 4, **config: Any) -> StoreBench:
+    """A log of so many segments that is saved, and an hour old."""
+    bench = StoreBench(**{"retention_ms": HOUR_MS, **config})
+    (queue, _) = bench.topic()
+    bench.fill_segments(queue, segments - len(bench.segments()))
+    bench.checkpoint()
+    bench.clock.advance(HOUR_MS + 1)
+    return bench
+
+
+# --- segments that go -----------------------------------------------------------------------------------------------------
+
+
+def test_expired_segments_go_and_the_queue_begins_later() -> None:
+    bench = old_bench()
+    queue = bench.queue()
+    bench.maintain()
+    assert bench.segments() == [3 * SEGMENT_BYTES]
+    assert bench.store.start_position == 3 * SEGMENT_BYTES
+    bench.maintain()
+    assert 0 < queue.min_offset < queue.next_offset
+    chunk = bench.store.read(queue, 0, 1000)
+    assert (chunk.status, chunk.next_offset) == (PullStatus.MOVED, queue.min_offset)
+    assert len(bench.bodies(queue)) == queue.next_offset - queue.min_offset
+    assert bench.store.offset_at(queue, 0) == queue.min_offset
+
+
+def test_deleted_segments_stay_deleted() -> None:
+    for seed in range(20):
+        bench = old_bench(seed=seed)
+        bench.maintain(2)
+        first = bench.queue().min_offset
+        for _ in range(3):
+            bench.append(bench.queue())
+            bench.flush()
+        bench.checkpoint()
+        bench.crash()
+        assert bench.store.start_position == 3 * SEGMENT_BYTES
+        assert bench.queue().min_offset == first
+        assert len(bench.bodies(bench.queue())) == bench.queue().next_offset - first
+
+
+def test_a_deletion_that_a_crash_took_back_is_made_good() -> None:
+    """The views know that the segments are gone; the folder was not synced, and they are back."""
+    bench = old_bench()
+    bench.files.before = lambda operation, path: None
+    bench.clock.advance(1000)
+    job = bench.store.begin_maintenance()
+    bench.flush()
+    bench.checkpoint()  # saves the new beginning while the job has not run
+    bench.crash()
+    assert bench.segments() == [3 * SEGMENT_BYTES]
+    assert bench.queue().min_offset > 0
+    run(job)
+
+
+def test_a_crash_right_after_the_deletion_loses_nothing_else() -> None:
+    for seed in range(20):
+        bench = old_bench(seed=seed)
+        total = bench.queue().next_offset
+        bench.maintain()
+        bench.crash()
+        assert bench.store.recovery.damage == []
+        assert bench.queue().next_offset == total
+        assert len(bench.bodies(bench.queue())) == total - bench.queue().min_offset
+
+
+def test_nothing_goes_that_is_not_saved() -> None:
+    bench = StoreBench(retention_ms=HOUR_MS)
+    (queue, _) = bench.topic()
+    bench.fill_segments(queue, 3)
+    bench.clock.advance(HOUR_MS * 9)
+    bench.maintain(3)
+    assert bench.store.start_position == 0
+    bench.checkpoint()
+    bench.maintain()
+    assert bench.store.start_position > 0
+
+
+def test_a_failing_save_keeps_the_log() -> None:
+    bench = StoreBench(retention_ms=HOUR_MS)
+    (queue, _) = bench.topic()
+    bench.fill_segments(queue, 3)
+    bench.clock.advance(HOUR_MS * 9)
+    bench.files.fail("commit", times=99)
+    bench.checkpoint()
+    bench.maintain(3)
+    assert bench.store.start_position == 0
+    bench.files.heal()
+    bench.checkpoint()
+    bench.maintain()
+    assert bench.store.start_position > 0
+
+
+def test_a_queue_all_of_whose_batches_are_gone_is_empty() -> None:
+    bench = StoreBench(retention_ms=HOUR_MS)
+    quiet, busy = bench.topic()
+    bench.append(quiet, count=5)
+    bench.fill_segments(busy, 3)
+    bench.checkpoint()
+    bench.clock.advance(HOUR_MS + 1)
+    bench.maintain(2)
+    assert (quiet.min_offset, quiet.next_offset) == (5, 5)
+    assert bench.store.read(quiet, 5, 1000).status is PullStatus.NOTHING
+    assert bench.append(quiet).base_offset == 5
+    bench.flush()
+    bench.checkpoint()
+    bench.crash()
+    assert (bench.queue().min_offset, bench.queue().next_offset) == (5, 6)
+    assert len(bench.bodies(bench.queue())) == 1
+
+
+def test_a_topic_that_keeps_longer_keeps_its_segment() -> None:
+    bench = StoreBench(retention_ms=HOUR_MS)
+    (keeper,) = bench.topic("keeper", 1, retention_ms=HOUR_MS * 10)
+    (other,) = bench.topic("other", 1)
+    bench.fill_segments(other, 2)
+    bench.append(keeper)
+    bench.fill_segments(other, 2)
+    bench.checkpoint()
+    bench.clock.advance(HOUR_MS + 1)
+    bench.maintain(2)
+    assert bench.store.start_position == 2 * SEGMENT_BYTES
+    assert len(bench.bodies(keeper)) == 1
+    bench.store.append_event(TopicDeleted(keeper.topic.topic_id))
+    bench.maintain(2)
+    assert bench.store.start_position == 4 * SEGMENT_BYTES
+
+
+def test_what_each_topic_has_in_a_segment_survives_restarts() -> None:
+    bench = StoreBench(retention_ms=HOUR_MS)
+    (keeper,) = bench.topic("keeper", 1, retention_ms=HOUR_MS * 10)
+    (other,) = bench.topic("other", 1)
+    bench.append(keeper)
+    bench.fill_segments(other, 2)
+    bench.reopen()
+    bench.fill_segments(bench.queue("other"), 2)
+    bench.checkpoint()
+    bench.crash()
+    bench.checkpoint()
+    bench.clock.advance(HOUR_MS + 1)
+    bench.maintain(2)
+    assert bench.store.start_position == 0
+    bench.clock.advance(HOUR_MS * 10)
+    bench.maintain(2)
+    assert bench.store.start_position > 0
+
+
+def test_the_store_has_a_size() -> None:
+    bench = StoreBench(store_bytes_max=4 * SEGMENT_BYTES)
+    (queue, _) = bench.topic()
+    for _ in range(12):
+        bench.fill_segments(queue, 1)
+        bench.checkpoint()
+        bench.maintain()
+        assert bench.files.used_bytes <= 5 * SEGMENT_BYTES + 8000
+    assert len(bench.segments()) <= 4
+    assert bench.bodies(queue)
+
+
+def test_a_disk_that_fills_up_takes_the_oldest_segment_at_each_look() -> None:
+    bench = old_bench(6, retention_ms=HOUR_MS * 99, free_delete_bytes=10 * SEGMENT_BYTES, free_refuse_bytes=0, free_warn_bytes=0)
+    bench.files.capacity_bytes = bench.files.used_bytes + int(7.5 * SEGMENT_BYTES)
+    bench.maintain()
+    assert len(bench.segments()) == 6, "the first look only finds out"
+    for left in (5, 4, 3):
+        bench.maintain()
+        assert len(bench.segments()) == left
+    bench.maintain(2)
+    assert len(bench.segments()) == 3, "there is room enough now"
+    assert spares(bench) == [], "recycling would free nothing"
+
+
+def test_queue_files_go_with_the_log() -> None:
+    bench = StoreBench(retention_ms=HOUR_MS)
+    bench.store._views.shelf._entries_per_file = 100
+    (queue, _) = bench.topic()
+    for _ in range(350):
+        bench.append(queue, size=300)
+    bench.flush()
+    bench.checkpoint()
+    assert len(bench.files.listdir(QUEUES / "meters@1" / "0")) == 4
+    bench.clock.advance(HOUR_MS + 1)
+    bench.maintain(2)
+    assert queue.min_offset > 200
+    assert len(bench.files.listdir(QUEUES / "meters@1" / "0")) == 4
+    bench.checkpoint()
+    assert len(bench.files.listdir(QUEUES / "meters@1" / "0")) <= 2
+    assert len(bench.bodies(queue)) == 350 - queue.min_offset
+
+
+def test_many_queues_are_trimmed_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(maintenance, "TRIMS_MAX", 10)
+    bench = StoreBench(retention_ms=HOUR_MS)
+    queues = bench.topic(queue_count=35)
+    for queue in queues:
+        bench.append(queue)
+    (other,) = bench.topic("other", 1)
+    bench.fill_segments(other, 2)
+    bench.checkpoint()
+    bench.clock.advance(HOUR_MS + 1)
+    left = []
+    for _ in range(6):
+        bench.maintain()
+        left.append(sum(queue.min_offset == 0 for queue in queues))
+    assert left[:2] == [35, 25]
+    assert left[-1] == 0
+    assert TRIMS_MAX > 10
+
+
+def test_a_queue_is_trimmed_when_it_is_read() -> None:
+    bench = old_bench()
+    bench.maintain()
+    queue = bench.queue()
+    assert bench.store.read(queue, 0, 1000).status is PullStatus.MOVED
+    assert queue.min_offset > 0
+
+
+def test_what_is_known_only_from_deleted_segments_is_gone_with_the_views_but_never_given_again() -> None:
+    bench = old_bench()
+    bench.maintain(2)
+    for _ in range(3):
+        bench.append(bench.queue())
+        bench.flush()
+    bench.files.crash()
+    bench.files.unlink(FOLDER / "views.db")
+    bench.files.fsync_dir(FOLDER)
+    bench.open()
+    assert bench.store.tables.topics == {}
+    assert bench.store.recovery.unplaced_batches > 3
+    assert bench.store.tables.next_topic_id == 2
+    assert bench.store.boot > 1_000_000_000, "greater than any before: lease epochs count on it"
+    boot = bench.store.boot
+    (queue, _) = bench.topic()
+    bench.append(queue)
+    bench.flush()
+    bench.crash()
+    assert bench.store.boot == boot + 1
+    assert len(bench.bodies(bench.queue())) == 1
+
+
+# --- spares ---------------------------------------------------------------------------------------------------------------
+
+
+def test_deleted_segments_are_written_again() -> None:
+    bench = old_bench(6)
+    bench.maintain()
+    assert len(spares(bench)) == 2, "no more than are wanted"
+    made = bench.files.counts["allocate"]
+    bench.fill_segments(bench.queue(), 2)
+    assert bench.files.counts["allocate"] == made
+    assert spares(bench) == []
+    bench.maintain()
+    queue = bench.queue()
+    assert len(bench.bodies(queue)) == queue.next_offset - queue.min_offset
+    assert bench.store.damage == []
+    bench.crash()
+    queue = bench.queue()
+    assert len(bench.bodies(queue)) == queue.next_offset - queue.min_offset
+    assert bench.store.recovery.damage == []
+
+
+def test_what_a_recycled_segment_held_never_comes_back() -> None:
+    for seed in range(15):
+        bench = old_bench(5, seed=seed)
+        bench.maintain(2)
+        for _ in range(30):
+            bench.append(bench.queue(), size=600)
+        bench.store.write()
+        total = bench.queue().next_offset
+        bench.crash()
+        queue = bench.queue()
+        assert queue.next_offset <= total
+        assert len(bench.bodies(queue)) == queue.next_offset - queue.min_offset
+        assert bench.store.recovery.damage == []
+
+
+def test_a_spare_is_made_when_half_of_the_segment_is_used() -> None:
+    bench = StoreBench()
+    (queue, _) = bench.topic()
+    bench.maintain(2)
+    assert spares(bench) == []
+    while bench.store.appended_position < SEGMENT_BYTES // 2 + 100:
+        bench.append(queue)
+    bench.maintain(2)
+    assert len(spares(bench)) == 1
+    assert bench.files.size(LOG / spares(bench)[0]) == SEGMENT_BYTES
+    bench.maintain(3)
+    assert len(spares(bench)) == 1
+    made = bench.files.counts["allocate"]
+    bench.fill_segments(queue, 1)
+    assert bench.files.counts["allocate"] == made
+    assert spares(bench) == []
+
+
+def test_no_spare_is_made_of_what_has_to_stay_free() -> None:
+    bench = StoreBench(free_refuse_bytes=2 * SEGMENT_BYTES, free_delete_bytes=0)
+    (queue, _) = bench.topic()
+    while bench.store.appended_position < SEGMENT_BYTES // 2 + 100:
+        bench.append(queue)
+    bench.files.capacity_bytes = bench.files.used_bytes + 3 * SEGMENT_BYTES - 1
+    bench.maintain(3)
+    assert spares(bench) == []
+    bench.files.capacity_bytes += 10_000
+    bench.maintain(2)
+    assert len(spares(bench)) == 1
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_a_spare_that_cannot_be_made_leaves_nothing(number: int) -> None:
+    bench = StoreBench()
+    (queue, _) = bench.topic()
+    while bench.store.appended_position < SEGMENT_BYTES // 2 + 100:
+        bench.append(queue)
+    bench.flush()
+    bench.maintain()
+    bench.files.fail("pwritev", number, path="spare")
+    bench.maintain()
+    assert spares(bench) == []
+    assert bench.store.failure is None
+    bench.maintain()
+    assert len(spares(bench)) == 1
+
+
+def test_a_roll_while_a_spare_is_being_made_makes_one_itself() -> None:
+    bench = StoreBench()
+    (queue, _) = bench.topic()
+    while bench.store.appended_position < SEGMENT_BYTES // 2 + 100:
+        bench.append(queue)
+    bench.maintain()
+    bench.clock.advance(1000)
+    job = bench.store.begin_maintenance()
+    assert job is not None
+    bench.fill_segments(queue, 1)
+    job.run()
+    bench.fill_segments(queue, 1)
+    job.finish()
+    assert len(spares(bench)) == 1
+    bench.fill_segments(queue, 2)
+    assert len(bench.bodies(queue)) == queue.next_offset
+
+
+# --- the disk's room ------------------------------------------------------------------------------------------------------
+
+
+def test_the_disk_is_looked_at_once_a_second() -> None:
+    bench = StoreBench()
+    assert bench.store.begin_maintenance() is not None
+    bench = StoreBench()
+    bench.maintain()
+    looks = bench.files.counts["free_bytes"]
+    assert bench.store.begin_maintenance() is None
+    bench.maintain()
+    assert bench.files.counts["free_bytes"] == looks + 1
+
+
+def test_one_job_at_a_time() -> None:
+    bench = StoreBench()
+    bench.clock.advance(1000)
+    job = bench.store.begin_maintenance()
+    bench.clock.advance(1000)
+    assert bench.store.begin_maintenance() is None
+    run(job)
+    assert bench.store.begin_maintenance() is not None
+
+
+def test_low_disks_are_warned_of_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
+    bench = StoreBench(free_warn_bytes=1 << 40, free_delete_bytes=0, free_refuse_bytes=0)
+    bench.files.capacity_bytes = 1 << 30
+    bench.maintain(5)
+    assert capsys.readouterr().err.count("disk_low") == 1
+    bench.clock.advance(HOUR_MS)
+    bench.maintain(5)
+    assert capsys.readouterr().err.count("disk_low") == 1
+
+
+def test_a_disk_full_for_batches_says_so_once_and_when_it_is_over(capsys: pytest.CaptureFixture[str]) -> None:
+    bench = StoreBench(free_refuse_bytes=1 << 20, free_delete_bytes=0, free_warn_bytes=0)
+    (queue, _) = bench.topic()
+    bench.files.capacity_bytes = bench.files.used_bytes + 1000
+    bench.maintain(3)
+    with pytest.raises(DiskFullError):
+        bench.append(queue)
+    assert capsys.readouterr().err.count("disk_full") == 1
+    bench.files.capacity_bytes = None
+    bench.maintain()
+    bench.append(queue)
+    assert capsys.readouterr().err.count("disk_has_room") == 1
+
+
+def test_a_look_that_fails_is_not_the_end() -> None:
+    bench = StoreBench()
+    bench.files.fail("free_bytes")
+    bench.maintain()
+    bench.maintain()
+    assert bench.store.failure is None
+
+
+# --- the search for damage ------------------------------------------------------------------------------------------------
+
+
+def test_closed_segments_are_searched_and_damage_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    bench = StoreBench()
+    (queue, _) = bench.topic()
+    bench.fill_segments(queue, 3)
+    bench.rot(SEGMENT_BYTES + 3000)
+    bench.maintain(6)
+    assert [SEGMENT_BYTES < start < 2 * SEGMENT_BYTES for start, _ in bench.store.damage] == [True]
+    bench.clock.advance(8 * 24 * HOUR_MS)
+    bench.maintain(6)
+    assert len(bench.store.damage) == 1
+    assert capsys.readouterr().err.count("damage_found") == 1
+
+
+def test_each_segment_is_searched_once_a_week() -> None:
+    bench = StoreBench(retention_ms=HOUR_MS * 24 * 99)
+    (queue, _) = bench.topic()
+    bench.fill_segments(queue, 3)
+    bench.maintain(6)
+    reads = bench.files.counts["pread"]
+    bench.maintain(6)
+    assert bench.files.counts["pread"] == reads
+    bench.checkpoint()
+    bench.crash()
+    bench.checkpoint()
+    reads = bench.files.counts["pread"]
+    bench.maintain(6)
+    assert bench.files.counts["pread"] == reads, "restarts do not begin anew"
+    bench.clock.advance(7 * 24 * HOUR_MS)
+    bench.maintain(6)
+    assert bench.files.counts["pread"] > reads
+
+
+def test_a_long_segment_is_searched_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(maintenance, "SCRUB_BYTES", 3000)
+    bench = StoreBench()
+    (queue, _) = bench.topic()
+    bench.fill_segments(queue, 1)
+    bench.rot(SEGMENT_BYTES - 2000)
+    rounds = 0
+    while not bench.store.damage:
+        bench.maintain()
+        rounds += 1
+    assert 3 < rounds < 9
+
+
+def test_a_segment_deleted_while_it_is_searched() -> None:
+    bench = old_bench()
+    bench.clock.advance(1000)
+    job = bench.store.begin_maintenance()
+    assert job is not None
+    bench.maintain()
+    run(job)
+    bench.maintain(3)
+    assert bench.store.failure is None
+    assert bench.store.damage == []
+    assert FOLDER.name == "broker"

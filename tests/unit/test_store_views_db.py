@@ -1,0 +1,206 @@
+"""views.db: what is saved is loaded, all or nothing; what cannot be read is as good as nothing."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from zrmq.files import DiskFiles, Files, replace_file
+from zrmq.message import FlushMode
+from zrmq.protocol.events import TopicConfig
+from zrmq.store.consume_queue import QueueRow
+from zrmq.store.tables import Group, Lease, Subscribed
+from zrmq.store.views_db import Meta, Saved, ViewsDb, group_of, group_row
+from zrmq.testing.files import FaultyFiles
+
+
+@pytest.fixture(params=["disk", "memory"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Files, Path]:
+    """A file system and a folder on it."""
+    if request.param == "disk":
+        return DiskFiles(), tmp_path
+    files = FaultyFiles()
+    files.mkdir(Path("/data"))
+    return files, Path("/data")
+
+
+@pytest.fixture
+def database(place: tuple[Files, Path]) -> Iterator[ViewsDb]:
+    made = ViewsDb(place[0], place[1] / "views.db")
+    made.wipe()
+    yield made
+    made.close()
+
+
+def meta(**more: int) -> Meta:
+    return Meta(**{"applied_position": 500, "flushed_position": 600, "log_start": 100, "boot": 3, "next_topic_id": 9, **more})
+
+
+def full() -> Saved:
+    """A few rows of everything."""
+    return Saved(
+        meta=meta(),
+        topics=[
+            (1, TopicConfig("meters", 2)),
+            (2, TopicConfig("other", 1, flush_mode=FlushMode.ASYNC, retention_ms=5, retention_bytes=1 << 40)),
+        ],
+        queues=[
+            QueueRow(1, 0, 5, 1 << 40, 3, 70, 1 << 50, 1_700_000_000_000, b"tail"),
+            QueueRow(2, 0, 0, 0, 0, 0, (1 << 63) - 1, 0, b""),
+        ],
+        groups=[("a", {"meters": Subscribed(5, {0: 7, 1: 8})}, [(1, 0, "client-ü", 1 << 40)]), ("b", {}, [])],
+        offsets=[("a", "", 1, 0, 33), ("a", "host", 1, 1, 0), ("b", "", 2, 0, (1 << 63) - 1)],
+        windows=[(5, 1, 0, 200, 10, b"older"), ((1 << 64) - 1, 1, 1, 300, (1 << 63) - 1, b"newer")],
+        segments=[(100, 900, 0, {1: (900, 50)}), (200, 1000, 77, {})],
+    )
+
+
+def test_what_is_saved_is_loaded(database: ViewsDb, place: tuple[Files, Path]) -> None:
+    database.save(full())
+    database.close()
+    again = ViewsDb(place[0], place[1] / "views.db")
+    loaded = again.load()
+    assert loaded is not None
+    assert msgspec.structs.asdict(loaded) == msgspec.structs.asdict(full())
+    again.close()
+
+
+def test_nothing_saved_is_nothing(database: ViewsDb, place: tuple[Files, Path]) -> None:
+    assert database.load() is None
+    fresh = ViewsDb(place[0], place[1] / "fresh.db")
+    assert fresh.load() is None
+    fresh.close()
+
+
+def test_a_save_changes_what_it_has_and_leaves_the_rest(database: ViewsDb) -> None:
+    database.save(full())
+    database.save(
+        Saved(
+            meta=meta(applied_position=900, stopped=1), topics=[(1, TopicConfig("meters", 5))],
+            queues=[QueueRow(1, 0, 6, 7, 0, 0, 8, 9, b"new")], offsets=[("a", "", 1, 0, 34)],
+            groups=[("b", {"x": Subscribed(1, {})}, [])],
+            windows=[(5, 1, 0, 400, 11, b"newest")], windows_from=300, segments=[(200, 1001, 78, {1: (1, 2)})],
+        )
+    )
+    loaded = database.load()
+    assert loaded is not None
+    assert (loaded.meta.applied_position, loaded.meta.stopped) == (900, 1)
+    assert dict(loaded.topics)[1].queue_count == 5
+    assert len(loaded.topics) == 2
+    assert {row.topic_id: (row.next_offset, row.tail) for row in loaded.queues} == {1: (7, b"new"), 2: (0, b"")}
+    assert ("a", "", 1, 0, 34) in loaded.offsets
+    assert len(loaded.offsets) == 3
+    assert loaded.windows == [((1 << 64) - 1, 1, 1, 300, (1 << 63) - 1, b"newer"), (5, 1, 0, 400, 11, b"newest")]
+    assert loaded.segments == [(100, 900, 0, {1: (900, 50)}), (200, 1001, 78, {1: (1, 2)})]
+    assert [name for name, _, _ in loaded.groups] == ["a", "b"]
+
+
+def test_what_is_deleted_goes_everywhere(database: ViewsDb) -> None:
+    database.save(full())
+    gone = Saved(meta=meta(log_start=200), topics_deleted=[1], groups_deleted=["b"], groups=[("b", {}, [])])
+    database.save(gone)
+    loaded = database.load()
+    assert loaded is not None
+    assert [topic_id for topic_id, _ in loaded.topics] == [2]
+    assert [row.topic_id for row in loaded.queues] == [2]
+    assert loaded.offsets == []
+    assert loaded.windows == []
+    assert [name for name, _, _ in loaded.groups] == ["a", "b"], "deleted and made again"
+    assert [row[0] for row in loaded.segments] == [200]
+
+
+def test_old_windows_are_forgotten(database: ViewsDb) -> None:
+    database.save(full())
+    database.save(Saved(meta=meta(), windows_from=250))
+    loaded = database.load()
+    assert loaded is not None
+    assert [row[3] for row in loaded.windows] == [300]
+
+
+def test_a_start_takes_the_clean_end_back(database: ViewsDb) -> None:
+    database.save(Saved(meta=meta(stopped=1)))
+    database.mark_started()
+    loaded = database.load()
+    assert loaded is not None
+    assert loaded.meta == meta(stopped=0)
+    database.wipe()
+    database.mark_started()
+    assert database.load() is None
+
+
+def test_a_failed_save_changes_nothing() -> None:
+    files = FaultyFiles()
+    files.mkdir(Path("/data"))
+    database = ViewsDb(files, Path("/data/views.db"))
+    database.wipe()
+    database.save(full())
+    files.fail("commit")
+    with pytest.raises(sqlite3.OperationalError):
+        database.save(Saved(meta=meta(applied_position=900), topics_deleted=[1, 2]))
+    loaded = database.load()
+    assert loaded is not None
+    assert loaded.meta.applied_position == 500
+    assert len(loaded.topics) == 2
+    database.save(Saved(meta=meta(applied_position=900)))
+
+
+def test_a_save_is_synced(tmp_path: Path) -> None:
+    """In WAL mode SQLite's usual setting gives saves back at a power cut; segments may have been deleted by then."""
+    database = ViewsDb(DiskFiles(), tmp_path / "views.db")
+    database.wipe()
+    connection = database._open()
+    assert connection.execute("pragma synchronous").fetchone() == (2,)
+    assert connection.execute("pragma journal_mode").fetchone() == ("wal",)
+    database.close()
+
+
+@pytest.mark.parametrize("spoil", ["rubbish", "version", "row", "schema"])
+def test_what_cannot_be_read_is_nothing_and_can_be_wiped(place: tuple[Files, Path], spoil: str) -> None:
+    files, folder = place
+    path = folder / "views.db"
+    database = ViewsDb(files, path)
+    database.wipe()
+    database.save(full())
+    statements = {
+        "version": "pragma user_version = 99",
+        "row": "update topics set config = x'c1'",
+        "schema": "drop table windows",
+        "rubbish": "",
+    }
+    database._open().execute(statements[spoil])
+    if spoil == "rubbish":
+        database.close()
+        for name in ("views.db-wal", "views.db-shm"):
+            files.unlink(folder / name)
+        replace_file(files, path, b"SQLite format 3\0" + b"no more" * 999)
+    assert database.load() is None
+    database.wipe()
+    assert database.load() is None
+    database.save(full())
+    assert database.load() is not None
+    database.close()
+
+
+def test_a_group_is_copied_for_the_other_thread() -> None:
+    group = Group("g")
+    group.subscriptions["meters"] = Subscribed(5, {0: 1})
+    group.leases[1, 0] = Lease("c", 9)
+    row = group_row(group)
+    group.subscriptions["meters"].starts[0] = 99
+    group.leases.clear()
+    again = group_of(*row)
+    assert again.subscriptions == {"meters": Subscribed(5, {0: 1})}
+    assert again.leases == {(1, 0): Lease("c", 9)}
+
+
+def test_every_field_of_meta_is_kept(database: ViewsDb) -> None:
+    values: dict[str, Any] = {name: number + 1 for number, name in enumerate(Meta.__struct_fields__)}
+    database.save(Saved(meta=Meta(**values)))
+    loaded = database.load()
+    assert loaded is not None
+    assert msgspec.structs.asdict(loaded.meta) == values
