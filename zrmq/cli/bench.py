@@ -6,7 +6,7 @@ import re
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,15 @@ from typing import Any
 import click
 import msgspec
 
-import zrmq
 from zrmq.cli.bench_figures import FIGURES, Figure, Reports, Row, chosen, rows_of, spec_of, spell
 from zrmq.cli.bench_players import Spec
-from zrmq.cli.children import Child, start_broker, start_nameserver
+from zrmq.cli.children import Child, await_brokers, start_broker, start_nameserver
 from zrmq.cli.options import examples, json_option
 from zrmq.cli.printing import print_json, print_table
+from zrmq.client.admin import Admin
+from zrmq.errors import ZrmqError
 from zrmq.message import FlushMode
+from zrmq.protocol.requests import TopicInfo
 
 PLAYER_TIMEOUT_S = 300.0  # for the longest part, of the largest number of messages
 MESSAGES_MAX = 20_000_000
@@ -41,13 +43,19 @@ class Stage:
         self._body_bytes = body_bytes
 
     def play(self, figure: Figure, flush: FlushMode, round_number: int) -> dict[str, float]:
-        """One round of a figure, on a topic of its own that is deleted afterwards."""
-        with self._topic(f"bench-{figure.name}-{flush.value}-{round_number}", flush) as topic:
-            specs = [self._spec(figure, part, topic) for part in figure.parts]
-            if figure.fill:
-                fill = msgspec.structs.replace(specs[0], part="produce")
-                self._run([fill])
-            return figure.read(self._run(specs), specs[0].messages)
+        """One round of a figure, on a topic of its own that is deleted afterwards. Raises `ZrmqError` if messages are missing."""
+        topic = f"bench-{figure.name}-{flush.value}-{round_number}"
+        specs = [self._spec(figure, part, topic) for part in figure.parts]
+        with Admin(self._nameservers) as admin:
+            admin.create_topic(topic, queue_count=QUEUE_COUNT, flush_mode=flush)
+            try:
+                if figure.fill:
+                    self._run([msgspec.structs.replace(specs[0], part="produce")])
+                reports = self._run(specs)
+                check_stored(admin.topic(topic), specs[0])
+            finally:
+                admin.delete_topic(topic)
+        return figure.read(reports, specs[0].messages)
 
     def play_limit(self, figure: Figure) -> dict[str, float]:
         """The same bytes through bare sockets."""
@@ -56,15 +64,6 @@ class Stage:
 
     def _spec(self, figure: Figure, part: str, topic: str) -> Spec:
         return spec_of(figure, part, self._messages, self._body_bytes, self._nameservers, topic)
-
-    @contextmanager
-    def _topic(self, name: str, flush: FlushMode) -> Iterator[str]:
-        with zrmq.connect(self._nameservers).admin() as admin:
-            admin.create_topic(name, queue_count=QUEUE_COUNT, flush_mode=flush)
-            try:
-                yield name
-            finally:
-                admin.delete_topic(name)
 
     def _run(self, specs: Sequence[Spec], *, first_tells_address: bool = False) -> Reports:
         """Start the players in order, start the clock when all are warm, collect what they report."""
@@ -83,6 +82,14 @@ class Stage:
             for player in reversed(players):  # who consumes first was warm first; who produces starts the clock last
                 player.tell(b"go")
             return [_fact(player, "result") for player in players]
+
+
+def check_stored(brokers: Mapping[str, TopicInfo], spec: Spec) -> None:
+    """Raise unless everything that was sent is there: what is fast because it fails must not look fast."""
+    stored = sum(queue.max_offset for info in brokers.values() for queue in info.queues)
+    sent = spec.warm_messages + spec.messages
+    if stored != sent:
+        raise ZrmqError(f"{stored} of {sent} messages are stored; the broker's log and those of the players say why.")
 
 
 def _fact(player: Child, name: str) -> Any:
@@ -120,6 +127,7 @@ def running_cluster(data: Path | None) -> Iterator[tuple[str, Path]]:
         stack.callback(nameserver.stop)
         broker, _ = start_broker("bench", folder / "logs" / "broker.log", address, folder / "broker")
         stack.callback(broker.stop)
+        await_brokers(address, 1)
         yield address, folder
 
 

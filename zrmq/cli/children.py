@@ -185,6 +185,19 @@ def _start(name: str, log_file: Path, arguments: list[str]) -> tuple[Child, str]
         raise
 
 
+def await_brokers(nameservers: str, count: int, timeout_s: float = LINE_TIMEOUT_S) -> None:
+    """Return when so many brokers are registered: one that listens is not in the routes at once. Raises `RequestTimeoutError`."""
+    from zrmq.client.admin import Admin  # here, or every child would load it
+
+    clock, pause = SystemClock(), threading.Event()
+    deadline_ms = clock.monotonic_ms() + timeout_s * 1000
+    with Admin(nameservers) as admin:
+        while len(admin.cluster()) < count:
+            if clock.monotonic_ms() > deadline_ms:
+                raise RequestTimeoutError(f"{count} brokers did not register within {timeout_s:.0f} s; see their logs.")
+            pause.wait(0.02)
+
+
 def _end_with_parent(parent_pid: int) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

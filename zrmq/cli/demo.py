@@ -17,7 +17,6 @@ from zrmq.cli.demo_cast import Cast
 from zrmq.cli.demo_observer import Observer
 from zrmq.cli.demo_publisher import Publisher
 from zrmq.cli.demo_readings import TOPICS, CsvReadings, HostSensors, Source
-from zrmq.cli.demo_reports import Ready
 from zrmq.cli.demo_verdict import Ledger, Verdict, Worker, judge
 from zrmq.cli.demo_view import Counts, PlainView, SilentView, Snapshot, TerminalView, View, verdict_lines
 from zrmq.cli.failures import EXIT_DONE, EXIT_FAILED
@@ -57,9 +56,7 @@ class Demo:
         self._seconds = seconds
         self._clock = SystemClock()
         self._began_ms = 0.0
-        self._delivered_ms = 0.0  # when the last report came
         self._invited = {worker.name for worker in FIRST_WORKERS}
-        self._ready: set[str] = set()
         self._scenes: list[tuple[float, Callable[[], None]]] = [
             (JOIN_AT * seconds, self._join),
             (KILL_WORKER_AT * seconds, self._kill_worker),
@@ -92,35 +89,23 @@ class Demo:
     def _wait_for_workers(self) -> None:
         self._view.note("Starting two NameServers, two brokers and the consumers.")
         deadline_ms = self._clock.monotonic_ms() + READY_TIMEOUT_S * 1000
-        while not self._invited <= self._ready and not self._ledger.crashes:
+        while not self._invited <= self._ledger.ready and not self._ledger.crashes:
             if self._clock.monotonic_ms() > deadline_ms:
-                late = ", ".join(sorted(self._invited - self._ready))
+                late = ", ".join(sorted(self._invited - self._ledger.ready))
                 raise RequestTimeoutError(f"{late} did not get ready within {READY_TIMEOUT_S:.0f} s; see the logs with --data.")
-            self._take_reports()
+            self._cast.feed(self._ledger, TURN_S)
 
     def _turn(self) -> None:
         """Everything that is done again and again."""
-        self._take_reports()
+        self._cast.feed(self._ledger, TURN_S)
         self._publisher.settle()
         self._view.show(self._snapshot())
-
-    def _take_reports(self) -> None:
-        for name, report in self._cast.take_reports(TURN_S):
-            self._delivered_ms = self._clock.monotonic_ms()
-            self._ledger.take(name, report)
-            if isinstance(report, Ready):
-                self._ready.add(name)
-        for name, sentence in self._cast.crashes().items():
-            if sentence not in self._ledger.crashes:
-                self._ledger.crashes.append(sentence)
-                if name in self._ledger.workers:
-                    self._ledger.gone(name, self._clock.monotonic_ms(), killed=False)
 
     # --- scenes -------------------------------------------------------------------------------------------------------
 
     def _play_scenes(self) -> None:
         """What is due; but nothing else happens while somebody is still on the way in, so that each has its own effects."""
-        while self._scenes and self._scenes[0][0] <= self._elapsed_s and self._invited <= self._ready:
+        while self._scenes and self._scenes[0][0] <= self._elapsed_s and self._invited <= self._ledger.ready:
             self._scenes.pop(0)[1]()
 
     def _join(self) -> None:
@@ -130,7 +115,7 @@ class Demo:
 
     def _kill_worker(self) -> None:
         victim = FIRST_WORKERS[1].name
-        self._ledger.gone(victim, self._cast.kill(victim), killed=True)
+        self._cast.kill(victim)
         silence = f"{SESSION_TIMEOUT_MS / 1000:g} s of silence"
         self._view.note(f"{victim} is killed (SIGKILL); after {silence} its queues go to the others.")
 
@@ -141,24 +126,26 @@ class Demo:
     # --- the end ------------------------------------------------------------------------------------------------------
 
     def _drain(self) -> None:
-        """Wait until everybody has everything, as long as anything comes."""
+        """Wait until everybody has everything and every queue has an owner again, as long as anything happens."""
         self._view.note("The last readings are on their way.")
         if not self._ledger.crashes:
             self._publisher.publish(self._seconds)
         self._publisher.finish()
-        self._delivered_ms = self._clock.monotonic_ms()
-        while self._ledger.missing_count and not self._ledger.crashes:
-            if self._clock.monotonic_ms() - self._delivered_ms > DRAIN_IDLE_S * 1000:
+        began_ms = self._clock.monotonic_ms()
+        while not self._is_complete() and not self._ledger.crashes:
+            if self._clock.monotonic_ms() - max(began_ms, self._ledger.last_report_ms) > DRAIN_IDLE_S * 1000:
                 break
             self._turn()
         self._turn()
+
+    def _is_complete(self) -> bool:
+        return not self._ledger.missing_count and self._ledger.owners().keys() >= set(self._observer.latest.queues)
 
     def _end(self) -> Verdict:
         self._observer.close()
         self._ledger.leases = self._observer.leases
         self._ledger.finish(self._clock.monotonic_ms())
-        for name, report in self._cast.end_workers():
-            self._ledger.take(name, report)
+        self._cast.end_workers()
         return judge(self._ledger)
 
     def _snapshot(self) -> Snapshot:

@@ -18,7 +18,7 @@ from itertools import pairwise
 
 import msgspec
 
-from zrmq.cli.demo_reports import Acquired, AnyReport, Consumed, Joining, Released
+from zrmq.cli.demo_reports import Acquired, AnyReport, Consumed, Joining, Ready, Released
 
 EXAMPLES_MAX = 3  # different reasons in one sentence
 
@@ -78,6 +78,8 @@ class Ledger:
         self.leases: list[LeaseSeen] = []
         self.events: list[tuple[float, str]] = []  # what made the clustering group share anew: when, what
         self.crashes: list[str] = []
+        self.ready: set[str] = set()
+        self.last_report_ms = 0.0
         self._open: dict[tuple[str, str], Tenure] = {}  # (worker, queue)
         self._readers: dict[tuple[str, str], set[ReadingKey]] = {_reader(worker): set() for worker in workers}
 
@@ -109,6 +111,7 @@ class Ledger:
 
     def take(self, worker: str, report: AnyReport) -> None:
         """One report of a worker; each worker's in its order."""
+        self.last_report_ms = max(self.last_report_ms, report.at_ms)
         if isinstance(report, Consumed):
             tenure = self._open.get((worker, report.queue))
             place = (report.queue, report.queue_offset)
@@ -126,6 +129,8 @@ class Ledger:
             self.client_ids[report.client_id] = worker
             if self.workers[worker].clustering:
                 self.events.append((report.at_ms, f"{worker} joins"))
+        elif isinstance(report, Ready):
+            self.ready.add(worker)
 
     def finish(self, at_ms: float) -> None:
         """Everybody is about to be told to end: from here on, who owns what does not matter."""

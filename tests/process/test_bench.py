@@ -1,0 +1,74 @@
+"""`zrmq bench` plays every figure with real processes and reports numbers that can be; which ones is no test's business."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from zrmq.cli.bench_figures import FIGURES
+from zrmq.cli.children import await_brokers, start_broker, start_nameserver
+
+pytestmark = pytest.mark.timeout(180)
+
+
+def run(tmp_path: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir(exist_ok=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "zrmq", "bench", "--messages", "2000", "--rounds", "1", *options],
+        capture_output=True, text=True, env={**os.environ, "TMPDIR": str(temporary)}, timeout=150,
+    )
+    assert list(temporary.iterdir()) == [], "nothing is left behind"
+    return done
+
+
+def test_every_figure_has_its_values_and_its_limit(tmp_path: Path) -> None:
+    done = run(tmp_path, "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["messages"], result["body_bytes"], result["rounds"]) == (2000, 128, 1)
+    rows = {(row["figure"], row["flush"], row["value"]): row for row in result["figures"]}
+    kinds = {"produce": ["rate"], "consume": ["rate"], "both": ["rate"], "send": ["p50", "p99"], "latency": ["p50", "p99"]}
+    names = [figure.name for figure in FIGURES]
+    assert list(rows) == [(name, flush, kind) for name in names for flush in ("sync", "async") for kind in kinds[name]]
+    for row in rows.values():
+        assert row["least"] == row["median"] == row["most"] > 0, "there was one round"
+        assert row["limit"] > 0
+        assert row["ratio"] == pytest.approx(row["median"] / row["limit"], abs=0.01)
+    assert "round 1 of 1: latency, flush async" in done.stderr
+
+
+def test_one_figure_as_a_table_in_a_folder_that_is_kept(tmp_path: Path) -> None:
+    done = run(tmp_path, "--only", "send", "--body-bytes", "64", "--data", str(tmp_path / "kept"))
+    assert done.returncode == 0, done.stderr
+    head, *lines = done.stdout.splitlines()
+    assert head.split() == ["figure", "flush", "median", "least", "-", "most", "bare", "ZeroMQ", "ratio"]
+    expected = [["send", flush, kind] for flush in ("sync", "async") for kind in ("p50", "p99")]
+    assert [line.split()[:3] for line in lines[:4]] == expected
+    assert lines[4] == "send: one send at a time, its receipt awaited"
+    assert (tmp_path / "kept" / "broker" / "commitlog").is_dir()
+    assert "broker_stopped" in (tmp_path / "kept" / "logs" / "broker.log").read_text()
+
+
+def test_a_running_cluster_can_be_measured_and_is_left_clean(tmp_path: Path) -> None:
+    nameserver, address = start_nameserver("nameserver", tmp_path / "nameserver.log")
+    with nameserver:
+        broker, _ = start_broker("broker-a", tmp_path / "broker.log", address, tmp_path / "data")
+        with broker:
+            await_brokers(address, 1)
+            done = run(tmp_path, "--only", "produce", "--nameservers", address, "--json")
+            assert done.returncode == 0, done.stderr
+            command = [sys.executable, "-m", "zrmq", "topic", "list", "--json", "--nameservers", address]
+            listed = subprocess.run(command, capture_output=True, text=True)
+    assert (listed.returncode, listed.stdout) == (0, "")
+
+
+def test_wrong_usage(tmp_path: Path) -> None:
+    done = run(tmp_path, "--only", "speed")
+    assert done.returncode == 2
+    assert "produce" in done.stderr
