@@ -578,6 +578,20 @@ def test_messages_at_offsets_given_anew_are_not_passed_over(cluster: ReadingClus
     assert cluster.broker.committed("reports", "meters", 0, "" if model is MessageModel.CLUSTERING else "hall") == 13
 
 
+def test_a_place_that_was_not_committed_is_not_gone_back_to_when_what_lies_before_it_may_be_lost(cluster: ReadingCluster) -> None:
+    cluster.broker.unflushed.add("meters")
+    member = cluster.started("one", eager=1.0, message_model=MessageModel.BROADCASTING, instance_name="hall")
+    cluster.broker.store("meters", 0, 3)
+    cluster.run_for(1_500)
+    cluster.broker.store("meters", 0, 5)
+    cluster.run_for(100)
+    member.core.seek(Q0, 6)
+    member.seen.clear()
+    lose_the_end(cluster, refill=10)
+    cluster.run_for(5_000)
+    assert offsets_seen(member) == list(range(3, 13))
+
+
 def test_a_commit_of_what_a_broker_lost_is_not_sent_again(cluster: ReadingCluster) -> None:
     cluster.broker.unflushed.add("meters")
     member = cluster.started("one", eager=1.0, auto_commit=False)
@@ -798,6 +812,18 @@ def test_a_lease_request_refused_by_a_broker_that_does_not_know_itself_is_settle
     assert (first.queues, second.queues) == ([Q0], [Q1])
 
 
+def test_a_lease_that_a_full_disk_does_not_take_back_is_offered_again(cluster: ReadingCluster) -> None:
+    first = cluster.started("one", eager=1.0)
+    refuse_kind(cluster.broker, ReleaseLease, RequestRefusedError("The disk is full.", code=Code.DISK_FULL))
+    second = cluster.member("two", eager=1.0)
+    cluster.run_for(3_000)
+    assert (first.queues, second.queues) == ([Q0], [])
+    assert cluster.broker.holder("reports", "meters", 1) == "one"
+    cluster.broker.refuse = lambda session, request: None
+    cluster.run_for(20_000)
+    assert (first.queues, second.queues) == ([Q0], [Q1])
+
+
 def test_a_rebalance_that_is_due_is_not_put_off(cluster: ReadingCluster) -> None:
     member = assigned(cluster, "one", Q0)
     member.core.assign([Q1])
@@ -859,6 +885,24 @@ def test_an_offset_beyond_the_queue_goes_back_and_so_does_the_commit(cluster: Re
     cluster.broker.store("meters", 0, 1)
     cluster.run_for(10)
     assert offsets_seen(member)[-1] == 3
+
+
+def test_what_was_pulled_and_not_finished_is_still_owed_after_a_queue_lost_its_end(cluster: ReadingCluster) -> None:
+    member = cluster.started("one")
+    cluster.run_until(lambda: member.queues == [Q0, Q1])
+    for _ in range(3):
+        cluster.broker.store("meters", 0, 3)
+    cluster.run_for(50)  # all of it is here, and nobody has taken any
+    log = cluster.broker.topics["meters"][0]
+    log.batches.pop()
+    log.next_offset = 6
+    cluster.network.break_connections("one", "broker-a")
+    cluster.run_for(5_000)
+    for unit in member.take_all():
+        member.inbox.done(unit)
+    assert sorted(offsets_seen(member)) == [0, 1, 2, 3, 4, 5]
+    cluster.run_for(2_000)
+    assert cluster.broker.committed("reports", "meters", 0) == 6
 
 
 def test_nonsense_from_a_broker_is_not_a_tight_circle(cluster: ReadingCluster) -> None:

@@ -11,6 +11,7 @@ from zrmq.protocol.events import TopicConfig
 from zrmq.protocol.requests import (
     Alive,
     Bye,
+    CommitOffsets,
     DescribeGroups,
     Done,
     Failed,
@@ -21,6 +22,7 @@ from zrmq.protocol.requests import (
     LeaveGroup,
     PutTopic,
     QueryCommitted,
+    QueueOffset,
     Subscription,
 )
 
@@ -220,6 +222,16 @@ def test_a_new_broadcasting_instance_begins_where_it_joins(desk: BrokerDesk) -> 
     second.join("meters", model=model)
     assert starts(first)[0] == (0, 0)
     assert starts(second)[0] == (0, 2)
+
+
+def test_an_instance_keeps_its_offsets_apart_while_it_is_no_member_after_a_restart(desk: BrokerDesk) -> None:
+    desk.client("a", "consumer", "all", "host-1").join("meters", model=MessageModel.BROADCASTING)
+    desk.client("p").send("meters", 0, [b"1", b"2"])
+    desk.restart()
+    back = desk.client("a", "consumer", "all", "host-1", epoch=2)  # a session again, and not joined yet
+    assert back.ask(CommitOffsets, [QueueOffset("meters", 0, 2)]).fenced == []
+    assert starts(back)[0] == (0, 2)
+    assert starts(desk.client("b", "consumer", "all"))[0] == (0, 0), "the group itself stands where it was"
 
 
 # --- describing -------------------------------------------------------------------------------------------------------------

@@ -6,14 +6,17 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.unit import broker_desk
 from tests.unit.broker_desk import BrokerDesk, DeskClient
 from zrmq.errors import Code
 from zrmq.protocol.requests import (
     AcquireLease,
+    Bye,
     CommitOffsets,
     Committed,
     DeleteTopic,
     Done,
+    Failed,
     Heartbeat,
     Leased,
     LeaveGroup,
@@ -247,3 +250,59 @@ def test_the_leases_of_a_deleted_topic_end(desk: BrokerDesk) -> None:
     assert b.reply(number).code == Code.TOPIC_NOT_FOUND
     desk.topic("meters", queue_count=2)
     assert isinstance(b.acquire("meters", 0), Leased)
+
+
+# --- a disk that takes nothing ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_desk(monkeypatch: pytest.MonkeyPatch) -> BrokerDesk:
+    """One whose segments are soon full."""
+    monkeypatch.setattr(broker_desk, "SEGMENT_BYTES", 4096)
+    desk = BrokerDesk()
+    desk.topic("meters", queue_count=2)
+    return desk
+
+
+def fill_disk(desk: BrokerDesk) -> None:
+    """There is no room for another segment, and the present one is full."""
+    desk.files.capacity_bytes = desk.files.used_bytes
+    filler = desk.client("filler", "consumer", "fillers")
+    for offset in range(1_000):
+        if isinstance(filler.ask(CommitOffsets, [QueueOffset("meters", 0, offset % 2)], True), Failed):
+            return
+    pytest.fail("the disk does not fill up")
+
+
+def test_queues_of_a_silent_member_are_given_on_when_the_disk_has_room_again(small_desk: BrokerDesk) -> None:
+    a, b = member(small_desk, "a"), member(small_desk, "b")
+    lease = a.acquire("meters", 0)
+    number = b.post(AcquireLease, "meters", 0, timeout_ms=60_000)
+    fill_disk(small_desk)
+    for _ in range(12):  # only `b` lives on
+        small_desk.pass_ms(1_000)
+        b.post(Heartbeat)
+    assert b.reply(number) is None
+    small_desk.files.capacity_bytes = None
+    small_desk.pass_ms(500)
+    assert b.reply(number).lease_epoch > lease.lease_epoch
+
+
+def test_who_leaves_while_the_disk_is_full_is_gone_and_its_queue_follows(small_desk: BrokerDesk) -> None:
+    a, b = member(small_desk, "a"), member(small_desk, "b")
+    a.acquire("meters", 0)
+    fill_disk(small_desk)
+    assert isinstance(a.ask(Bye), Done)
+    small_desk.files.capacity_bytes = None
+    small_desk.pass_ms(500)
+    assert isinstance(b.acquire("meters", 0), Leased)
+
+
+def test_sessions_end_although_their_leases_cannot_on_a_disk_that_failed(desk: BrokerDesk) -> None:
+    a, b = member(desk, "a"), member(desk, "b")
+    a.acquire("meters", 0)
+    desk.files.fail("fdatasync", times=1_000)
+    b.post(AcquireLease, "meters", 1)
+    desk.turn()
+    desk.pass_ms(12_000)
+    assert len(desk.core.sessions) == 0

@@ -158,6 +158,7 @@ class OffsetClaims:
         """`has_group`: begin where the group (broadcasting: the instance) stands, if it stands anywhere."""
         self.pending: set[MessageQueue] = set()
         self.left_off: dict[MessageQueue, int] = {}  # where reading ended without a commit: broker gone, or no group
+        self._latest: dict[MessageQueue, int] = {}  # the same, where what lies before it may be lost: to begin no later
         self._listener = listener
         self._has_group = has_group
         self._consume_from = consume_from
@@ -186,7 +187,8 @@ class OffsetClaims:
     def lose(self, reading: Reading, offset: int, error: ZrmqError) -> None:
         """The broker is gone. What it does not know we have to remember; else it is asked when it is back."""
         if not self._has_group or reading.committed_offset < 0:
-            self.left_off[reading.queue] = offset
+            places = self._latest if self._has_group and reading.is_suspect else self.left_off
+            places[reading.queue] = offset
 
     def restarted(self, link: Link) -> None:
         """Nothing is under way that would commit."""
@@ -202,6 +204,7 @@ class OffsetClaims:
     def _committed(self, wanted: list[MessageQueue], link: Link, reply: AnyReply | ZrmqError, frames: list[bytes]) -> None:
         found = dict(reply.offsets) if isinstance(reply, Offsets) else {}
         known = {queue: found[queue.queue_id] for queue in wanted if found.get(queue.queue_id, OFFSET_LATEST) >= 0}
+        known = {queue: min(offset, self._latest.pop(queue, offset)) for queue, offset in known.items()}
         if isinstance(reply, ZrmqError):
             self._refused(wanted, reply)
             return

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from math import inf
 
 from zrmq.client.reading import PULL_BYTES_MIN
 from zrmq.message import ConsumeFrom, MessageModel, MessageQueue
+from zrmq.store.tables import Subscribed
 from zrmq.testing.simulation.consumers import BOUNDS, VirtualConsumer
 from zrmq.testing.simulation.log_check import LogCheck
 from zrmq.testing.simulation.log_watch import Placed
@@ -176,20 +178,24 @@ def _check_consumed(world: World, group: GroupPlan, checks: dict[str, LogCheck])
     for topic in group.topics:
         for queue in world.all_queues(topic):
             contents = checks[queue.broker_name].contents(queue)
+            is_informed = _is_informed(world, group, queue, checks)
+            subscribed = _subscribed(checks[queue.broker_name], group, topic)
+            start = subscribed.starts.get(queue.queue_id, 0) if subscribed is not None else 0
             for known, instance_name in world.ready_ms:
                 if known == group.name:
-                    _check_instance(world, group, instance_name, queue, contents)
+                    owed_ms = world.ready_ms[known, instance_name] if is_informed else inf
+                    _check_instance(world, group, instance_name, queue, contents, start, owed_ms)
 
 
 def _check_instance(
-    world: World, group: GroupPlan, instance_name: str, queue: MessageQueue, contents: dict[int, Placed]
+    world: World, group: GroupPlan, instance_name: str, queue: MessageQueue, contents: dict[int, Placed], start: int,
+    owed_ms: float,
 ) -> None:
-    start, ready_ms = _start(world, group, queue), world.ready_ms[group.name, instance_name]
-    is_clustering, is_informed = group.message_model is MessageModel.CLUSTERING, _is_informed(world, group, queue)
+    """Clustering groups are owed everything from their start on; and everybody what was sent after `owed_ms`."""
+    is_clustering = group.message_model is MessageModel.CLUSTERING
     for offset, placed in contents.items():
         posting = world.promises.postings[placed.body]
-        is_later = is_informed and posting.posted_ms > ready_ms
-        if not (is_later or (is_clustering and offset >= start)):
+        if not (posting.posted_ms > owed_ms or (is_clustering and offset >= start)):
             continue
         if not world.promises.is_finished(group.name, instance_name, queue, offset, placed.body):
             raise BrokenPromise(
@@ -197,18 +203,19 @@ def _check_instance(
             )
 
 
-def _start(world: World, group: GroupPlan, queue: MessageQueue) -> int:
-    if group.consume_from is ConsumeFrom.EARLIEST:
-        return 0
-    event = world.promises.subscriptions.get((queue.broker_name, group.name, queue.topic))
-    return 0 if event is None else dict(event.starts).get(queue.queue_id, 0)
+def _subscribed(check: LogCheck, group: GroupPlan, topic: str) -> Subscribed | None:
+    """What a broker's log has of a subscription."""
+    known = check.watch.tables.groups.get(group.name)
+    return known.subscriptions.get(topic) if known is not None else None
 
 
-def _is_informed(world: World, group: GroupPlan, queue: MessageQueue) -> bool:
+def _is_informed(world: World, group: GroupPlan, queue: MessageQueue, checks: dict[str, LogCheck]) -> bool:
     """Whether the queue's broker knew when the group had first subscribed. It cannot when nobody who did could be asked."""
     if group.consume_from is ConsumeFrom.EARLIEST or not ISOLATING & world.plan.faults.keys():
         return True
-    known = world.promises.subscriptions
-    since_ms = [event.since_ms for (_, name, topic), event in known.items() if (name, topic) == (group.name, queue.topic)]
-    here = known.get((queue.broker_name, group.name, queue.topic))
-    return here is not None and here.since_ms == min(since_ms)
+    found = {name: each.since_ms for name, check in checks.items() if (each := _subscribed(check, group, queue.topic))}
+    first_ms = next(
+        since_ms for name, topic, broker_name, since_ms in world.promises.subscriptions
+        if (name, topic) == (group.name, queue.topic) and found.get(broker_name) == since_ms
+    )
+    return found.get(queue.broker_name) == first_ms

@@ -63,7 +63,7 @@ class VirtualConsumer:
         self.instance_name = f"host-{slot}" if self.is_broadcasting else ""
         self.is_started = False
         self.is_leaving = False
-        self.in_flight: dict[Unit, None] = {}  # units with workers
+        self.in_flight: dict[Unit, object] = {}  # units with workers, and the life of the broker they were handed out in
         self._world = world
         self._rng = rng = Random(f"{world.plan.seed} {self.who}")
         self.machine: Machine = world.network.machine(self.name)
@@ -126,9 +126,9 @@ class VirtualConsumer:
 
     def is_giving_back(self, queue: MessageQueue) -> bool:
         """Whether it was told to give the queue back and is not through with all of its messages."""
-        now_ms = self.machine.clock.monotonic_ms()
-        mine = [unit.process_queue for unit in self.in_flight if unit.process_queue.queue == queue]
-        return any(each.is_draining and each.valid_until_ms() > now_ms for each in mine)
+        now_ms, life = self.machine.clock.monotonic_ms(), self._world.brokers[queue.broker_name].life
+        busy = [unit.process_queue for unit, begun in self.in_flight.items() if begun == life]
+        return any(each.queue == queue and each.is_draining and each.valid_until_ms() > now_ms for each in busy)
 
     # --- work ---------------------------------------------------------------------------------------------------------
 
@@ -147,7 +147,7 @@ class VirtualConsumer:
             if unit is None:
                 return
             self._idle -= 1
-            self.in_flight[unit] = None
+            self.in_flight[unit] = self._world.brokers[unit.process_queue.queue.broker_name].life
             self._world.handed_out(self, unit)
             self.machine.call_later(self._draw_ms(len(unit.messages)), partial(self._run, unit))
 

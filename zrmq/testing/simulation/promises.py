@@ -64,7 +64,7 @@ class Promises:
     def __init__(self, plan: Plan) -> None:
         self.postings: dict[bytes, Posting] = {}
         self.acknowledged: dict[MessageQueue, dict[int, Posting]] = {}
-        self.subscriptions: dict[tuple[str, str, str], GroupSubscribed] = {}  # broker name, group, topic
+        self.subscriptions: dict[tuple[str, str, str, int], None] = {}  # group, topic, broker name, since when: in order
         self._losable: set[bytes] = set()
         self._async_topics = {topic.name for topic in plan.topics if topic.flush_mode is FlushMode.ASYNC}
         self._wanted = {group.name: wanted_tags(group) for group in plan.groups}
@@ -111,8 +111,8 @@ class Promises:
     # --- consumers ----------------------------------------------------------------------------------------------------
 
     def subscribed(self, broker_name: str, event: GroupSubscribed) -> None:
-        """A group's first subscription to a topic is in a broker's log."""
-        self.subscriptions.setdefault((broker_name, event.group, event.topic), event)
+        """A group's first subscription to a topic is in a broker's log, unless it is lost again before it is flushed."""
+        self.subscriptions[event.group, event.topic, broker_name, event.since_ms] = None
 
     def finish(self, group: str, instance_name: str, message: Message) -> None:
         """A listener returned."""

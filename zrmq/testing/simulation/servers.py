@@ -157,6 +157,7 @@ class VirtualBroker:
         self.role: BrokerRole | None = None
         self.check: LogCheck | None = None
         self.slowness = 1.0  # of the disk
+        self.life = 0  # counts starts, and stops in good order, with which all leases end
         self._world = world
         self._rng = Random(f"{world.plan.seed} {name}")
 
@@ -177,6 +178,7 @@ class VirtualBroker:
     def start(self) -> None:
         """Recover and serve."""
         self._world.note(self.name, "starting")
+        self.life += 1
         machine = self.machine = self._world.network.machine(self.name)
         machine.on_power_cut = self.lose_power
         role = VirtualRole(
@@ -207,8 +209,8 @@ class VirtualBroker:
         plan = self._world.plan
         return BrokerConfig(
             store=StoreConfig(
-                segment_bytes=plan.segment_bytes, checkpoint_ms=plan.checkpoint_ms, free_bytes_warn=0, free_bytes_delete=0,
-                free_bytes_min=2 * plan.segment_bytes,
+                segment_bytes=plan.segment_bytes, checkpoint_ms=plan.checkpoint_ms, free_warn_bytes=0, free_delete_bytes=0,
+                free_refuse_bytes=2 * plan.segment_bytes,
             ),
             broker_name=self.name, cluster="simulated", data=str(self.folder),
             nameservers=tuple(self._world.nameserver_addresses), session_timeout_ms=plan.session_timeout_ms,
@@ -229,6 +231,7 @@ class VirtualBroker:
         """End in good order."""
         if self.role is not None:
             self._world.note(self.name, "stopping")
+            self.life += 1
             self.role.stop(self._stopped)
 
     def _stopped(self) -> None:
