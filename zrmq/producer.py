@@ -24,7 +24,6 @@ from weakref import WeakSet
 from zlib import crc32
 
 from zrmq.client.accumulator import (
-    RECORD_OVERHEAD_BYTES,
     Accumulator,
     AccumulatorConfig,
     OneWay,
@@ -152,7 +151,7 @@ class Producer:
         self._close_lock = threading.Lock()
         config = AccumulatorConfig(
             rng.getrandbits(64), buffer_bytes, block_when_full, batch_records_max, batch_bytes_max, linger_ms,
-            compression is not None,
+            compression is not None, send_timeout_ms,
         )
         self._thread = ClientThread(f"zrmq-producer-{group}", context=context)
         try:
@@ -164,6 +163,7 @@ class Producer:
             raise
         self._thread.at_close(self._core.leave)
         self._append = self._accumulator.append
+        self._fillers = self._accumulator.fillers
         self._lanes = Lanes(
             self._core, self._accumulator, rng.getrandbits(64),
             open_lane=partial(_open_lane, self._thread.context, self._identity(LANE_SUFFIX)),
@@ -225,14 +225,19 @@ class Producer:
 
         Waits only at a topic's first message and while the buffer is full. Raises what `send` raises before anything is sent.
         """
-        # Hot path: a message that is only a body.
+        # Hot path: a message that is only a body, like some before it. See `Accumulator.append`.
         if (
             type(body) is bytes and value is NO_VALUE and tag is None and not keys and properties is None and timeout_ms is None
-            and message_group is None and queue is None and selector is None and type(topic) is str and topic in self._topics
+            and message_group is None and queue is None and selector is None and type(topic) is str
         ):
-            size_bytes = len(body)
-            if size_bytes <= BODY_BYTES_MAX:
-                return self._append(topic, body, size_bytes + RECORD_OVERHEAD_BYTES, None, self._timeout_ms)
+            fill = self._fillers.get(topic)
+            if fill is not None:
+                try:
+                    return fill(body)
+                except (StopIteration, ValueError) as end:
+                    handle = self._accumulator.filled(end)
+                    if handle is not None:
+                        return handle
         data, size_bytes, extras = outgoing(body, value, tag, keys, properties, message_group)
         left_ms = self._ready(topic, timeout_ms)
         return self._append(self._target(topic, message_group, queue, selector), data, size_bytes, extras, left_ms)

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from zrmq.client import accumulator as accumulator_module
 from zrmq.client.accumulator import (
+    FILLER_FROM,
     RECORD_OVERHEAD_BYTES,
     Accumulator,
     AccumulatorConfig,
@@ -50,6 +52,16 @@ class Setup:
         self, body: bytes = b"x", target: Target = "meters", extras: Extras | None = None, timeout_ms: int = 3000
     ) -> SendHandle:
         return self.accumulator.append(target, body, len(body) + RECORD_OVERHEAD_BYTES, extras, timeout_ms)
+
+    def quick(self, body: bytes = b"x", target: Target = "meters") -> SendHandle:
+        """As `send_async` does for a body alone."""
+        fill = self.accumulator.fillers.get(target)
+        if fill is None:
+            return self.append(body, target)
+        try:
+            return fill(body)
+        except (StopIteration, ValueError) as end:
+            return self.accumulator.filled(end) or self.append(body, target)
 
     def take(self) -> list[Batch]:
         """Everything, open or sealed."""
@@ -97,6 +109,14 @@ def test_a_batch_is_sealed_when_another_record_of_that_size_would_not_fit() -> N
     for _ in range(4):
         setup.append(bytes(300))
     assert [len(bodies_of(batch)) for batch in setup.accumulator.take_sealed()] == [2, 2]
+
+
+def test_a_filler_ends_when_another_record_of_that_size_would_not_fit() -> None:
+    setup = Setup(bytes_max=1000, records_max=100)
+    for _ in range(6):
+        setup.quick(bytes(100))
+    (batch,) = setup.accumulator.take_sealed()
+    assert (len(bodies_of(batch)), batch.size_bytes) == (6, 6 * 164)
 
 
 def test_a_larger_record_starts_a_new_batch() -> None:
@@ -155,6 +175,81 @@ def test_born_times_are_the_callers() -> None:
     assert (header.first_born_ms, header.born_span_ms) == (born_ms, 7)
 
 
+def test_a_batch_that_grows_is_filled_without_the_lock() -> None:
+    setup = Setup(records_max=8)
+    first = [setup.append() for _ in range(FILLER_FROM)]
+    assert setup.accumulator._lock.acquire(), "nobody else has it"
+    rest = [setup.accumulator.fillers["meters"](b"y") for _ in range(8 - FILLER_FROM - 1)]
+    setup.accumulator._lock.release()
+    last = setup.quick(b"z")
+    (batch,) = setup.accumulator.take_sealed()
+    assert batch.records is None, "encoded by the caller"
+    assert [handle.index for handle in (*first, *rest, last)] == list(range(8))
+    assert {handle.batch for handle in (*first, *rest, last)} == {batch}
+    assert bodies_of(batch) == [b"x"] * 4 + [b"y"] * 3 + [b"z"]
+    assert setup.accumulator.fillers == {}
+
+
+@pytest.mark.parametrize("late", [Extras("t"), "timeout", "take", "refuse"])
+def test_whoever_wants_the_batch_otherwise_stops_its_filler(late: object) -> None:
+    setup = Setup(records_max=100)
+    before = [setup.quick() for _ in range(10)]
+    fill = setup.accumulator.fillers["meters"]
+    if late == "take":
+        setup.take()
+    elif late == "refuse":
+        setup.accumulator.refuse(lambda: ClosedError("closed"))
+    else:
+        setup.append(extras=late if isinstance(late, Extras) else None, timeout_ms=50 if late == "timeout" else 3000)
+    with pytest.raises(StopIteration) as ended:
+        fill(b"late")
+    assert ended.value.value is None, "it was not taken"
+    assert before[0].batch.message_count == (11 if isinstance(late, Extras) else 10)
+
+
+def test_what_happens_while_a_thread_is_inside_a_filler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of a record (here by a call from within, as a finalizer or a signal handler makes) come another record of the
+    same topic and the loop: both do without the batch, and it goes out once the record is in."""
+    setup = Setup(records_max=100)
+    before = [setup.quick(b"%d" % number) for number in range(10)]
+    inside: list[object] = []
+
+    def make_handle(batch: Batch, index: int) -> SendHandle:
+        monkeypatch.undo()
+        wakes = setup.wakes
+        inside.append(setup.quick(b"from within"))
+        inside.append(setup.take())
+        assert setup.wakes > wakes, "the loop comes again"
+        return SendHandle(batch, index)
+
+    monkeypatch.setattr(accumulator_module, "SendHandle", make_handle)
+    interrupted = setup.quick(b"10")
+    within, taken = inside
+    assert isinstance(within, SendHandle)
+    assert taken == [], "nothing overtakes the batch that is not ready"
+    assert [bodies_of(batch) for batch in setup.take()] == [[b"%d" % number for number in range(11)], [b"from within"]]
+    assert interrupted.batch is before[0].batch is not within.batch
+    assert setup.accumulator.buffered_bytes == sum(batch.size_bytes for batch in (interrupted.batch, within.batch))
+
+
+def test_a_thread_inside_a_filler_while_the_producer_closes(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = Setup(records_max=100)
+    for _ in range(10):
+        setup.quick()
+
+    def make_handle(batch: Batch, index: int) -> SendHandle:
+        monkeypatch.undo()
+        setup.accumulator.refuse(lambda: ClosedError("closed"))
+        for left in setup.accumulator.unfinished():
+            left.forget()
+            setup.accumulator.finish(left, ClosedError("closed"))
+        return SendHandle(batch, index)
+
+    monkeypatch.setattr(accumulator_module, "SendHandle", make_handle)
+    with pytest.raises(ClosedError):
+        setup.quick().result()
+
+
 def test_unwanted_open_batches_stay_open() -> None:
     setup = Setup()
     setup.append(target="a")
@@ -195,12 +290,23 @@ EXTRAS = st.none() | st.builds(
 )
 
 
-@given(st.lists(st.tuples(st.binary(max_size=20), EXTRAS), min_size=1, max_size=30))
-def test_what_goes_in_comes_out(records: list[tuple[bytes, Extras | None]]) -> None:
-    setup = Setup(records_max=7)
-    handles = [setup.append(body, extras=extras) for body, extras in records]
+@given(st.lists(st.tuples(st.binary(max_size=20), EXTRAS, st.sampled_from(["quick", "append", "hurry", "take"])), max_size=60))
+def test_what_goes_in_comes_out(steps: list[tuple[bytes, Extras | None, str]]) -> None:
+    setup = Setup(records_max=11, bytes_max=900)
+    handles, records, taken = [], [], []
+    for body, extras, way in steps:
+        if way == "take":
+            taken += setup.take()
+        elif way == "quick":
+            records.append((body, None))
+            handles.append(setup.quick(body))
+        else:
+            records.append((body, extras))
+            handles.append(setup.append(body, extras=extras, timeout_ms=50 if way == "hurry" else 3000))
     messages = []
-    for batch in setup.take():
+    for batch in [*taken, *setup.take()]:
+        assert batch.record_count <= 11
+        assert batch.size_bytes <= 900
         frame = batch.encoded()
         messages += decode_messages(open_batch(frame), frame, topic="meters", broker_name="b")
     none = Extras(None, (), None, None)
@@ -248,6 +354,19 @@ def test_a_full_buffer_raises_when_it_may_not_block() -> None:
     setup.accumulator.finish(setup.take()[0], STORED)
     setup.append(bytes(64))
     assert setup.accumulator.buffered_bytes == 128
+
+
+def test_room_that_open_batches_do_not_use_is_there_for_others() -> None:
+    setup = Setup(buffer_bytes=6_000, bytes_max=1_000, records_max=100)
+    for target in ("a", "b", "c"):
+        for _ in range(FILLER_FROM):
+            setup.quick(b"", target)
+    assert setup.accumulator.buffered_bytes == 3_000, "each may have a whole batch"
+    with pytest.raises(BufferFullError):
+        for _ in range(1_000):
+            setup.quick(b"", "d")
+    count = sum(batch.message_count for batch in setup.accumulator.unfinished())
+    assert count == 6_000 // RECORD_OVERHEAD_BYTES
 
 
 def test_empty_bodies_count_too() -> None:
@@ -298,20 +417,28 @@ def test_a_callback_never_blocks_on_a_full_buffer() -> None:
         setup.append(timeout_ms=60_000)
 
 
-@given(st.lists(st.tuples(st.integers(0, 300), st.booleans()), max_size=60))
-def test_memory_is_bounded_and_comes_back(steps: list[tuple[int, bool]]) -> None:
-    setup = Setup(buffer_bytes=1000, bytes_max=400)
+SIZES = st.integers(0, 30) | st.integers(0, 300)
+
+
+@given(st.lists(st.tuples(SIZES, st.booleans(), st.booleans()), max_size=120), st.sampled_from([1_000, 6_000, 16_000]))
+def test_memory_is_bounded_and_comes_back(steps: list[tuple[int, bool, bool]], buffer_bytes: int) -> None:
+    setup = Setup(buffer_bytes=buffer_bytes, bytes_max=1_000, records_max=100)
     live: list[Batch] = []
-    for size, is_finished in steps:
-        before = setup.accumulator.buffered_bytes
+    unfinished_bytes = 0
+    for size, is_finished, is_other in steps:
+        size_bytes = size + RECORD_OVERHEAD_BYTES
         try:
-            setup.append(bytes(size))
+            setup.quick(bytes(size), "alarms" if is_other else "meters")
+            unfinished_bytes += size_bytes
         except BufferFullError:
-            assert before + size + RECORD_OVERHEAD_BYTES > 1000
-            assert setup.accumulator.buffered_bytes == before
-        assert setup.accumulator.buffered_bytes <= 1000
-        live += setup.accumulator.take_sealed()
+            assert unfinished_bytes + size_bytes > buffer_bytes, "what is granted and not used is no reason to refuse"
+        assert unfinished_bytes <= setup.accumulator.buffered_bytes <= buffer_bytes
+        sealed = setup.accumulator.take_sealed()
+        for batch in sealed:
+            assert batch.size_bytes == sum(len(body) + RECORD_OVERHEAD_BYTES for body in bodies_of(batch)) <= 1_000
+        live += sealed
         if is_finished and live:
+            unfinished_bytes -= live[0].size_bytes
             setup.accumulator.finish(live.pop(0), STORED)
     for batch in [*live, *setup.take()]:
         setup.accumulator.finish(batch, STORED)
@@ -490,7 +617,7 @@ def test_many_threads_fill_batches_that_hold_every_record_once_and_each_threads_
 
     def fill(name: int) -> None:
         for number in range(count):
-            setup.append(b"%d %d" % (name, number), QUEUE)
+            setup.quick(b"%d %d" % (name, number), QUEUE)
 
     threads = [threading.Thread(target=fill, args=(name,)) for name in range(thread_count)]
     for thread in threads:
