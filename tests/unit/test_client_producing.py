@@ -17,7 +17,7 @@ from tests.unit.fake_cluster import LIMITS, NAMESERVER, FakeCluster, StoringBrok
 from zrmq.client.accumulator import RECORD_OVERHEAD_BYTES, Accumulator, AccumulatorConfig, OneWay, SendHandle, Target
 from zrmq.client.instance import ClientInstance
 from zrmq.client.link import Identity
-from zrmq.client.producing import ProducerCore, ProducingConfig
+from zrmq.client.producing import UNFILLED_MAX, ProducerCore, ProducingConfig
 from zrmq.errors import (
     ClosedError,
     Code,
@@ -106,13 +106,20 @@ def test_messages_are_stored_in_order_and_receipts_say_where() -> None:
     assert desk.accumulator.buffered_bytes == 0
 
 
-def test_batches_form_while_one_is_on_its_way() -> None:
+@pytest.mark.parametrize("target", ["t", A0])
+def test_batches_form_while_enough_is_on_its_way(target: Target) -> None:
     desk = one()
-    first = desk.send(b"first")
-    desk.network.run_until(lambda: bool(desk.cluster["a"].sends))
-    later = [desk.send(b"later") for _ in range(5)]
-    desk.finish(first, *later)
-    assert len(desk.cluster["a"].sends) == 2
+    desk.cluster["a"].answer_after_ms = 100
+    sends = desk.cluster["a"].sends
+    for number in range(UNFILLED_MAX):
+        desk.send(b"lonely", target)
+        desk.network.run_until(lambda: len(sends) == number + 1)  # noqa: B023 - waited for here
+    assert sum(batch.message_count for batch in desk.accumulator.unfinished()) == UNFILLED_MAX, "none has its answer"
+    later = [desk.send(b"later", target) for _ in range(5)]
+    desk.network.run_for(50)
+    assert len(sends) == UNFILLED_MAX
+    desk.finish(*later)
+    assert len(sends) == UNFILLED_MAX + 1
 
 
 def test_full_batches_do_not_wait_for_anything() -> None:

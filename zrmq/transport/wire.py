@@ -18,8 +18,11 @@ COPY_BYTES_MAX = 64 * 1024  # from here on handing over a reference is cheaper t
 # frames), for features we do not use.
 _send = cast("Callable[[Socket, Frame, int, bool], object]", zmq.backend.Socket.send)
 _recv = cast("Callable[[Socket, int, bool], zmq.Frame]", zmq.backend.Socket.recv)
+_get = cast("Callable[[Socket, int], int]", zmq.backend.Socket.get)
 _MORE = zmq.DONTWAIT | zmq.SNDMORE
 _LAST = int(zmq.DONTWAIT)
+_EVENTS = int(zmq.EVENTS)
+_POLLIN = int(zmq.POLLIN)  # pyzmq's own is an enum, and its `&` costs as much as asking the socket
 
 
 def send_message(socket: Socket, frames: Frames) -> None:
@@ -61,5 +64,4 @@ def receive_message(socket: Socket, flags: int = _LAST) -> list[bytes]:
 
 def is_readable(socket: Socket) -> bool:
     """Whether `receive_message` would give something."""
-    events = socket.get(zmq.EVENTS)
-    return isinstance(events, int) and bool(events & zmq.POLLIN)
+    return bool(_get(socket, _EVENTS) & _POLLIN)
