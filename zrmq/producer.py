@@ -19,13 +19,14 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Self, overload
+from typing import Any, Literal, Self, TypedDict, Unpack, overload
 from weakref import WeakSet
 from zlib import crc32
 
 from zrmq.client.accumulator import (
     Accumulator,
     AccumulatorConfig,
+    Extras,
     OneWay,
     SendHandle,
     Stored,
@@ -70,6 +71,19 @@ GRACE_MS = 1_000  # for an answer that the I/O thread gives at the deadline itse
 log = get_logger("producer")
 
 Selector = Callable[[Sequence[MessageQueue]], MessageQueue]
+
+
+class SendOptions(TypedDict, total=False):
+    """What a message may have besides topic and body, and how it is sent: the keywords of `send`, `send_async`, `send_oneway`."""
+
+    tag: str | None  # one, for filters; no '|', no blanks around it
+    keys: Sequence[str]  # for looking it up; at most 64
+    properties: dict[str, str] | None  # at most 128, 16 KiB with tag and keys
+    message_group: str | None  # what order holds within; at most 64 bytes
+    queue: MessageQueue | None  # this one and no other
+    selector: Selector | None  # picks the queue from all of the topic's
+    value: Any  # instead of a body: packed with MessagePack
+    timeout_ms: int | None  # instead of the producer's `send_timeout_ms`
 
 
 class Receipts(Sequence[SendReceipt]):
@@ -163,7 +177,7 @@ class Producer:
             raise
         self._thread.at_close(self._core.leave)
         self._append = self._accumulator.append
-        self._fillers = self._accumulator.fillers
+        self._body_fillers = self._accumulator.body_fillers
         self._lanes = Lanes(
             self._core, self._accumulator, rng.getrandbits(64),
             open_lane=partial(_open_lane, self._thread.context, self._identity(LANE_SUFFIX)),
@@ -173,32 +187,16 @@ class Producer:
 
     # --- sending ------------------------------------------------------------------------------------------------------
 
-    def send(
-        self,
-        topic: str,
-        body: Body | None = None,
-        *,
-        tag: str | None = None,
-        keys: Sequence[str] = (),
-        properties: dict[str, str] | None = None,
-        message_group: str | None = None,
-        queue: MessageQueue | None = None,
-        selector: Selector | None = None,
-        value: Any = NO_VALUE,
-        timeout_ms: int | None = None,
-    ) -> SendReceipt:
+    def send(self, topic: str, body: Body | None = None, **options: Unpack[SendOptions]) -> SendReceipt:
         """Send one message and wait until it is stored, as safe as the topic's flush mode says.
 
-        `body`: at most 4 MiB, text as UTF-8; or `value`, packed with MessagePack. `tag`: one, for filters. `keys`: for looking it
-        up. `properties`: str to str. `timeout_ms`: instead of the producer's `send_timeout_ms`.
+        `body`: at most 4 MiB, text as UTF-8; or `value=`. What else a message may have: `SendOptions`.
 
         Before anything is sent: `InvalidArgumentError`, `PayloadTooLargeError`, `ClosedError`, `ForkedClientError`,
         `BufferFullError`, `TopicNotFoundError`. After: `UnreachableError` when it is certain that it was not stored,
         `RequestTimeoutError` when that is unknown, and the brokers' own, such as `DiskFullError`. Not inside a callback.
         """
-        data, size_bytes, extras = outgoing(body, value, tag, keys, properties, message_group)
-        left_ms = self._ready(topic, timeout_ms)
-        target = self._target(topic, message_group, queue, selector)
+        target, data, size_bytes, extras, left_ms = self._outgoing(topic, body, **options)
         if not self._accumulator.may_wait():
             raise InvalidArgumentError("send() waits, and a callback must not; use send_async() there.")
         if self._accumulator.is_idle(topic):  # else it would overtake what this thread sent before
@@ -207,30 +205,15 @@ class Producer:
                 return receipt
         return self._append(target, data, size_bytes, extras, left_ms).result()
 
-    def send_async(
-        self,
-        topic: str,
-        body: Body | None = None,
-        *,
-        tag: str | None = None,
-        keys: Sequence[str] = (),
-        properties: dict[str, str] | None = None,
-        message_group: str | None = None,
-        queue: MessageQueue | None = None,
-        selector: Selector | None = None,
-        value: Any = NO_VALUE,
-        timeout_ms: int | None = None,
-    ) -> SendHandle:
+    def send_async(self, topic: str, body: Body | None = None, **options: Unpack[SendOptions]) -> SendHandle:
         """Hand one message over and go on; arguments as for `send`. The handle has the receipt, or the error, later.
 
         Waits only at a topic's first message and while the buffer is full. Raises what `send` raises before anything is sent.
         """
-        # Hot path: a message that is only a body, like some before it. See `Accumulator.append`.
-        if (
-            type(body) is bytes and value is NO_VALUE and tag is None and not keys and properties is None and timeout_ms is None
-            and message_group is None and queue is None and selector is None and type(topic) is str
-        ):
-            fill = self._fillers.get(topic)
+        # Hot path: a message that is only a body, like some before it. See `Accumulator.append`. Keyword-only parameters would
+        # cost another fifth: Python looks each one's default up in a dict.
+        if not options and type(body) is bytes and type(topic) is str:
+            fill = self._body_fillers.get(topic)
             if fill is not None:
                 try:
                     return fill(body)
@@ -238,9 +221,7 @@ class Producer:
                     handle = self._accumulator.filled(end)
                     if handle is not None:
                         return handle
-        data, size_bytes, extras = outgoing(body, value, tag, keys, properties, message_group)
-        left_ms = self._ready(topic, timeout_ms)
-        return self._append(self._target(topic, message_group, queue, selector), data, size_bytes, extras, left_ms)
+        return self._append(*self._outgoing(topic, body, **options))
 
     def send_batch(
         self,
@@ -276,28 +257,13 @@ class Producer:
                 raise
         return _settled(handles)
 
-    def send_oneway(
-        self,
-        topic: str,
-        body: Body | None = None,
-        *,
-        tag: str | None = None,
-        keys: Sequence[str] = (),
-        properties: dict[str, str] | None = None,
-        message_group: str | None = None,
-        queue: MessageQueue | None = None,
-        selector: Selector | None = None,
-        value: Any = NO_VALUE,
-        timeout_ms: int | None = None,
-    ) -> None:
+    def send_oneway(self, topic: str, body: Body | None = None, **options: Unpack[SendOptions]) -> None:
         """Hand one message over that nobody acknowledges; arguments as for `send`. For readings of which a few may be lost.
 
         When brokers take them too slowly the buffer fills, and this waits or raises `BufferFullError` as the producer was told.
         What no broker takes within `timeout_ms` is dropped, and counted in a log line.
         """
-        data, size_bytes, extras = outgoing(body, value, tag, keys, properties, message_group)
-        left_ms = self._ready(topic, timeout_ms)
-        target = self._target(topic, message_group, queue, selector)
+        target, data, size_bytes, extras, left_ms = self._outgoing(topic, body, **options)
         self._append(OneWay(topic, None if isinstance(target, str) else target), data, size_bytes, extras, left_ms)
 
     # --- the end ------------------------------------------------------------------------------------------------------
@@ -336,6 +302,26 @@ class Producer:
         self.close()
 
     # --- steps --------------------------------------------------------------------------------------------------------
+
+    def _outgoing(
+        self,
+        topic: str,
+        body: Body | None,
+        tag: str | None = None,
+        keys: Sequence[str] = (),
+        properties: dict[str, str] | None = None,
+        message_group: str | None = None,
+        queue: MessageQueue | None = None,
+        selector: Selector | None = None,
+        value: Any = NO_VALUE,
+        timeout_ms: int | None = None,
+    ) -> tuple[str | MessageQueue, bytes, int, Extras | None, int]:
+        """Target, body, size in the buffer, extras and the time left of a message that may be sent."""
+        data, size_bytes, extras = outgoing(body, value, tag, keys, properties, message_group)
+        left_ms = self._ready(topic, timeout_ms)
+        is_bound = queue is not None or selector is not None or message_group is not None
+        target = self._target(topic, message_group, queue, selector) if is_bound else topic
+        return target, data, size_bytes, extras, left_ms
 
     def _ready(self, topic: str, timeout_ms: int | None) -> int:
         """How much of the time is left once the topic is known."""

@@ -55,7 +55,7 @@ class Setup:
 
     def quick(self, body: bytes = b"x", target: Target = "meters") -> SendHandle:
         """As `send_async` does for a body alone."""
-        fill = self.accumulator.fillers.get(target)
+        fill = self.accumulator.body_fillers.get(target)
         if fill is None:
             return self.append(body, target)
         try:
@@ -179,7 +179,7 @@ def test_a_batch_that_grows_is_filled_without_the_lock() -> None:
     setup = Setup(records_max=8)
     first = [setup.append() for _ in range(FILLER_FROM)]
     assert setup.accumulator._lock.acquire(), "nobody else has it"
-    rest = [setup.accumulator.fillers["meters"](b"y") for _ in range(8 - FILLER_FROM - 1)]
+    rest = [setup.accumulator.body_fillers["meters"](b"y") for _ in range(8 - FILLER_FROM - 1)]
     setup.accumulator._lock.release()
     last = setup.quick(b"z")
     (batch,) = setup.accumulator.take_sealed()
@@ -187,14 +187,14 @@ def test_a_batch_that_grows_is_filled_without_the_lock() -> None:
     assert [handle.index for handle in (*first, *rest, last)] == list(range(8))
     assert {handle.batch for handle in (*first, *rest, last)} == {batch}
     assert bodies_of(batch) == [b"x"] * 4 + [b"y"] * 3 + [b"z"]
-    assert setup.accumulator.fillers == {}
+    assert setup.accumulator.body_fillers == {}
 
 
 @pytest.mark.parametrize("late", [Extras("t"), "timeout", "take", "refuse"])
 def test_whoever_wants_the_batch_otherwise_stops_its_filler(late: object) -> None:
     setup = Setup(records_max=100)
     before = [setup.quick() for _ in range(10)]
-    fill = setup.accumulator.fillers["meters"]
+    fill = setup.accumulator.body_fillers["meters"]
     if late == "take":
         setup.take()
     elif late == "refuse":

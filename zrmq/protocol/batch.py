@@ -147,7 +147,7 @@ class Columns(msgspec.Struct, array_like=True, gc=False):
 
     bodies: Annotated[list[bytes], _COLUMN]
     tags: Annotated[list[str | None], _COLUMN] | None = None
-    keys: Annotated[list[list[str]], _COLUMN] | None = None
+    keys: Annotated[list[Sequence[str]], _COLUMN] | None = None
     properties: Annotated[list[dict[str, str] | None], _COLUMN] | None = None
     message_groups: Annotated[list[str | None], _COLUMN] | None = None
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Annotated
+from functools import lru_cache
+from typing import Annotated, NoReturn
 
 import msgspec
 
@@ -37,6 +38,8 @@ SESSIONS_MAX = 10_000
 NAME_CHARS_MAX = 255  # of any name or address in a request, before it is looked at more closely
 CREDENTIALS_BYTES_MAX = 4096
 INFLIGHT_BATCHES_MAX = 32  # unacknowledged batches one producer may have on one queue; the dedup window is as long
+
+REMEMBERED_TEXTS = 256  # tags and property names come again and again, so their checks are remembered; each has 16 KiB at most
 
 # Types of request fields, checked while decoding, so that no handler meets a number or a name that its tables cannot hold.
 Natural = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]  # counts, offsets, times, epochs
@@ -81,11 +84,15 @@ def check_text(text: str, what: str, code: Code) -> None:
     if isinstance(text, str) and text.isprintable() and text.strip():
         return  # hot: what can be printed has neither, and nearly everything can
     if not isinstance(text, str) or not text.strip():
-        raise InvalidArgumentError(f"A {what} must be text and not blank; leave it out instead.", code=code)
+        _not_text(what, code)
     if _CONTROL.search(text) or _SURROGATE.search(text):
         raise InvalidArgumentError(
             f"The {what} {text[:40]!r} contains a control character or half of a surrogate pair; remove it.", code=code
         )
+
+
+def _not_text(what: str, code: Code) -> NoReturn:
+    raise InvalidArgumentError(f"A {what} must be text and not blank; leave it out instead.", code=code)
 
 
 def check_tag(tag: str) -> None:
@@ -133,8 +140,7 @@ def _check_properties(
 ) -> int:
     size = 0
     if tag is not None:
-        check_tag(tag)
-        size += len(tag.encode())
+        size += _tag_bytes(tag) if isinstance(tag, str) else _not_text("tag", Code.ILLEGAL_MESSAGE_TAG)
     if keys:
         size += _check_keys(keys)
     if message_group is not None:
@@ -148,12 +154,28 @@ def _check_properties(
         size += group_bytes
     if properties:
         size += _check_property_map(properties)
+    return size if size <= PROPERTIES_BYTES_MAX else _checked_size(size)
+
+
+def _checked_size(size: int) -> int:
     if size > PROPERTIES_BYTES_MAX:
         raise PayloadTooLargeError(
             f"Tag, keys and properties have {size} bytes together; the limit is {PROPERTIES_BYTES_MAX}. Put data into the body.",
             code=Code.MESSAGE_PROPERTIES_TOO_LARGE, size_bytes=size, limit_bytes=PROPERTIES_BYTES_MAX,
         )
     return size
+
+
+@lru_cache(REMEMBERED_TEXTS)
+def _tag_bytes(tag: str) -> int:
+    check_tag(tag)
+    return _checked_size(len(tag.encode()))
+
+
+@lru_cache(REMEMBERED_TEXTS)
+def _property_name_bytes(name: str) -> int:
+    check_text(name, "property name", Code.ILLEGAL_MESSAGE_PROPERTY_KEY)
+    return _checked_size(len(name.encode()))
 
 
 def _check_keys(keys: Sequence[str]) -> int:
@@ -165,9 +187,12 @@ def _check_keys(keys: Sequence[str]) -> int:
         raise InvalidArgumentError(
             f"The message has {len(keys)} keys; use at most {KEY_COUNT_MAX}.", code=Code.ILLEGAL_MESSAGE_KEY
         )
+    size = 0
     for key in keys:
-        check_text(key, "key", Code.ILLEGAL_MESSAGE_KEY)
-    return len("".join(keys).encode())
+        if not (isinstance(key, str) and key.isprintable() and key.strip()):
+            check_text(key, "key", Code.ILLEGAL_MESSAGE_KEY)
+        size += len(key) if key.isascii() else len(key.encode())
+    return size
 
 
 def _check_property_map(properties: dict[str, str]) -> int:
@@ -182,11 +207,14 @@ def _check_property_map(properties: dict[str, str]) -> int:
             code=Code.ILLEGAL_MESSAGE_PROPERTY_KEY,
         )
     size = 0
-    for key, value in properties.items():
-        check_text(key, "property name", Code.ILLEGAL_MESSAGE_PROPERTY_KEY)
-        if not isinstance(value, str) or (not value.isascii() and _SURROGATE.search(value)):
+    for name, value in properties.items():
+        size += _property_name_bytes(name)
+        if isinstance(value, str) and value.isascii():
+            size += len(value)
+        elif isinstance(value, str) and not _SURROGATE.search(value):
+            size += len(value.encode())
+        else:
             raise InvalidArgumentError(
-                f"The property {key!r} has the value {value!r}; give a str.", code=Code.ILLEGAL_MESSAGE_PROPERTY_KEY
+                f"The property {name!r} has the value {value!r}; give a str.", code=Code.ILLEGAL_MESSAGE_PROPERTY_KEY
             )
-        size += len(key.encode()) + len(value.encode())
     return size
