@@ -33,7 +33,8 @@ def test_every_figure_has_its_values_and_its_limit(tmp_path: Path) -> None:
     result = json.loads(done.stdout)
     assert (result["messages"], result["body_bytes"], result["rounds"]) == (2000, 128, 1)
     rows = {(row["figure"], row["flush"], row["value"]): row for row in result["figures"]}
-    kinds = {"produce": ["rate"], "consume": ["rate"], "both": ["rate"], "send": ["p50", "p99"], "latency": ["p50", "p99"]}
+    rates, times = ["rate"], ["p50", "p99"]
+    kinds = {"produce": rates, "tagged": rates, "consume": rates, "both": rates, "send": times, "latency": times}
     names = [figure.name for figure in FIGURES]
     assert list(rows) == [(name, flush, kind) for name in names for flush in ("sync", "async") for kind in kinds[name]]
     for row in rows.values():

@@ -76,16 +76,36 @@ def pace(count: int, per_second: int, clock: Clock) -> Iterator[int]:
 
 def produce(spec: Spec, gate: Gate) -> dict[str, object]:
     """Send asynchronously, as fast as it goes, until everything is acknowledged."""
-    clock, topic, body = SystemClock(), spec.topic, bytes(spec.body_bytes)
-    with zrmq.Producer("bench", nameservers=spec.nameservers) as producer:
+    topic, body = spec.topic, bytes(spec.body_bytes)
+
+    def send(producer: zrmq.Producer, messages: int) -> None:
         send_async = producer.send_async
-        for _ in range(spec.warm_messages):
+        for _ in range(messages):
             send_async(topic, body)
+
+    return _produce(spec, gate, send)
+
+
+def produce_tagged(spec: Spec, gate: Gate) -> dict[str, object]:
+    """The same with a tag, a key and a property on each message."""
+    topic, body, keys, properties = spec.topic, bytes(spec.body_bytes), ["device-7"], {"site": "north"}
+
+    def send(producer: zrmq.Producer, messages: int) -> None:
+        send_async = producer.send_async
+        for _ in range(messages):
+            send_async(topic, body, tag="kitchen", keys=keys, properties=properties)
+
+    return _produce(spec, gate, send)
+
+
+def _produce(spec: Spec, gate: Gate, send: Callable[[zrmq.Producer, int], None]) -> dict[str, object]:
+    clock = SystemClock()
+    with zrmq.Producer("bench", nameservers=spec.nameservers) as producer:
+        send(producer, spec.warm_messages)
         producer.flush()
         gate.wait()
         began_ms = clock.monotonic_ms()
-        for _ in range(spec.messages):
-            send_async(topic, body)
+        send(producer, spec.messages)
         producer.flush()
         return {"began_ms": began_ms, "ended_ms": clock.monotonic_ms()}
 
@@ -188,7 +208,7 @@ def _timed(consumer: zrmq.PullConsumer, messages: int) -> dict[str, object]:
 
 
 PARTS: dict[str, Callable[[Spec, Gate], dict[str, object]]] = {
-    part.__name__: part for part in (produce, send, send_paced, consume, consume_backlog, receive_stamped)
+    part.__name__: part for part in (produce, produce_tagged, send, send_paced, consume, consume_backlog, receive_stamped)
 }
 
 
