@@ -245,16 +245,18 @@ class Producer:
         if not self._accumulator.may_wait():
             raise InvalidArgumentError("send_batch() waits, and a callback must not; use send_async() there.")
         bound = self._target(topic, message_group, queue, selector)
-        handles: list[SendHandle] = []
-        for data, size_bytes, extras in messages:
+
+        def target_of(extras: Extras | None) -> str | MessageQueue:
             group = None if extras is None else extras.message_group
-            is_free = isinstance(bound, str) and group is not None
-            target = self._target(topic, group, None, None) if is_free else bound
-            try:
-                handles.append(self._append(target, data, size_bytes, extras, left_ms))
-            except ZrmqError as error:
-                error.facts["handed_over"] = len(handles)
-                raise
+            return self._target(topic, group, None, None) if isinstance(bound, str) and group is not None else bound
+
+        handles: list[SendHandle] = []
+        addressed = [(target_of(extras), data, size_bytes, extras) for data, size_bytes, extras in messages]
+        try:
+            self._accumulator.append_all(addressed, left_ms, handles)
+        except ZrmqError as error:
+            error.facts["handed_over"] = len(handles)
+            raise
         return _settled(handles)
 
     def send_oneway(self, topic: str, body: Body | None = None, **options: Unpack[SendOptions]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import given
@@ -109,6 +109,48 @@ def test_a_batch_is_sealed_when_another_record_of_that_size_would_not_fit() -> N
     for _ in range(4):
         setup.append(bytes(300))
     assert [len(bodies_of(batch)) for batch in setup.accumulator.take_sealed()] == [2, 2]
+
+
+def test_records_that_are_added_together_go_out_together() -> None:
+    setup = Setup(records_max=4)
+
+    def records() -> Iterator[tuple[Target, bytes, int, Extras | None]]:
+        for number in range(7):
+            assert setup.accumulator._lock.locked(), "nobody can take a batch now"
+            yield "meters" if number < 6 else QUEUE, b"%d" % number, 100, Extras("t") if number % 2 else None
+
+    handles: list[SendHandle] = []
+    setup.accumulator.append_all(records(), 3000, handles)
+    assert [(handle.batch.target, handle.index) for handle in handles] == [
+        *(("meters", index) for index in (0, 1, 2, 3, 0, 1)), (QUEUE, 0)
+    ]
+    assert handles[0].batch.records is None, "encoded by the caller"
+    assert [bodies_of(batch) for batch in setup.take()] == [[b"0", b"1", b"2", b"3"], [b"4", b"5"], [b"6"]]
+    assert setup.wakes == 1
+
+
+def test_of_records_that_are_added_together_those_before_the_full_buffer_are_handed_over() -> None:
+    setup = Setup(buffer_bytes=500, records_max=100)
+    handles: list[SendHandle] = []
+    with pytest.raises(BufferFullError):
+        setup.accumulator.append_all([("meters", b"x", 100, None)] * 7, 3000, handles)
+    assert [handle.index for handle in handles] == [0, 1, 2, 3, 4]
+    assert setup.wakes == 1
+
+
+def test_more_records_than_the_buffer_holds_are_added_together_as_room_comes() -> None:
+    setup = Setup(buffer_bytes=500, records_max=100, block_when_full=True)
+    handles: list[SendHandle] = []
+    records: list[tuple[Target, bytes, int, Extras | None]] = [("meters", b"x", 100, None)] * 12
+    thread = threading.Thread(target=setup.accumulator.append_all, args=(records, 30_000, handles))
+    thread.start()
+    while thread.is_alive():
+        wait_until(lambda: setup.accumulator.is_pressed or not thread.is_alive())
+        for batch in setup.take():
+            setup.accumulator.finish(batch, STORED)
+    thread.join(30)
+    assert len(handles) == 12
+    assert setup.wakes >= 2, "the loop is told before anybody waits for it"
 
 
 def test_a_filler_ends_when_another_record_of_that_size_would_not_fit() -> None:

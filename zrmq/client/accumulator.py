@@ -23,7 +23,7 @@ A batch's `outcome` is read without the lock: it is written once, before those w
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from copy import copy
 from math import inf
 from types import TracebackType
@@ -285,8 +285,8 @@ class SendHandle(msgspec.Struct, frozen=True, eq=False, gc=False):
 class Accumulator:
     """The producer's memory. `append` and what handles do: any thread; the rest as each says.
 
-    `wake` is called, from any thread and without the lock, when there is something new for the loop's thread. `may_wait` is
-    False in a thread that must not wait: the loop's own.
+    `wake` is called, from any thread, when there is something new for the loop's thread: it posts a call and returns. `may_wait`
+    is False in a thread that must not wait: the loop's own.
     """
 
     def __init__(
@@ -332,16 +332,35 @@ class Accumulator:
                 if handle is not None:
                     return handle
         with self._lock:
-            batch = self._batch_with_room(target, size_bytes, timeout_ms)
-            index = batch.add(body, size_bytes, extras)
-            handle = SendHandle(batch, index)
-            if index + 1 >= self._batch_records_max or not self._can_take(batch, size_bytes):
-                self._seal(batch)
-            elif index + 1 >= FILLER_FROM and timeout_ms == self._timeout_ms:
-                self._start_filler(batch)
+            handle = self._add(target, body, size_bytes, extras, timeout_ms)
+            if handle.index + 1 >= FILLER_FROM and timeout_ms == self._timeout_ms:
+                self._start_filler(handle.batch)
         if self._has_news:
-            self._tell(batch)
+            self._tell(handle.batch)
         return handle
+
+    def append_all(
+        self, records: Iterable[tuple[Target, bytes, int, Extras | None]], timeout_ms: int, handles: list[SendHandle]
+    ) -> None:
+        """Add checked records together: no batch goes out in between unless it is full, or the buffer is. As `append`.
+
+        `handles` gets the handle of each; of those before it, where one raises.
+        """
+        try:
+            with self._lock:
+                for target, body, size_bytes, extras in records:
+                    handles.append(self._add(target, body, size_bytes, extras, timeout_ms))
+        finally:
+            if handles:
+                self._tell(*dict.fromkeys(handle.batch for handle in handles))
+
+    def _add(self, target: Target, body: bytes, size_bytes: int, extras: Extras | None, timeout_ms: int) -> SendHandle:
+        """With the lock. The batch is sealed when another record of that size would not fit."""
+        batch = self._batch_with_room(target, size_bytes, timeout_ms)
+        index = batch.add(body, size_bytes, extras)
+        if index + 1 >= self._batch_records_max or not self._can_take(batch, size_bytes):
+            self._seal(batch)
+        return SendHandle(batch, index)
 
     def filled(self, end: StopIteration | ValueError) -> SendHandle | None:
         """A filler ended with a record, or before it, or has another thread inside. None: it was not taken; `append` it."""
@@ -355,10 +374,11 @@ class Accumulator:
         self._tell(batch)
         return handle
 
-    def _tell(self, batch: Batch) -> None:
-        """After something new. Encodes the caller's batch if it is sealed and nobody else did, so that the loop need not."""
-        if batch.record_count:
-            batch.encoded()
+    def _tell(self, *batches: Batch) -> None:
+        """After something new. Encodes the caller's batches if they are sealed and nobody else did, so that the loop need not."""
+        for batch in batches:
+            if batch.record_count:
+                batch.encoded()
         self._has_news = False
         self.wake()
 
@@ -366,6 +386,8 @@ class Accumulator:
 
     def _start_filler(self, batch: Batch) -> None:
         """Let those who follow fill it without the lock."""
+        if self._open.get(batch.target) is not batch:
+            return  # sealed with this record
         if batch.extras is None:
             batch.filler = self._fill_bodies(batch, self._batch_records_max)
             self.body_fillers[batch.target] = batch.filler.send
@@ -512,6 +534,7 @@ class Accumulator:
         self._waiting_for_room.append(room)
         self._lock.release()
         try:
+            self.wake()  # what is open may be what fills the buffer
             room.acquire(timeout=left_ms / 1000)
         finally:
             self._lock.acquire()
