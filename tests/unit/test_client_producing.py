@@ -426,6 +426,23 @@ def test_a_brokers_trouble_moves_free_messages_at_once(error: ZrmqError) -> None
     assert sorted(desk.cluster["b"].bodies) == sorted(b"%d" % number for number in range(60))
 
 
+def test_a_refusal_says_nothing_about_what_was_sent_since() -> None:
+    """A full disk refused the batch; sent again, its answer is lost, and only then it moves: now the broker may have it."""
+    desk = two()
+    a, b = desk.cluster["a"], desk.cluster["b"]
+    b.crash()
+    desk.network.run_until(lambda: desk.core.reachable == {"a"})
+    a.refuse = lambda request: DiskFullError("full")
+    handle = desk.send(timeout_ms=30_000)
+    desk.network.run_until(lambda: bool(a.sends))
+    a.refuse, a.loses_answers = lambda request: None, True
+    desk.network.run_until(lambda: bool(a.bodies))
+    b.start()
+    desk.finish(handle)
+    assert handle.result().broker_name == "b"
+    assert handle.batch.avoid == {"a"}, "it never goes back there"
+
+
 def test_trouble_that_passes_is_waited_for_and_order_is_kept() -> None:
     desk = one()
     broker = desk.cluster["a"]

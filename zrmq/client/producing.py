@@ -460,8 +460,10 @@ class ProducerCore:
         )
 
     def _leave(self, line: _Line, batch: Batch) -> None:
-        """Back to the ready ones. Its broker may have stored it, now or before; only a full disk says for certain that not."""
-        if batch.refusal is None or batch.refusal.code is not Code.DISK_FULL:
+        """Back to the ready ones. Its broker may have stored it, now or before; only a full disk says for certain that not, as
+        long as the batch has not been sent there again since."""
+        is_unstored = batch.refusal is not None and batch.refusal.code is Code.DISK_FULL and batch not in line.unanswered
+        if not is_unstored:
             batch.avoid |= {line.queue.broker_name}
         line.remove(batch)
         self._drop_if_empty(line)
