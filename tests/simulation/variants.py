@@ -13,7 +13,9 @@ from zrmq.client import reading
 from zrmq.client.inbox import Inbox
 from zrmq.client.process_queue import ProcessQueue
 from zrmq.client.producing import ProducerCore
+from zrmq.message import ConsumeFrom
 from zrmq.protocol.events import LeaseGranted, OffsetsCommitted
+from zrmq.protocol.requests import JoinGroup
 from zrmq.serving.groups import GroupDesk
 from zrmq.serving.leases import LeaseDesk
 from zrmq.serving.outbox import Outbox
@@ -21,7 +23,7 @@ from zrmq.store import checkpoint, recovery, segment
 from zrmq.store.checkpoint import Checkpoint
 from zrmq.store.commit_log import CommitLog, LogFlush
 from zrmq.store.store import Store
-from zrmq.store.tables import Tables
+from zrmq.store.tables import Queue, Tables
 from zrmq.transport.sessions import SessionTable
 
 Patch = pytest.MonkeyPatch
@@ -107,8 +109,17 @@ def commit_before_the_listener(patch: Patch) -> None:
     patch.setattr(ProcessQueue, "commit_offset", property(lambda self: self.position))
 
 
-def begin_late_at_other_brokers(patch: Patch) -> None:
+def begin_where_it_is_convenient(patch: Patch) -> None:
     patch.setattr(GroupDesk, "_start", lambda self, queue, request: queue.next_offset)
+
+
+def begin_late_at_other_brokers(patch: Patch) -> None:
+    start = GroupDesk._start
+
+    def late(self: GroupDesk, queue: Queue, request: JoinGroup) -> int:
+        return queue.next_offset if request.consume_from is ConsumeFrom.LATEST else start(self, queue, request)
+
+    patch.setattr(GroupDesk, "_start", late)
 
 
 def ask_for_one_tag_only(patch: Patch) -> None:
@@ -210,7 +221,8 @@ VARIANTS = [
     Variant("trust leases for ever", trust_leases_for_ever, {"owner"}),
     Variant("do not wait for what is in flight", do_not_wait_for_what_is_in_flight, {"drain"}),
     Variant("commit before the listener", commit_before_the_listener, {"commit"}),
-    Variant("begin late at other brokers", begin_late_at_other_brokers, {"missed"}),
+    Variant("begin where it is convenient", begin_where_it_is_convenient, {"start"}),
+    Variant("begin late at other brokers", begin_late_at_other_brokers, {"start"}),
     Variant("ask for one tag only", ask_for_one_tag_only, {"commit", "missed"}),
     Variant("recognise no duplicate", recognise_no_duplicate, {"double"}),
     Variant("check no predecessor", check_no_predecessor, {"order"}, {

@@ -211,7 +211,7 @@ def _subscribed(check: LogCheck, group: GroupPlan, topic: str) -> Subscribed | N
 
 def _is_informed(world: World, group: GroupPlan, queue: MessageQueue, checks: dict[str, LogCheck]) -> bool:
     """Whether the queue's broker knew when the group had first subscribed. It cannot when nobody who did could be asked."""
-    if group.consume_from is ConsumeFrom.EARLIEST or not ISOLATING & world.plan.faults.keys():
+    if group.consume_from is not ConsumeFrom.LATEST or not ISOLATING & world.plan.faults.keys():
         return True
     found = {name: each.since_ms for name, check in checks.items() if (each := _subscribed(check, group, queue.topic))}
     first_ms = next(

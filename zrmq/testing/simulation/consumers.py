@@ -81,8 +81,9 @@ class VirtualConsumer:
         group = self.group
         return ConsumingConfig(
             client_id=self.who, group=group.name, filters=dict.fromkeys(group.topics, group.expression),
-            message_model=group.message_model, consume_from=group.consume_from, allocation=STRATEGIES[group.allocation](),
-            bounds=BOUNDS, commit_interval_ms=COMMIT_MS,
+            message_model=group.message_model, consume_from=group.consume_from,
+            consume_timestamp_ms=group.consume_timestamp_ms, allocation=STRATEGIES[group.allocation](), bounds=BOUNDS,
+            commit_interval_ms=COMMIT_MS,
         )
 
     # --- lives --------------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""Checks of one broker's log while it grows: dense offsets, nothing twice, the order of each producer, leases and commits.
+"""Checks of one broker's log while it grows: dense offsets, nothing twice, the order of each producer, where groups begin, leases
+and commits.
 
 Each life of a broker has a check of its own that reads the log from its beginning, so what recovery made of it is checked too.
 """
@@ -9,9 +10,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from zrmq.files import Files
-from zrmq.message import MessageQueue
+from zrmq.message import ConsumeFrom, MessageQueue
 from zrmq.protocol.events import GroupSubscribed, LeaseGranted, OffsetsCommitted
-from zrmq.store.tables import Tables
+from zrmq.store.tables import Queue, Tables
 from zrmq.testing.simulation.log_watch import Entry, LogWatch, Placed
 from zrmq.testing.simulation.promises import Promises
 from zrmq.testing.simulation.trace import BrokenPromise, spell
@@ -39,6 +40,7 @@ class LogCheck:
             elif isinstance(entry.event, LeaseGranted):
                 self._check_grant(entry.event)
             elif isinstance(entry.event, GroupSubscribed):
+                self._check_subscription(entry.event)
                 self._promises.subscribed(self._broker_name, entry.event)
         self.flushed_position = flushed_position
 
@@ -113,6 +115,29 @@ class LogCheck:
         if event.lease_epoch <= self._lease_epoch:
             self._fail("lease", f"{event} has an epoch that is not beyond {self._lease_epoch}.")
         self._lease_epoch = event.lease_epoch
+
+    def _check_subscription(self, event: GroupSubscribed) -> None:
+        """A group that begins late misses what it asked for, and nothing else in its log shows it."""
+        topic = self.watch.tables.topics.get(event.topic)
+        starts = dict(event.starts)
+        for queue in topic.queues if topic is not None else ():
+            start, latest = starts.get(queue.queue_id, 0), self._latest_start(event, queue)
+            if start > latest:
+                place = spell(MessageQueue(event.topic, self._broker_name, queue.queue_id))
+                self._fail("start", f"{event} begins at {start} of {place}, but what it asked for begins at {latest}.")
+
+    def _latest_start(self, event: GroupSubscribed, queue: Queue) -> int:
+        """Where the group has to begin, at the latest. LATEST is now for the first broker that hears of the group, whatever its
+        clock says; every other one is told when that was."""
+        group = self._promises.groups[event.group]
+        if group.consume_from is ConsumeFrom.EARLIEST:
+            return queue.min_offset
+        if group.consume_from is ConsumeFrom.LATEST and not self._promises.is_told(self._broker_name, event):
+            return queue.next_offset
+        from_ms = group.consume_timestamp_ms or event.since_ms
+        contents = self.watch.queues.get((queue.topic.topic_id, queue.queue_id), {})
+        later = (offset for offset, placed in contents.items() if placed.store_timestamp_ms >= from_ms)
+        return min(later, default=queue.next_offset)
 
     def _check_commit(self, event: OffsetsCommitted) -> None:
         group = self.watch.tables.groups.get(event.group)

@@ -49,6 +49,7 @@ class Placed(NamedTuple):
     producer_id: int
     sequence: int
     end: int  # of its batch in the log
+    store_timestamp_ms: int
 
 
 class LogWatch:
@@ -114,7 +115,9 @@ class LogWatch:
             self.tables.apply_batch(batch)
             queue = self.queues.setdefault((batch.topic_id, batch.queue_id), {})
             for index, body in enumerate(entry.bodies):
-                queue[batch.base_offset + index] = Placed(body, batch.producer_id, batch.first_sequence + index, entry.end)
+                queue[batch.base_offset + index] = Placed(
+                    body, batch.producer_id, batch.first_sequence + index, entry.end, batch.store_timestamp_ms
+                )
 
     def _open_segment(self) -> tuple[int, int, OpenFile]:
         segment = self._segment

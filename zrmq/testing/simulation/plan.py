@@ -11,6 +11,7 @@ from random import Random
 import msgspec
 
 from zrmq.message import ConsumeFrom, FlushMode, MessageModel
+from zrmq.transport.memory import START_TIME_MS
 
 FAULTS = {  # kind of fault: the shortest and longest mean time between two of them, in virtual ms
     "broker_power_cut": (3_000, 20_000),
@@ -50,6 +51,7 @@ class GroupPlan(msgspec.Struct, frozen=True):
     expression: str
     message_model: MessageModel
     consume_from: ConsumeFrom
+    consume_timestamp_ms: int  # 0 unless it begins at a time
     members: int  # at most
     allocation: str
     in_order: bool
@@ -133,12 +135,15 @@ def _groups(rng: Random, topics: tuple[TopicPlan, ...]) -> tuple[GroupPlan, ...]
 
 def _group(rng: Random, name: str, topics: tuple[TopicPlan, ...], model: MessageModel) -> GroupPlan:
     chosen = rng.sample(topics, rng.randint(1, len(topics)))
+    expression = "*" if rng.random() < 0.75 else "a || b"
+    consume_from, consume_timestamp_ms = _beginning(rng.random())
     return GroupPlan(
         name=name,
         topics=tuple(topic.name for topic in chosen),
-        expression="*" if rng.random() < 0.75 else "a || b",
+        expression=expression,
         message_model=model,
-        consume_from=ConsumeFrom.EARLIEST if rng.random() < 0.5 else ConsumeFrom.LATEST,
+        consume_from=consume_from,
+        consume_timestamp_ms=consume_timestamp_ms,
         members=rng.randint(1, 4) if model is MessageModel.CLUSTERING else rng.randint(1, 2),
         allocation=rng.choice(("averagely", "by circle", "consistent hash")),
         in_order=rng.random() < 0.3,
@@ -147,6 +152,14 @@ def _group(rng: Random, name: str, topics: tuple[TopicPlan, ...], model: Message
         failure_share=rng.choice((0.0, 0.0, 0.02)),
         starts_ms=rng.choice((0.0, 0.0, rng.uniform(0.0, 3_000.0))),
     )
+
+
+def _beginning(drawn: float) -> tuple[ConsumeFrom, int]:
+    if drawn < 0.4:
+        return ConsumeFrom.EARLIEST, 0
+    if drawn < 0.5:
+        return ConsumeFrom.TIMESTAMP, START_TIME_MS + round((drawn - 0.4) * 50_000)  # some time in the first 5 s
+    return ConsumeFrom.LATEST, 0
 
 
 def _faults(rng: Random) -> dict[str, float]:

@@ -62,6 +62,7 @@ class Promises:
     """Everything that was promised in a run, by all brokers together."""
 
     def __init__(self, plan: Plan) -> None:
+        self.groups = {group.name: group for group in plan.groups}
         self.postings: dict[bytes, Posting] = {}
         self.acknowledged: dict[MessageQueue, dict[int, Posting]] = {}
         self.subscriptions: dict[tuple[str, str, str, int], None] = {}  # group, topic, broker name, since when: in order
@@ -113,6 +114,13 @@ class Promises:
     def subscribed(self, broker_name: str, event: GroupSubscribed) -> None:
         """A group's first subscription to a topic is in a broker's log, unless it is lost again before it is flushed."""
         self.subscriptions[event.group, event.topic, broker_name, event.since_ms] = None
+
+    def is_told(self, broker_name: str, event: GroupSubscribed) -> bool:
+        """Whether the time of a subscription is that of another broker, which heard of it before."""
+        return any(
+            (event.group, event.topic, event.since_ms) == (group, topic, since_ms) and name != broker_name
+            for group, topic, name, since_ms in self.subscriptions
+        )
 
     def finish(self, group: str, instance_name: str, message: Message) -> None:
         """A listener returned."""
