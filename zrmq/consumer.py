@@ -98,7 +98,8 @@ class PushConsumer(Consumer):
 
         `nameservers`: else `ZRMQ_NAMESERVERS`, else this machine's. `message_model`: CLUSTERING, each message for one member, or
         BROADCASTING, each for every member; then `instance_name` (the host's name) says whose offsets these are. `consume_from`:
-        where a group begins that has never committed; a time may be given (a datetime, or milliseconds since 1970 UTC).
+        where a group (BROADCASTING: an instance) begins that is new; a time may be given (a datetime, or milliseconds since 1970
+        UTC).
         `concurrency`: listener calls side by side, 1 to 1,024. `in_order`: one call at a time for each queue. `allocation`: who
         gets which queues. `buffer_messages`, `buffer_bytes`: how much is read ahead. `commit_interval_ms`: 10 or more.
 

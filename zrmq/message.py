@@ -26,10 +26,11 @@ class MessageModel(str, Enum):
 
 
 class ConsumeFrom(str, Enum):
-    """Where a group that has never committed on a topic begins.
+    """Where a group that has never committed on a topic begins; a broadcasting group each instance of it.
 
-    LATEST means: with the first message stored after the group first subscribed to the topic. There is no exception; a queue
-    that is created later is read from its beginning.
+    LATEST means: with the first message stored after it first subscribed to the topic, at whichever broker; a queue that is
+    created later is read from its beginning. The limit: if every broker that knows of the subscription is away while all members
+    start anew, it is made anew at the others, and what they stored before is not read there.
     """
 
     LATEST = "latest"

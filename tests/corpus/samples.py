@@ -48,7 +48,7 @@ REQUESTS: list[requests.Request] = [
     requests.QueryOffsets(13, 3_000, "meters", [0, 5], NOW_MS),
     requests.JoinGroup(
         14, 3_000, MessageModel.BROADCASTING, [Subscription("meters", "hall || kitchen")], ConsumeFrom.TIMESTAMP, NOW_MS,
-        NOW_MS - 1,
+        [NOW_MS - 1],
     ),
     requests.LeaveGroup(15, 3_000),
     requests.AcquireLease(16, 30_000, "meters", 5),
@@ -56,6 +56,7 @@ REQUESTS: list[requests.Request] = [
     requests.CommitOffsets(18, 3_000, [QueueOffset("meters", 5, 1_000, (3 << 32) + 7)], True),
     requests.QueryCommitted(19, 3_000, "meters"),
     requests.DescribeGroups(20, 3_000, ["reports"]),
+    requests.QuerySubscriptions(21, 3_000, MessageModel.CLUSTERING, ["meters", "alarms"]),
 ]
 
 REPLIES: list[requests.Reply] = [
@@ -75,13 +76,14 @@ REPLIES: list[requests.Reply] = [
     requests.Committed(14, [0, 2]),
     requests.Groups(15, [GROUP]),
     requests.GroupChanged(0, "reports", 14, ["c-1"]),
+    requests.SubscribedSince(16, [NOW_MS, 0]),
 ]
 
 EVENTS: list[events.Event] = [
     events.BrokerStarted(3),
     events.TopicPut(2, TOPIC),
     events.TopicDeleted(2),
-    events.GroupSubscribed("reports", "meters", NOW_MS, [(0, 0), (5, 1_000)]),
+    events.GroupSubscribed("reports", "meters", NOW_MS, [(0, 0), (5, 1_000)], "box"),
     events.OffsetsCommitted("reports", "box", [(2, 5, 1_000)]),
     events.LeaseGranted("reports", 2, 5, "c-1", (3 << 32) + 7),
     events.LeaseReleased("reports", 2, 5, (3 << 32) + 7),

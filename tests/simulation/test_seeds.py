@@ -18,6 +18,9 @@ from zrmq.testing.simulation.trace import BrokenPromise, SimulationError
 from zrmq.testing.simulation.world import World
 
 SEEDS = 150
+FORMER_FAILURES = {
+    3041: "an instance starts while only brokers are there that do not know it",
+}
 CHUNK = 10  # so that workers of pytest-xdist can share them
 
 
@@ -26,6 +29,12 @@ CHUNK = 10  # so that workers of pytest-xdist can share them
 def test_every_promise_is_kept(first: int) -> None:
     for seed in range(first, first + CHUNK):
         run_seed(seed)  # raises with the seed and the last events
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("seed", FORMER_FAILURES, ids=FORMER_FAILURES.get)
+def test_a_failure_stays_mended(seed: int) -> None:
+    run_seed(seed)
 
 
 @pytest.mark.timeout(120)

@@ -13,9 +13,7 @@ from zrmq.client import reading
 from zrmq.client.inbox import Inbox
 from zrmq.client.process_queue import ProcessQueue
 from zrmq.client.producing import ProducerCore
-from zrmq.message import ConsumeFrom
 from zrmq.protocol.events import LeaseGranted, OffsetsCommitted
-from zrmq.protocol.requests import JoinGroup
 from zrmq.serving.groups import GroupDesk
 from zrmq.serving.leases import LeaseDesk
 from zrmq.serving.outbox import Outbox
@@ -23,7 +21,7 @@ from zrmq.store import checkpoint, recovery, segment
 from zrmq.store.checkpoint import Checkpoint
 from zrmq.store.commit_log import CommitLog, LogFlush
 from zrmq.store.store import Store
-from zrmq.store.tables import Queue, Tables
+from zrmq.store.tables import Tables
 from zrmq.transport.sessions import SessionTable
 
 Patch = pytest.MonkeyPatch
@@ -110,16 +108,13 @@ def commit_before_the_listener(patch: Patch) -> None:
 
 
 def begin_where_it_is_convenient(patch: Patch) -> None:
-    patch.setattr(GroupDesk, "_start", lambda self, queue, request: queue.next_offset)
+    patch.setattr(GroupDesk, "_start", lambda self, queue, request, told_ms: queue.next_offset)
 
 
 def begin_late_at_other_brokers(patch: Patch) -> None:
     start = GroupDesk._start
 
-    def late(self: GroupDesk, queue: Queue, request: JoinGroup) -> int:
-        return queue.next_offset if request.consume_from is ConsumeFrom.LATEST else start(self, queue, request)
-
-    patch.setattr(GroupDesk, "_start", late)
+    patch.setattr(GroupDesk, "_start", lambda self, queue, request, told_ms: start(self, queue, request, 0))
 
 
 def ask_for_one_tag_only(patch: Patch) -> None:

@@ -180,10 +180,10 @@ class DeskClient:
 
     def join(
         self, *topics: str, model: MessageModel = MessageModel.CLUSTERING, expression: str = "*",
-        consume_from: ConsumeFrom = ConsumeFrom.LATEST, timestamp_ms: int = 0, since_ms: int = 0,
+        consume_from: ConsumeFrom = ConsumeFrom.LATEST, timestamp_ms: int = 0, since_ms: Sequence[int] = (),
     ) -> Any:
         subscriptions = [Subscription(topic, expression) for topic in topics]
-        return self.ask(JoinGroup, model, subscriptions, consume_from, timestamp_ms, since_ms)
+        return self.ask(JoinGroup, model, subscriptions, consume_from, timestamp_ms, list(since_ms))
 
     def acquire(self, topic: str, queue_id: int, timeout_ms: int = 3000) -> Any:
         return self.ask(AcquireLease, topic, queue_id, timeout_ms=timeout_ms)

@@ -24,7 +24,6 @@ from zrmq.client.reading import Bounds
 from zrmq.client.registration import Registration
 from zrmq.errors import (
     Code,
-    ConsumerGroupNotFoundError,
     FencedError,
     InvalidArgumentError,
     RequestRefusedError,
@@ -44,13 +43,10 @@ from zrmq.protocol.requests import (
     Bye,
     CommitOffsets,
     Committed,
-    DescribeGroups,
     DescribeTopics,
     Done,
     Failed,
     GroupChanged,
-    GroupInfo,
-    Groups,
     Heartbeat,
     Hello,
     Joined,
@@ -64,10 +60,11 @@ from zrmq.protocol.requests import (
     PutTopic,
     QueryCommitted,
     QueryOffsets,
+    QuerySubscriptions,
     ReleaseLease,
     Reply,
     Request,
-    Subscription,
+    SubscribedSince,
     TopicInfo,
     TopicRoute,
     Topics,
@@ -100,8 +97,8 @@ class Log(msgspec.Struct):
 class Standing(msgspec.Struct):
     """What a broker keeps of a group."""
 
-    since_ms: dict[str, int] = {}
-    starts: dict[tuple[str, int], int] = {}
+    since_ms: dict[tuple[str, str], int] = {}  # instance name, topic
+    starts: dict[tuple[str, str, int], int] = {}  # instance name, topic, queue id
     offsets: dict[tuple[str, str, int], int] = {}  # instance name, topic, queue id
     model: MessageModel | None = None
     subscriptions: dict[str, str] = {}
@@ -256,12 +253,9 @@ class ReadingBroker:
 
     # --- groups ---------------------------------------------------------------------------------------------------------
 
-    def _do_DescribeGroups(self, session: Session, request: DescribeGroups) -> Reply:
-        name = request.groups[0]
-        if name not in self.groups:
-            raise ConsumerGroupNotFoundError(f"Group {name!r} is unknown.")
-        known = [Subscription(topic) for topic in self.groups[name].since_ms]
-        return Groups(request.number, [GroupInfo(name, None, known, [], [], [])])
+    def _do_QuerySubscriptions(self, session: Session, request: QuerySubscriptions) -> Reply:
+        known = self.groups[session.group].since_ms
+        return SubscribedSince(request.number, [known.get((session.instance_name, topic), 0) for topic in request.topics])
 
     def _do_JoinGroup(self, session: Session, request: JoinGroup) -> Reply:
         members, group = self.members[session.group], self.groups[session.group]
@@ -272,24 +266,25 @@ class ReadingBroker:
         if request.message_model is MessageModel.BROADCASTING and session.instance_name in names:
             raise RequestRefusedError("An instance of that name is live.", code=Code.INSTANCE_NAME_TAKEN)
         group.model, group.subscriptions = request.message_model, wanted
-        for topic in wanted:
-            if topic not in group.since_ms:
-                group.since_ms[topic] = request.since_ms or self._time_ms()
+        name = session.instance_name if request.message_model is MessageModel.BROADCASTING else ""
+        for topic, told_ms in zip(wanted, request.since_ms, strict=True):
+            if (name, topic) not in group.since_ms:
+                group.since_ms[name, topic] = told_ms or self._time_ms()
                 for queue_id, log in enumerate(self.topics.get(topic, [])):
-                    group.starts[topic, queue_id] = self._start(log, request)
+                    group.starts[name, topic, queue_id] = self._start(log, request, told_ms)
         is_new = session.client_id not in members
         members[session.client_id] = session
         if is_new:
             self._announce(session.group, besides=session.client_id)
-        since = [group.since_ms[each.topic] for each in request.subscriptions]
+        since = [group.since_ms[name, each.topic] for each in request.subscriptions]
         return Joined(request.number, self.versions[session.group], sorted(members), since)
 
-    def _start(self, log: Log, request: JoinGroup) -> int:
+    def _start(self, log: Log, request: JoinGroup, told_ms: int) -> int:
         if request.consume_from is ConsumeFrom.EARLIEST:
             return log.min_offset
-        if request.consume_from is ConsumeFrom.LATEST and request.since_ms == 0:
+        if request.consume_from is ConsumeFrom.LATEST and told_ms == 0:
             return log.next_offset
-        return self._offset_at(log, request.consume_timestamp_ms or request.since_ms)
+        return self._offset_at(log, request.consume_timestamp_ms or told_ms)
 
     def _offset_at(self, log: Log, timestamp_ms: int) -> int:
         from zrmq.protocol.batch import peek_batch
@@ -365,7 +360,8 @@ class ReadingBroker:
         standing = self.groups[group]
         if (instance_name, topic, queue_id) in standing.offsets:
             return standing.offsets[instance_name, topic, queue_id]
-        return standing.starts.get((topic, queue_id), 0) if topic in standing.since_ms else -1
+        is_subscribed = (instance_name, topic) in standing.since_ms
+        return standing.starts.get((instance_name, topic, queue_id), 0) if is_subscribed else -1
 
     def _instance(self, session: Session) -> str:
         is_member = session.client_id in self.members[session.group]

@@ -229,8 +229,11 @@ def describe(tables: Tables) -> dict[str, Any]:
         "names": {name: topic.topic_id for name, topic in sorted(tables.topics.items())},
         "groups": {
             name: (
-                {topic: (its.since_ms, its.starts) for topic, its in group.subscriptions.items()}, dict(group.offsets),
-                dict(group.leases),
+                {
+                    (instance_name, topic): (its.since_ms, its.starts)
+                    for instance_name, each in group.subscriptions.items() for topic, its in each.items()
+                },
+                dict(group.offsets), dict(group.leases),
             )
             for name, group in sorted(tables.groups.items())
         },

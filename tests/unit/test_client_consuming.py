@@ -24,7 +24,6 @@ from zrmq.message import ConsumeFrom, MessageModel, MessageQueue
 from zrmq.protocol.requests import (
     AcquireLease,
     CommitOffsets,
-    DescribeGroups,
     JoinGroup,
     Leased,
     Offsets,
@@ -32,6 +31,7 @@ from zrmq.protocol.requests import (
     Pulled,
     PullStatus,
     QueryOffsets,
+    QuerySubscriptions,
     ReleaseLease,
     encode,
 )
@@ -225,7 +225,7 @@ def test_a_broker_that_is_new_to_the_group_begins_when_the_group_did() -> None:
     member = cluster.started("two", eager=1.0)
     cluster.run_for(100)
     assert offsets_seen(member, MessageQueue("meters", "broker-b", 0)) == [0, 1, 2]
-    assert len(old.asked(DescribeGroups, "two")) == len(new.asked(DescribeGroups, "two")) == 1
+    assert len(old.asked(QuerySubscriptions, "two")) == len(new.asked(QuerySubscriptions, "two")) == 1
 
 
 def test_a_broker_that_appears_is_joined_with_the_same_time() -> None:
@@ -249,7 +249,64 @@ def test_a_new_group_has_one_time_at_all_brokers() -> None:
     cluster = ReadingCluster(brokers=3)
     cluster.add_topic()
     cluster.started("one")
-    assert len({broker.groups["reports"].since_ms["meters"] for broker in cluster.brokers}) == 1
+    assert len({broker.groups["reports"].since_ms["", "meters"] for broker in cluster.brokers}) == 1
+
+
+def test_each_topic_has_a_time_of_its_own() -> None:
+    cluster = ReadingCluster(brokers=2)
+    old, new = cluster.brokers
+    for broker in cluster.brokers:
+        broker.add_topic("meters", 1)
+        broker.add_topic("alarms", 1)
+    new.crash()
+    cluster.run_for(12_000)
+    cluster.started("one").close()
+    cluster.run_for(1_000)
+    new.start()
+    cluster.run_for(1_000)
+    for topic in ("meters", "alarms"):
+        new.store(topic, 0, 3)
+    cluster.run_for(1_000)
+    member = cluster.started("two", eager=1.0, filters={"meters": "*", "alarms": "*"})
+    cluster.run_for(100)
+    assert offsets_seen(member, MessageQueue("meters", "broker-b", 0)) == [0, 1, 2], "subscribed to before they were stored"
+    assert offsets_seen(member, MessageQueue("alarms", "broker-b", 0)) == [], "and to this one after"
+    since = old.groups["reports"].since_ms
+    assert new.groups["reports"].since_ms == since
+    assert since["", "meters"] < since["", "alarms"]
+
+
+def test_a_time_is_learned_from_every_broker_that_knows_one() -> None:
+    cluster = ReadingCluster(brokers=3)
+    cluster.add_topic()
+    cluster.add_topic("alarms")
+    first, second, third = cluster.brokers
+    first.groups["reports"].since_ms["", "meters"] = 5
+    second.groups["reports"].since_ms["", "meters"] = 7
+    second.groups["reports"].since_ms["", "alarms"] = 6
+    cluster.started("one", filters={"meters": "*", "alarms": "*"})
+    assert third.groups["reports"].since_ms == {("", "alarms"): 6, ("", "meters"): 5}
+    assert first.groups["reports"].since_ms == {("", "alarms"): 6, ("", "meters"): 5}
+
+
+def test_a_broadcasting_instance_begins_everywhere_when_it_first_began_somewhere() -> None:
+    cluster = ReadingCluster(brokers=2)
+    new = cluster.brokers[1]
+    for broker in cluster.brokers:
+        broker.add_topic("meters", 1)
+    new.crash()
+    cluster.run_for(12_000)
+    cluster.started("one", instance_name="host-1", message_model=MessageModel.BROADCASTING).close()
+    cluster.run_for(1_000)
+    new.start()
+    cluster.run_for(1_000)
+    new.store("meters", 0, 3)
+    cluster.run_for(1_000)
+    back = cluster.started("two", eager=1.0, instance_name="host-1", message_model=MessageModel.BROADCASTING)
+    other = cluster.started("three", eager=1.0, instance_name="host-2", message_model=MessageModel.BROADCASTING)
+    cluster.run_for(100)
+    assert offsets_seen(back, MessageQueue("meters", "broker-b", 0)) == [0, 1, 2]
+    assert offsets_seen(other, MessageQueue("meters", "broker-b", 0)) == [], "another instance begins when it begins"
 
 
 def test_a_broker_nobody_reaches_does_not_hold_the_others_up_for_ever() -> None:
@@ -1129,7 +1186,7 @@ def test_assigned_queues_commit_for_the_group_and_begin_there(cluster: ReadingCl
     assigned(cluster, "one", Q0, consume_from=ConsumeFrom.EARLIEST)
     cluster.run_for(2_000)
     assert cluster.broker.committed("reports", "meters", 0) == 3
-    cluster.broker.groups["reports"].since_ms["meters"] = 1
+    cluster.broker.groups["reports"].since_ms["", "meters"] = 1
     cluster.broker.store("meters", 0, 1)
     second = assigned(cluster, "two", Q0, consume_from=ConsumeFrom.EARLIEST)
     cluster.run_for(50)

@@ -22,6 +22,7 @@ from zrmq.protocol.requests import (
     LeaveGroup,
     PutTopic,
     QueryCommitted,
+    QuerySubscriptions,
     QueueOffset,
     Subscription,
 )
@@ -186,8 +187,34 @@ def test_a_group_known_elsewhere_begins_here_when_it_began_there(desk: BrokerDes
     since_ms = desk.clock.time_ms()
     producer.send("meters", 0, [b"between"])
     a = member(desk, "a")
-    assert a.join("meters", since_ms=since_ms).since_ms == [since_ms]
+    assert a.join("meters", since_ms=[since_ms]).since_ms == [since_ms]
     assert starts(a)[0] == (0, 1)
+
+
+def test_only_the_subscriptions_known_elsewhere_begin_earlier(desk: BrokerDesk) -> None:
+    desk.topic("alarms", queue_count=1)
+    producer = desk.client("p")
+    since_ms = desk.clock.time_ms()
+    producer.send("meters", 0, [b"between"])
+    producer.send("alarms", 0, [b"before"])
+    desk.clock.advance(1000)
+    a = member(desk, "a")
+    assert a.join("alarms", "meters", since_ms=[0, since_ms]).since_ms == [desk.clock.time_ms(), since_ms]
+    assert (starts(a, "alarms"), starts(a)[0]) == ([(0, 1)], (0, 0))
+
+
+def test_a_broker_tells_since_when_it_knows_which_subscription(desk: BrokerDesk) -> None:
+    since_ms = desk.clock.time_ms()
+    member(desk, "a").join("meters")
+    desk.client("b", "consumer", "all", "host-1").join("meters", model=MessageModel.BROADCASTING)
+    desk.clock.advance(1000)
+    clustering, broadcasting = MessageModel.CLUSTERING, MessageModel.BROADCASTING
+    assert member(desk, "c").ask(QuerySubscriptions, clustering, ["alarms", "meters"]).since_ms == [0, since_ms]
+    assert member(desk, "d", "others").ask(QuerySubscriptions, clustering, ["meters"]).since_ms == [0]
+    again, other = desk.client("e", "consumer", "all", "host-1"), desk.client("f", "consumer", "all", "host-2")
+    assert again.ask(QuerySubscriptions, broadcasting, ["meters"]).since_ms == [since_ms]
+    assert other.ask(QuerySubscriptions, broadcasting, ["meters"]).since_ms == [0]
+    assert desk.client("g", "consumer", "all").ask(QuerySubscriptions, broadcasting, ["meters"]).code == Code.BAD_REQUEST
 
 
 def test_where_a_group_begins_survives_a_power_cut_before_its_first_commit(desk: BrokerDesk) -> None:
@@ -224,6 +251,27 @@ def test_a_new_broadcasting_instance_begins_where_it_joins(desk: BrokerDesk) -> 
     assert starts(second)[0] == (0, 2)
 
 
+def test_an_instance_known_elsewhere_begins_here_when_it_began_there(desk: BrokerDesk) -> None:
+    producer, model = desk.client("p"), MessageModel.BROADCASTING
+    producer.send("meters", 0, [b"old"])
+    desk.clock.advance(1000)
+    since_ms = desk.clock.time_ms()
+    producer.send("meters", 0, [b"between"])
+    a = desk.client("a", "consumer", "all", "host-1")
+    assert a.join("meters", model=model, since_ms=[since_ms]).since_ms == [since_ms]
+    assert starts(a)[0] == (0, 1)
+
+
+def test_an_instance_that_comes_back_misses_nothing_of_a_topic_created_since(desk: BrokerDesk) -> None:
+    a = desk.client("a", "consumer", "all", "host-1")
+    a.join("alarms", model=MessageModel.BROADCASTING)
+    desk.topic("alarms", queue_count=1)
+    desk.client("p").send("alarms", 0, [b"first"])
+    back = desk.client("a", "consumer", "all", "host-1", epoch=2)
+    back.join("alarms", model=MessageModel.BROADCASTING)
+    assert starts(back, "alarms") == [(0, 0)]
+
+
 def test_an_instance_keeps_its_offsets_apart_while_it_is_no_member_after_a_restart(desk: BrokerDesk) -> None:
     desk.client("a", "consumer", "all", "host-1").join("meters", model=MessageModel.BROADCASTING)
     desk.client("p").send("meters", 0, [b"1", b"2"])
@@ -231,7 +279,7 @@ def test_an_instance_keeps_its_offsets_apart_while_it_is_no_member_after_a_resta
     back = desk.client("a", "consumer", "all", "host-1", epoch=2)  # a session again, and not joined yet
     assert back.ask(CommitOffsets, [QueueOffset("meters", 0, 2)]).fenced == []
     assert starts(back)[0] == (0, 2)
-    assert starts(desk.client("b", "consumer", "all"))[0] == (0, 0), "the group itself stands where it was"
+    assert starts(desk.client("b", "consumer", "all", "host-2"))[0] == (0, -1), "no other instance is moved"
 
 
 # --- describing -------------------------------------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ def test_events_change_the_tables_at_once(bench: StoreBench) -> None:
     bench.topic()
     end = bench.store.append_event(GroupSubscribed("g", "meters", 5, [(0, 7)]))
     assert end == bench.store.appended_position
-    assert bench.store.tables.groups["g"].subscriptions["meters"].starts == {0: 7}
+    assert bench.store.tables.groups["g"].subscriptions[""]["meters"].starts == {0: 7}
     bench.flush()
     assert bench.store.flushed_position == end
 

@@ -89,7 +89,7 @@ def test_a_deleted_topic_takes_everything_along() -> None:
     group = tables.groups["g"]
     assert group.offsets == {("", 2, 0): 1}
     assert group.leases == {(2, 0): Lease("c", 10)}
-    assert group.subscriptions["meters"].starts == {}
+    assert group.subscriptions[""]["meters"].starts == {}
     assert [key[1] for key in tables.windows] == [2]
     assert tables.next_topic_id == 3, "ids are never used again"
 
@@ -117,7 +117,9 @@ def test_where_a_group_begins() -> None:
     tables.apply_batch(header(base_offset=0, count=50))
     tables.apply_event(OffsetsCommitted("g", "", [(1, 0, 33)]))
     assert group.start_offset(topic, 0) == 33
-    assert group.start_offset(topic, 0, "host-a") == 30
+    assert group.start_offset(topic, 0, "host-a") is None, "an instance has a subscription of its own"
+    tables.apply_event(GroupSubscribed("g", "meters", 6, [(0, 40)], "host-a"))
+    assert (group.start_offset(topic, 0, "host-a"), group.start_offset(topic, 0)) == (40, 33)
     tables.apply_event(OffsetsCommitted("g", "host-a", [(1, 0, 44)]))
     assert group.start_offset(topic, 0, "host-a") == 44
     assert group.start_offset(topic, 0) == 33

@@ -53,7 +53,7 @@ def full() -> Saved:
             QueueRow(1, 0, 5, 1 << 40, 3, 70, 1 << 50, 1_700_000_000_000, b"tail"),
             QueueRow(2, 0, 0, 0, 0, 0, (1 << 63) - 1, 0, b""),
         ],
-        groups=[("a", {"meters": Subscribed(5, {0: 7, 1: 8})}, [(1, 0, "client-ü", 1 << 40)]), ("b", {}, [])],
+        groups=[("a", {"": {"meters": Subscribed(5, {0: 7, 1: 8})}}, [(1, 0, "client-ü", 1 << 40)]), ("b", {}, [])],
         offsets=[("a", "", 1, 0, 33), ("a", "host", 1, 1, 0), ("b", "", 2, 0, (1 << 63) - 1)],
         windows=[(5, 1, 0, 200, 10, b"older"), ((1 << 64) - 1, 1, 1, 300, (1 << 63) - 1, b"newer")],
         segments=[(100, 900, 0, {1: (900, 50)}), (200, 1000, 77, {})],
@@ -83,7 +83,7 @@ def test_a_save_changes_what_it_has_and_leaves_the_rest(database: ViewsDb) -> No
         Saved(
             meta=meta(applied_position=900, stopped=1), topics=[(1, TopicConfig("meters", 5))],
             queues=[QueueRow(1, 0, 6, 7, 0, 0, 8, 9, b"new")], offsets=[("a", "", 1, 0, 34)],
-            groups=[("b", {"x": Subscribed(1, {})}, [])],
+            groups=[("b", {"host": {"x": Subscribed(1, {})}}, [])],
             windows=[(5, 1, 0, 400, 11, b"newest")], windows_from=300, segments=[(200, 1001, 78, {1: (1, 2)})],
         )
     )
@@ -188,13 +188,13 @@ def test_what_cannot_be_read_is_nothing_and_can_be_wiped(place: tuple[Files, Pat
 
 def test_a_group_is_copied_for_the_other_thread() -> None:
     group = Group("g")
-    group.subscriptions["meters"] = Subscribed(5, {0: 1})
+    group.subscriptions[""] = {"meters": Subscribed(5, {0: 1})}
     group.leases[1, 0] = Lease("c", 9)
     row = group_row(group)
-    group.subscriptions["meters"].starts[0] = 99
+    group.subscriptions[""]["meters"].starts[0] = 99
     group.leases.clear()
     again = group_of(*row)
-    assert again.subscriptions == {"meters": Subscribed(5, {0: 1})}
+    assert again.subscriptions == {"": {"meters": Subscribed(5, {0: 1})}}
     assert again.leases == {(1, 0): Lease("c", 9)}
 
 

@@ -1,11 +1,14 @@
 """This consumer as a member of its group, at every live master broker: joining, who else is there, and coming back.
 
-A group begins LATEST as of its first subscription anywhere in the cluster. Each broker fixes its own queues' starts when the
-group first joins there, so one that is new, or was away, has to be told when that first subscription was. So joining goes:
+A group, or a broadcasting instance, begins LATEST as of its first subscription anywhere in the cluster. Each broker fixes its own
+queues' starts when it first hears of a subscription, so one that is new, or was away, has to be told when that was. Joining goes:
 
-    ask      every broker whether it knows the group's subscriptions        (only where it matters: LATEST, several brokers)
-    scout    join the one that knows most of them; it answers since when
-    rest     join all others with that time, at once, and every broker that appears later
+    ask      every broker since when it knows each subscription             (only where it matters: LATEST, several brokers)
+    scout    join one of them, if nobody knows some subscription; it answers when that is made
+    rest     join all others with these times, at once, and every broker that appears later
+
+A subscription that only brokers know which do not answer is made anew, as of now, at those that do: nobody who is there knows
+better, and who waits consumes nothing at all. What they stored between the two moments is missed.
 
 A lost notice would leave a member with an old list for ever, so the group's version is compared every `CHECK_MS`.
 """
@@ -26,12 +29,12 @@ from zrmq.message import ConsumeFrom, MessageModel
 from zrmq.protocol.requests import (
     Alive,
     AnyReply,
-    DescribeGroups,
     GroupChanged,
-    Groups,
     Heartbeat,
     Joined,
     JoinGroup,
+    QuerySubscriptions,
+    SubscribedSince,
     Subscription,
 )
 from zrmq.transport.interface import Loop, Timer
@@ -66,7 +69,7 @@ class Seat(msgspec.Struct, eq=False):
 
     link: Link
     opened_ms: float
-    topics_known: int | None = None  # how many of our topics the group has subscribed to here before; None: not heard yet
+    is_asked: bool = False  # it has said which subscriptions it knows, or that it will not
     is_joining: bool = False
     version: int = -1
     members: list[str] | None = None  # None: not joined
@@ -86,7 +89,8 @@ class Membership:
         self._on_refused = on_refused
         self._seats: dict[str, Seat] = {}
         self._expected: frozenset[str] = frozenset()
-        self._since_ms = 0  # when the group first subscribed, by the broker that was asked first; 0: not known yet
+        self._topics = [subscription.topic for subscription in joining.subscriptions]
+        self._since_ms: dict[str, int] = {}  # by topic, when it was first subscribed to, as far as we have heard
         self._name_taken_ms: float | None = None
         self._is_closed = False
         self._check_timer: Timer = loop.call_later(CHECK_MS, self._check)
@@ -148,20 +152,26 @@ class Membership:
     # --- asking -------------------------------------------------------------------------------------------------------
 
     def _needs_survey(self) -> bool:
-        joining = self._joining
-        is_latest = joining.consume_from is ConsumeFrom.LATEST and joining.message_model is MessageModel.CLUSTERING
-        return is_latest and self._since_ms == 0 and len(self._expected) > 1
+        is_latest = self._joining.consume_from is ConsumeFrom.LATEST
+        return is_latest and len(self._since_ms) < len(self._topics) and len(self._expected) > 1
 
     def _ask(self, seat: Seat) -> None:
-        group = self._joining.group
-        seat.link.request(DescribeGroups, [group], timeout_ms=int(SURVEY_MS_MAX), on_reply=partial(self._asked, seat))
+        seat.link.request(
+            QuerySubscriptions, self._joining.message_model, self._topics,
+            timeout_ms=int(SURVEY_MS_MAX), on_reply=partial(self._asked, seat),
+        )
         self._loop.call_later(SURVEY_MS_MAX, self._advance)
 
     def _asked(self, seat: Seat, reply: AnyReply | ZrmqError, frames: list[bytes]) -> None:
-        ours = {subscription.topic for subscription in self._joining.subscriptions}
-        theirs = {each.topic for group in reply.groups for each in group.subscriptions} if isinstance(reply, Groups) else set()
-        seat.topics_known = len(ours & theirs)
+        seat.is_asked = True
+        if isinstance(reply, SubscribedSince):
+            self._learn_since(reply.since_ms)
         self._advance()
+
+    def _learn_since(self, since_ms: list[int]) -> None:
+        for topic, heard_ms in zip(self._topics, since_ms, strict=False):
+            if heard_ms > 0:
+                self._since_ms[topic] = min(heard_ms, self._since_ms.get(topic, heard_ms))
 
     def _advance(self) -> None:
         """Join whom there is no reason to wait with."""
@@ -171,13 +181,11 @@ class Membership:
         if not self._needs_survey():
             for seat in waiting:
                 self._join(seat)
-        elif not any(seat.is_joining for seat in self._seats.values()):
-            scout = max(waiting, key=lambda seat: seat.topics_known or 0)
-            if scout.topics_known == len(self._joining.subscriptions) or self._is_surveyed():
-                self._join(scout)
+        elif self._is_surveyed() and not any(seat.is_joining for seat in self._seats.values()):
+            self._join(waiting[0])
 
     def _is_surveyed(self) -> bool:
-        if any(seat.topics_known is None for seat in self._seats.values()):
+        if not all(seat.is_asked for seat in self._seats.values()):
             return False
         oldest_ms = min(seat.opened_ms for seat in self._seats.values())
         return self._expected <= self._seats.keys() or self._loop.clock.monotonic_ms() - oldest_ms >= SURVEY_MS_MAX
@@ -186,10 +194,11 @@ class Membership:
 
     def _join(self, seat: Seat) -> None:
         joining = self._joining
+        since_ms = [self._since_ms.get(topic, 0) for topic in self._topics]
         seat.is_joining = True
         seat.link.request(
             JoinGroup, joining.message_model, joining.subscriptions, joining.consume_from, joining.consume_timestamp_ms,
-            self._since_ms, timeout_ms=REQUEST_TIMEOUT_MS, on_reply=partial(self._joined, seat),
+            since_ms, timeout_ms=REQUEST_TIMEOUT_MS, on_reply=partial(self._joined, seat),
         )
 
     def _joined(self, seat: Seat, reply: AnyReply | ZrmqError, frames: list[bytes]) -> None:
@@ -198,23 +207,13 @@ class Membership:
             return
         if isinstance(reply, Joined):
             self._name_taken_ms = None
-            self._learn_since(seat, reply)
+            self._learn_since(reply.since_ms)
             if reply.group_version > seat.version:
                 seat.version = reply.group_version
                 self._take_members(seat, reply.members)
             self._advance()
         elif isinstance(reply, ZrmqError) and not isinstance(reply, ClosedError):
             self._refused(seat, reply)
-
-    def _learn_since(self, seat: Seat, joined: Joined) -> None:
-        if self._since_ms or self._joining.consume_from is not ConsumeFrom.LATEST:
-            return
-        if self._joining.message_model is MessageModel.BROADCASTING:
-            # Each broadcasting instance begins when it first joined; of that, only this process's own time is known.
-            self._since_ms = seat.link.welcome.server_time_ms if seat.link.welcome is not None else 0
-        else:
-            # One time for all topics: the earliest, which may show a younger subscription more than it asked for, never less.
-            self._since_ms = min((since_ms for since_ms in joined.since_ms if since_ms > 0), default=0)
 
     def _take_members(self, seat: Seat, members: list[str]) -> None:
         if self._joining.client_id in members:

@@ -51,16 +51,17 @@ class TopicDeleted(Event, tag=3, frozen=True):
 
 
 class GroupSubscribed(Event, tag=4, frozen=True):
-    """A group subscribed to a topic for the first time, at `since_ms`.
+    """A group, or one instance of a broadcasting group, subscribed to a topic for the first time, at `since_ms`.
 
     `starts` has (queue id, offset) for the queues that existed; a queue that appears later starts at 0. The topic may not
-    exist yet: it is named, not numbered.
+    exist yet: it is named, not numbered. `instance_name` is empty for clustering groups.
     """
 
     group: str
     topic: str
     since_ms: int
     starts: list[tuple[int, int]]
+    instance_name: str = ""
 
 
 class OffsetsCommitted(Event, tag=5, frozen=True):

@@ -280,15 +280,16 @@ class JoinGroup(Request, tag=40, frozen=True):
     """B Become a member of the session's group, or renew it. Answered by `Joined`; `GroupChanged` notices follow.
 
     All live members must give the same model and subscriptions, else SUBSCRIPTION_MISMATCH. Broadcasting members need
-    distinct instance names (INSTANCE_NAME_TAKEN). On a first subscription the broker fixes each existing queue's start by
-    `consume_from` (`since_ms` > 0: the group subscribed elsewhere at that time, and LATEST means then). A topic may not exist.
+    instance names, distinct ones (INSTANCE_NAME_TAKEN). On the first subscription of a group, or of a broadcasting instance,
+    the broker fixes each existing queue's start by `consume_from`. `since_ms` has for each subscription, in the same order, when
+    it was made elsewhere, which is what LATEST means then; 0, or nothing, for those never made. A topic may not exist.
     """
 
     message_model: MessageModel
     subscriptions: list[Subscription]
     consume_from: ConsumeFrom = ConsumeFrom.LATEST
     consume_timestamp_ms: Natural = 0
-    since_ms: Natural = 0
+    since_ms: list[Natural] = []
 
 
 class LeaveGroup(Request, tag=41, frozen=True):
@@ -318,7 +319,8 @@ class CommitOffsets(Request, tag=44, frozen=True):
     """B Commit offsets for the session's group (and instance when broadcasting). Answered by `Committed`.
 
     An offset smaller than the committed one is ignored unless `reset`. Clustering: those without a valid lease epoch come
-    back in `Committed.fenced` and the rest is committed; epoch 0 commits only while no lease is held by anybody.
+    back in `Committed.fenced` and the rest is committed; epoch 0 commits only while no lease is held by anybody. Broadcasting:
+    FORBIDDEN for a session that gave no instance name.
     """
 
     offsets: list[QueueOffset]
@@ -336,6 +338,14 @@ class DescribeGroups(Request, tag=46, frozen=True):
     """B Answered by `Groups`: those named, or all. CONSUMER_GROUP_NOT_FOUND when one named does not exist."""
 
     groups: list[Name] = []
+
+
+class QuerySubscriptions(Request, tag=47, frozen=True):
+    """B Since when the session's group (and instance when broadcasting) has been subscribed to these topics here. Answered by
+    `SubscribedSince`."""
+
+    message_model: MessageModel
+    topics: list[Name]
 
 
 # --- replies --------------------------------------------------------------------------------------------------------
@@ -432,7 +442,8 @@ class Offsets(Reply, tag=132, frozen=True):
 
 
 class Joined(Reply, tag=140, frozen=True):
-    """B The group's live members at this broker. `since_ms`: when it first subscribed, per subscription in the order asked."""
+    """B The group's live members at this broker. `since_ms`: when it (broadcasting: the instance) first subscribed, per
+    subscription in the order asked."""
 
     group_version: int
     members: list[str]  # client ids, sorted
@@ -458,6 +469,12 @@ class Groups(Reply, tag=146, frozen=True):
     groups: list[GroupInfo]
 
 
+class SubscribedSince(Reply, tag=147, frozen=True):
+    """B When each subscription was first made, in the order asked; 0: never."""
+
+    since_ms: list[int]
+
+
 class GroupChanged(Reply, tag=150, frozen=True):
     """B Notice (number 0): members came or went."""
 
@@ -469,11 +486,11 @@ class GroupChanged(Reply, tag=150, frozen=True):
 AnyRequest = (
     Hello | Heartbeat | Bye | RegisterBroker | UnregisterBroker | QueryRoute | PutTopic | DeleteTopic | DescribeTopics
     | DescribeBroker | Send | Pull | QueryOffsets | JoinGroup | LeaveGroup | AcquireLease | ReleaseLease | CommitOffsets
-    | QueryCommitted | DescribeGroups
+    | QueryCommitted | DescribeGroups | QuerySubscriptions
 )
 AnyReply = (
     Failed | Done | Welcome | Alive | Registered | Route | Topics | BrokerState | Sent | Pulled | Offsets | Joined | Leased
-    | Committed | Groups | GroupChanged
+    | Committed | Groups | SubscribedSince | GroupChanged
 )
 
 _encoder = msgspec.msgpack.Encoder()

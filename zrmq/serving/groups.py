@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import msgspec
 
@@ -17,7 +16,7 @@ from zrmq.errors import (
 from zrmq.logs import get_logger
 from zrmq.message import ConsumeFrom, MessageModel
 from zrmq.protocol import limits
-from zrmq.protocol.events import GroupSubscribed, OffsetsCommitted
+from zrmq.protocol.events import GroupSubscribed
 from zrmq.protocol.requests import (
     DescribeGroups,
     Done,
@@ -29,6 +28,8 @@ from zrmq.protocol.requests import (
     LeaseInfo,
     LeaveGroup,
     MemberInfo,
+    QuerySubscriptions,
+    SubscribedSince,
     Subscription,
 )
 from zrmq.protocol.tags import canonical_expression
@@ -71,6 +72,11 @@ class GroupDesk:
         live = self._live.get(session.group)
         return live if live is not None and session.client_id in live.members else None
 
+    def model(self, group: str) -> MessageModel | None:
+        """The model of the group's live members, None when there are none."""
+        live = self._live.get(group)
+        return live.message_model if live is not None else None
+
     def version_for(self, session: Session) -> int:
         """Version of the session's group, 0 when it has not joined."""
         live = self.membership(session)
@@ -81,6 +87,7 @@ class GroupDesk:
         if session.role != "consumer" or not session.group:
             raise InvalidArgumentError("Only a session with role 'consumer' and a group joins one; say so in HELLO.")
         subscriptions = _read_subscriptions(request.subscriptions)
+        instance_name = _instance_name(session, request.message_model)
         live = self._live.get(session.group)
         if live is None or set(live.members) <= {session.client_id}:
             self._check_room(session.group)
@@ -89,11 +96,20 @@ class GroupDesk:
             _check_alike(session, request.message_model, subscriptions, live)
             if request.message_model is MessageModel.BROADCASTING:
                 _check_instance_name(session, live)
-        since = [self._subscribe(session.group, topic, request) for topic in subscriptions]
-        if request.message_model is MessageModel.BROADCASTING:
-            self._start_instance(session, request, subscriptions)
+        since = [
+            self._subscribe(session.group, instance_name, topic, request, told_ms)
+            for topic, told_ms in zip(subscriptions, request.since_ms + [0] * len(subscriptions), strict=False)
+        ]
         self._enter(session, live)
         self._context.reply_when_safe(session, Joined(request.number, live.version, live.member_ids, since))
+
+    def query_subscriptions(self, session: Session, request: QuerySubscriptions, frames: list[bytes]) -> None:
+        """Tell since when the group, or this instance of it, has been subscribed."""
+        instance_name = _instance_name(session, request.message_model)
+        group = self._context.store.tables.groups.get(session.group)
+        known = [group.subscribed(topic, instance_name) if group else None for topic in request.topics]
+        since = [subscribed.since_ms if subscribed else 0 for subscribed in known]
+        self._context.reply_when_safe(session, SubscribedSince(request.number, since))
 
     def leave(self, session: Session, request: LeaveGroup, frames: list[bytes]) -> None:
         """End the membership, and the leases with it."""
@@ -175,41 +191,33 @@ class GroupDesk:
         self._version += 1
         return self._version
 
-    def _subscribe(self, group: str, topic_name: str, request: JoinGroup) -> int:
-        """Fix where the group begins on the topic, at its first subscription; return when that was."""
+    def _subscribe(self, group: str, instance_name: str, topic_name: str, request: JoinGroup, told_ms: int) -> int:
+        """Fix where the group, or a broadcasting instance, begins on the topic, at its first subscription; return when that was.
+
+        `told_ms`: when another broker heard of it, 0 if none has."""
         store = self._context.store
         known = store.tables.groups.get(group)
-        if known is not None and topic_name in known.subscriptions:
-            return known.subscriptions[topic_name].since_ms
+        subscribed = known.subscribed(topic_name, instance_name) if known is not None else None
+        if subscribed is not None:
+            return subscribed.since_ms
         topic = store.tables.topics.get(topic_name)
-        starts = [(queue.queue_id, self._start(queue, request)) for queue in topic.queues] if topic else []
-        since_ms = request.since_ms or self._context.clock.time_ms()
-        store.append_event(GroupSubscribed(group, topic_name, since_ms, starts))
-        log.info("group_subscribed", group=group, topic=topic_name, consume_from=request.consume_from.value)
+        starts = [(queue.queue_id, self._start(queue, request, told_ms)) for queue in topic.queues] if topic else []
+        since_ms = told_ms or self._context.clock.time_ms()
+        store.append_event(GroupSubscribed(group, topic_name, since_ms, starts, instance_name))
+        log.info(
+            "group_subscribed", group=group, instance_name=instance_name, topic=topic_name, since_ms=since_ms,
+            consume_from=request.consume_from.value,
+        )
         return since_ms
 
-    def _start(self, queue: Queue, request: JoinGroup) -> int:
+    def _start(self, queue: Queue, request: JoinGroup, told_ms: int) -> int:
         if request.consume_from is ConsumeFrom.EARLIEST:
             return queue.min_offset
         if request.consume_from is ConsumeFrom.TIMESTAMP:
             return self._context.store.offset_at(queue, request.consume_timestamp_ms)
-        if request.since_ms:
-            return self._context.store.offset_at(queue, request.since_ms)
+        if told_ms:
+            return self._context.store.offset_at(queue, told_ms)
         return queue.next_offset
-
-    def _start_instance(self, session: Session, request: JoinGroup, subscriptions: dict[str, str]) -> None:
-        """A broadcasting instance begins where it first joined, not where its group once did."""
-        tables = self._context.store.tables
-        group = tables.groups[session.group]
-        starts = [
-            (topic.topic_id, queue.queue_id, self._start(queue, request))
-            for topic in map(tables.topics.get, subscriptions)
-            if topic is not None
-            and not any((session.instance_name, topic.topic_id, queue.queue_id) in group.offsets for queue in topic.queues)
-            for queue in topic.queues
-        ]
-        if starts:
-            self._context.store.append_event(OffsetsCommitted(session.group, session.instance_name, starts))
 
     # --- describing ---------------------------------------------------------------------------------------------------
 
@@ -227,7 +235,7 @@ class GroupDesk:
     def _subscriptions(self, name: str, live: Membership | None) -> list[Subscription]:
         if live is not None:
             return [Subscription(topic, expression) for topic, expression in sorted(live.subscriptions.items())]
-        return [Subscription(topic) for topic in sorted(self._context.store.tables.groups[name].subscriptions)]
+        return [Subscription(topic) for topic in sorted(self._context.store.tables.groups[name].topics)]
 
     def _leases(self, name: str) -> list[LeaseInfo]:
         tables = self._context.store.tables
@@ -244,8 +252,8 @@ class GroupDesk:
         group = tables.groups.get(name)
         if group is None:
             return []
-        instances: list[Any] = sorted({instance for instance, _, _ in group.offsets} or {""})
-        topics = [tables.topics[topic] for topic in sorted(group.subscriptions) if topic in tables.topics]
+        instances = sorted({instance for instance, _, _ in group.offsets} | group.subscriptions.keys())
+        topics = [tables.topics[topic] for topic in sorted(group.topics) if topic in tables.topics]
         return [
             (instance, topic.config.topic, queue.queue_id, committed if committed is not None else -1, queue.next_offset)
             for instance in instances
@@ -265,6 +273,18 @@ def _read_subscriptions(asked: list[Subscription]) -> dict[str, str]:
             raise InvalidArgumentError(f"The topic {subscription.topic!r} is subscribed twice; join the tags with '||'.")
         subscriptions[subscription.topic] = canonical_expression(subscription.expression)
     return subscriptions
+
+
+def _instance_name(session: Session, model: MessageModel) -> str:
+    """The name under which the member's subscriptions and offsets are kept: its own when broadcasting, none when clustering."""
+    if model is MessageModel.CLUSTERING:
+        return ""
+    if not session.instance_name:
+        raise InvalidArgumentError(
+            f"Members of group {session.group!r} broadcast, so each needs a name for its offsets; give instance_name in HELLO.",
+            group=session.group,
+        )
+    return session.instance_name
 
 
 def _check_alike(session: Session, model: MessageModel, subscriptions: dict[str, str], live: Membership) -> None:

@@ -72,10 +72,13 @@ class Queue:
 
 
 class Subscribed(msgspec.Struct, array_like=True):
-    """Since when a group has been subscribed to a topic, and where it began in the queues that existed then."""
+    """Since when a group, or an instance of it, has been subscribed to a topic, and where it began in the queues of then."""
 
     since_ms: int
     starts: dict[int, int]
+
+
+Subscriptions = dict[str, dict[str, Subscribed]]  # by instance name (empty when clustering), then by topic name
 
 
 class Lease(msgspec.Struct, array_like=True, frozen=True):
@@ -92,16 +95,25 @@ class Group:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.subscriptions: dict[str, Subscribed] = {}  # by topic name
+        self.subscriptions: Subscriptions = {}
         self.offsets: dict[OffsetKey, int] = {}
         self.leases: dict[tuple[int, int], Lease] = {}  # by topic id, queue id
+
+    @property
+    def topics(self) -> set[str]:
+        """The topics that it, or any instance of it, ever subscribed to."""
+        return {topic for each in self.subscriptions.values() for topic in each}
+
+    def subscribed(self, topic: str, instance_name: str = "") -> Subscribed | None:
+        """The subscription to a topic, None if there never was one."""
+        return self.subscriptions.get(instance_name, {}).get(topic)
 
     def start_offset(self, topic: Topic, queue_id: int, instance_name: str = "") -> int | None:
         """Where to read on: the committed offset, else where the subscription began; None if it never subscribed."""
         offset = self.offsets.get((instance_name, topic.topic_id, queue_id))
         if offset is not None:
             return offset
-        subscribed = self.subscriptions.get(topic.config.topic)
+        subscribed = self.subscribed(topic.config.topic, instance_name)
         return None if subscribed is None else subscribed.starts.get(queue_id, 0)
 
 
@@ -267,9 +279,10 @@ class Tables:
         del self.topics[name]
         self._changed.topics_deleted.add(event.topic_id)
         for group in self.groups.values():
-            if name in group.subscriptions:
-                group.subscriptions[name].starts.clear()  # a new topic of that name is read from its beginning
-                self._changed.groups.add(group.name)
+            for subscriptions in group.subscriptions.values():
+                if name in subscriptions:
+                    subscriptions[name].starts.clear()  # a new topic of that name is read from its beginning
+                    self._changed.groups.add(group.name)
             if any(topic_id == event.topic_id for topic_id, _ in group.leases):
                 group.leases = {key: lease for key, lease in group.leases.items() if key[0] != event.topic_id}
                 self._changed.groups.add(group.name)
@@ -285,7 +298,8 @@ class Tables:
         return group
 
     def _group_subscribed(self, event: GroupSubscribed) -> None:
-        self._group(event.group).subscriptions[event.topic] = Subscribed(event.since_ms, dict(event.starts))
+        subscriptions = self._group(event.group).subscriptions.setdefault(event.instance_name, {})
+        subscriptions[event.topic] = Subscribed(event.since_ms, dict(event.starts))
         self._changed.groups.add(event.group)
 
     def _group_deleted(self, event: GroupDeleted) -> None:

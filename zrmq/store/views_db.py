@@ -7,7 +7,7 @@ saved rarely (a restart replays what was written since), in one transaction, on 
     meta       name, value              see `Meta`
     topics     topic_id, config         config: TopicConfig as MessagePack
     queues     one column per field of `consume_queue.QueueRow`
-    groups     name, state              state: MessagePack [subscriptions {topic: [since ms, {queue id: start}]},
+    groups     name, state              state: MessagePack [subscriptions {instance: {topic: [since ms, {queue id: start}]}},
                                         leases [[topic id, queue id, client id, lease epoch], ...]]
     offsets    group_name, instance_name, topic_id, queue_id, queue_offset
     windows    producer_id (as a signed number), topic_id, queue_id, position, highest_sequence, sent: `tables.Window`
@@ -28,7 +28,7 @@ from zrmq.files import Files
 from zrmq.logs import get_logger
 from zrmq.protocol.events import TopicConfig
 from zrmq.store.consume_queue import QueueRow
-from zrmq.store.tables import Group, Lease, Subscribed
+from zrmq.store.tables import Group, Lease, Subscribed, Subscriptions
 
 log = get_logger("store")
 
@@ -61,7 +61,7 @@ _TABLES = ("meta", "topics", "queues", "groups", "offsets", "windows", "segments
 
 WindowRow = tuple[int, int, int, int, int, bytes]
 SegmentRow = tuple[int, int, int, dict[int, tuple[int, int]]]
-GroupState = tuple[dict[str, Subscribed], list[tuple[int, int, str, int]]]
+GroupState = tuple[Subscriptions, list[tuple[int, int, str, int]]]
 
 _config_decoder = msgspec.msgpack.Decoder(TopicConfig)
 _group_decoder = msgspec.msgpack.Decoder(GroupState)
@@ -86,7 +86,7 @@ class Saved(msgspec.Struct, kw_only=True):
     topics: list[tuple[int, TopicConfig]] = []
     topics_deleted: list[int] = []
     queues: list[QueueRow] = []
-    groups: list[tuple[str, dict[str, Subscribed], list[tuple[int, int, str, int]]]] = []
+    groups: list[tuple[str, Subscriptions, list[tuple[int, int, str, int]]]] = []
     groups_deleted: list[str] = []
     offsets: list[tuple[str, str, int, int, int]] = []
     windows: list[WindowRow] = []
@@ -201,14 +201,17 @@ def _signed(number: int) -> int:
     return number - (1 << 64) if number >= 1 << 63 else number
 
 
-def group_row(group: Group) -> tuple[str, dict[str, Subscribed], list[tuple[int, int, str, int]]]:
+def group_row(group: Group) -> tuple[str, Subscriptions, list[tuple[int, int, str, int]]]:
     """A group as it is saved, its offsets apart; a copy, for another thread."""
     leases = [(*key, lease.client_id, lease.lease_epoch) for key, lease in group.leases.items()]
-    subscriptions = {topic: Subscribed(its.since_ms, dict(its.starts)) for topic, its in group.subscriptions.items()}
+    subscriptions = {
+        instance_name: {topic: Subscribed(its.since_ms, dict(its.starts)) for topic, its in each.items()}
+        for instance_name, each in group.subscriptions.items()
+    }
     return group.name, subscriptions, leases
 
 
-def group_of(name: str, subscriptions: dict[str, Subscribed], leases: list[tuple[int, int, str, int]]) -> Group:
+def group_of(name: str, subscriptions: Subscriptions, leases: list[tuple[int, int, str, int]]) -> Group:
     """A group as it was saved."""
     group = Group(name)
     group.subscriptions = subscriptions

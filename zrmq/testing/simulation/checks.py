@@ -178,11 +178,11 @@ def _check_consumed(world: World, group: GroupPlan, checks: dict[str, LogCheck])
     for topic in group.topics:
         for queue in world.all_queues(topic):
             contents = checks[queue.broker_name].contents(queue)
-            is_informed = _is_informed(world, group, queue, checks)
-            subscribed = _subscribed(checks[queue.broker_name], group, topic)
-            start = subscribed.starts.get(queue.queue_id, 0) if subscribed is not None else 0
             for known, instance_name in world.ready_ms:
                 if known == group.name:
+                    is_informed = _is_informed(world, group, instance_name, queue, checks)
+                    subscribed = _subscribed(checks[queue.broker_name], group, instance_name, topic)
+                    start = subscribed.starts.get(queue.queue_id, 0) if subscribed is not None else 0
                     owed_ms = world.ready_ms[known, instance_name] if is_informed else inf
                     _check_instance(world, group, instance_name, queue, contents, start, owed_ms)
 
@@ -191,11 +191,10 @@ def _check_instance(
     world: World, group: GroupPlan, instance_name: str, queue: MessageQueue, contents: dict[int, Placed], start: int,
     owed_ms: float,
 ) -> None:
-    """Clustering groups are owed everything from their start on; and everybody what was sent after `owed_ms`."""
-    is_clustering = group.message_model is MessageModel.CLUSTERING
+    """Everybody is owed everything from the start on, and what was sent after `owed_ms`."""
     for offset, placed in contents.items():
         posting = world.promises.postings[placed.body]
-        if not (posting.posted_ms > owed_ms or (is_clustering and offset >= start)):
+        if posting.posted_ms <= owed_ms and offset < start:
             continue
         if not world.promises.is_finished(group.name, instance_name, queue, offset, placed.body):
             raise BrokenPromise(
@@ -203,19 +202,22 @@ def _check_instance(
             )
 
 
-def _subscribed(check: LogCheck, group: GroupPlan, topic: str) -> Subscribed | None:
+def _subscribed(check: LogCheck, group: GroupPlan, instance_name: str, topic: str) -> Subscribed | None:
     """What a broker's log has of a subscription."""
     known = check.watch.tables.groups.get(group.name)
-    return known.subscriptions.get(topic) if known is not None else None
+    return known.subscribed(topic, instance_name) if known is not None else None
 
 
-def _is_informed(world: World, group: GroupPlan, queue: MessageQueue, checks: dict[str, LogCheck]) -> bool:
+def _is_informed(
+    world: World, group: GroupPlan, instance_name: str, queue: MessageQueue, checks: dict[str, LogCheck]
+) -> bool:
     """Whether the queue's broker knew when the group had first subscribed. It cannot when nobody who did could be asked."""
     if group.consume_from is not ConsumeFrom.LATEST or not ISOLATING & world.plan.faults.keys():
         return True
-    found = {name: each.since_ms for name, check in checks.items() if (each := _subscribed(check, group, queue.topic))}
+    subscribed = {name: _subscribed(check, group, instance_name, queue.topic) for name, check in checks.items()}
+    found = {name: each.since_ms for name, each in subscribed.items() if each is not None}
     first_ms = next(
-        since_ms for name, topic, broker_name, since_ms in world.promises.subscriptions
-        if (name, topic) == (group.name, queue.topic) and found.get(broker_name) == since_ms
+        since_ms for broker_name, since_ms in world.promises.subscriptions[group.name, instance_name, queue.topic]
+        if found.get(broker_name) == since_ms
     )
     return found.get(queue.broker_name) == first_ms

@@ -148,11 +148,10 @@ class LogCheck:
             queue = MessageQueue(topic.config.topic, self._broker_name, queue_id)
             if offset > topic.queues[queue_id].next_offset:
                 self._fail("commit", f"{event} commits beyond the end of {spell(queue)}, {topic.queues[queue_id].next_offset}.")
-            known = (event.instance_name, topic_id, queue_id)
-            is_start = bool(event.instance_name) and (group is None or known not in group.offsets)
-            if group is not None and not is_start:
-                before = group.start_offset(topic, queue_id, event.instance_name) or 0
-                self._check_move(event, queue, before, offset)
+            before = group.start_offset(topic, queue_id, event.instance_name) if group is not None else None
+            if before is None:
+                self._fail("commit", f"{event} is for a group that never subscribed to {spell(queue)}.")
+            self._check_move(event, queue, before, offset)
 
     def _check_move(self, event: OffsetsCommitted, queue: MessageQueue, before: int, offset: int) -> None:
         if offset < before and not self._promises.is_async(queue.topic):  # after a loss consumers go back by a reset

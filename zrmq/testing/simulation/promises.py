@@ -65,7 +65,7 @@ class Promises:
         self.groups = {group.name: group for group in plan.groups}
         self.postings: dict[bytes, Posting] = {}
         self.acknowledged: dict[MessageQueue, dict[int, Posting]] = {}
-        self.subscriptions: dict[tuple[str, str, str, int], None] = {}  # group, topic, broker name, since when: in order
+        self.subscriptions: dict[tuple[str, str, str], dict[tuple[str, int], None]] = {}  # who: broker name, since when; in order
         self._losable: set[bytes] = set()
         self._async_topics = {topic.name for topic in plan.topics if topic.flush_mode is FlushMode.ASYNC}
         self._wanted = {group.name: wanted_tags(group) for group in plan.groups}
@@ -112,15 +112,13 @@ class Promises:
     # --- consumers ----------------------------------------------------------------------------------------------------
 
     def subscribed(self, broker_name: str, event: GroupSubscribed) -> None:
-        """A group's first subscription to a topic is in a broker's log, unless it is lost again before it is flushed."""
-        self.subscriptions[event.group, event.topic, broker_name, event.since_ms] = None
+        """A subscription is in a broker's log, unless it is lost again before it is flushed."""
+        self.subscriptions.setdefault(_who(event), {})[broker_name, event.since_ms] = None
 
     def is_told(self, broker_name: str, event: GroupSubscribed) -> bool:
         """Whether the time of a subscription is that of another broker, which heard of it before."""
-        return any(
-            (event.group, event.topic, event.since_ms) == (group, topic, since_ms) and name != broker_name
-            for group, topic, name, since_ms in self.subscriptions
-        )
+        known = self.subscriptions.get(_who(event), ())
+        return any(since_ms == event.since_ms and name != broker_name for name, since_ms in known)
 
     def finish(self, group: str, instance_name: str, message: Message) -> None:
         """A listener returned."""
@@ -136,6 +134,10 @@ class Promises:
         """Whether the group's filter lets the message through."""
         tags = self._wanted[group]
         return tags is None or self.postings[body].tag in tags
+
+
+def _who(event: GroupSubscribed) -> tuple[str, str, str]:
+    return event.group, event.instance_name, event.topic
 
 
 def wanted_tags(group: GroupPlan) -> frozenset[str] | None:
