@@ -272,6 +272,33 @@ def test_an_instance_that_comes_back_misses_nothing_of_a_topic_created_since(des
     assert starts(back, "alarms") == [(0, 0)]
 
 
+def test_who_broadcasts_gives_its_instance_a_name(desk: BrokerDesk) -> None:
+    nameless = desk.client("a", "consumer", "all")
+    assert nameless.join("meters", model=MessageModel.BROADCASTING).code == Code.BAD_REQUEST
+    desk.client("b", "consumer", "all", "host-1").join("meters", model=MessageModel.BROADCASTING)
+    desk.client("p").send("meters", 0, [b"1", b"2"])
+    refused = nameless.ask(CommitOffsets, [QueueOffset("meters", 0, 2)])
+    assert refused.code == Code.FORBIDDEN and "instance_name" in refused.message
+    assert starts(nameless)[0] == (0, -1), "nothing landed under no name"
+
+
+def test_an_instance_commits_for_itself_whether_it_is_a_member_or_not(desk: BrokerDesk) -> None:
+    desk.client("a", "consumer", "all", "host-1").join("meters", model=MessageModel.BROADCASTING)
+    desk.client("p").send("meters", 0, [b"1", b"2"])
+    guest = desk.client("b", "consumer", "all", "host-2")
+    assert guest.ask(CommitOffsets, [QueueOffset("meters", 0, 1)]).fenced == []
+    assert starts(guest)[0] == (0, 1)
+
+
+def test_an_instance_moves_nothing_in_a_clustering_group(desk: BrokerDesk) -> None:
+    a = member(desk, "a")
+    a.join("meters")
+    desk.client("p").send("meters", 0, [b"1", b"2"])
+    guest = desk.client("b", "consumer", "readers", "host-1")
+    assert guest.ask(CommitOffsets, [QueueOffset("meters", 0, 1)]).fenced == []
+    assert (starts(a)[0], starts(guest)[0]) == ((0, 0), (0, 1))
+
+
 def test_an_instance_keeps_its_offsets_apart_while_it_is_no_member_after_a_restart(desk: BrokerDesk) -> None:
     desk.client("a", "consumer", "all", "host-1").join("meters", model=MessageModel.BROADCASTING)
     desk.client("p").send("meters", 0, [b"1", b"2"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zrmq.errors import Code, FencedError, InvalidArgumentError, TopicNotFoundError
+from zrmq.errors import Code, FencedError, InvalidArgumentError, RequestRefusedError, TopicNotFoundError
 from zrmq.message import MessageModel
 from zrmq.protocol.events import OffsetsCommitted
 from zrmq.protocol.requests import (
@@ -41,12 +41,18 @@ class OffsetDesk:
         if len(request.offsets) > OFFSETS_PER_COMMIT_MAX:
             raise InvalidArgumentError(f"A commit has at most {OFFSETS_PER_COMMIT_MAX} offsets; send several.")
         instance = self._instance(session)
+        if not instance and self._groups.model(session.group) is MessageModel.BROADCASTING:
+            raise RequestRefusedError(
+                f"Group {session.group!r} broadcasts, so each instance has offsets of its own; give instance_name in HELLO.",
+                code=Code.FORBIDDEN, group=session.group,
+            )
         fenced: list[int] = []
         moved: dict[tuple[int, int], int] = {}
         for index, asked in enumerate(request.offsets):
             try:
                 queue = self._context.queue(asked.topic, asked.queue_id)
-                self._check_holder(session, queue, asked)
+                if not instance:  # an instance's offsets are nobody else's business
+                    self._check_holder(session, queue, asked)
             except (FencedError, TopicNotFoundError):
                 fenced.append(index)
                 continue
@@ -86,9 +92,6 @@ class OffsetDesk:
         return session.instance_name
 
     def _check_holder(self, session: Session, queue: Queue, asked: QueueOffset) -> None:
-        membership = self._groups.membership(session)
-        if membership is not None and membership.message_model is MessageModel.BROADCASTING:
-            return
         if asked.lease_epoch or self._leases.holder(session.group, queue) is not None:
             self._leases.check(session, queue, asked.lease_epoch)
 
