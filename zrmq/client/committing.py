@@ -11,7 +11,10 @@ from zrmq.client.inbox import Inbox
 from zrmq.client.link import Link
 from zrmq.client.reading import Reading
 from zrmq.errors import FencedError, UnreachableError, ZrmqError
+from zrmq.logs import get_logger
 from zrmq.protocol.requests import AnyReply, CommitOffsets, Committed, QueueOffset
+
+log = get_logger("consumer")
 
 COMMIT_TIMEOUT_MS = 10_000
 
@@ -94,6 +97,8 @@ class Committer:
 
     def _idle(self, link: Link, error: ZrmqError | None) -> None:
         self._busy.discard(link)
+        if error is not None and not isinstance(error, FencedError):  # that one was told to `on_lost`
+            log.warning("commit_failed", address=link.address, reason=error.message)
 
 
 class _Tally:
