@@ -138,6 +138,11 @@ class DeskClient:
     def payload(self, number: int) -> list[bytes]:
         return next(payload for reply, payload in self.inbox() if reply.number == number)
 
+    @property
+    def payload_count(self) -> int:
+        """How many replies brought one."""
+        return sum(1 for _, payload in self.inbox() if payload)
+
     def notices(self) -> list[Reply]:
         return [reply for reply, _ in self.inbox() if reply.number == 0]
 

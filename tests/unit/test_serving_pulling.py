@@ -6,7 +6,7 @@ import pytest
 
 from tests.unit.broker_desk import BrokerDesk, DeskClient
 from zrmq.errors import Code
-from zrmq.protocol.requests import DeleteTopic, Failed, Heartbeat, Pull, Pulled, PullStatus
+from zrmq.protocol.requests import Bye, DeleteTopic, Failed, Heartbeat, Pull, Pulled, PullStatus
 from zrmq.protocol.tags import filter_mask
 from zrmq.serving import pulling
 
@@ -86,8 +86,36 @@ def test_a_waiting_pull_learns_that_its_topic_was_deleted(desk: BrokerDesk, clie
 def test_pulls_of_a_superseded_session_vanish(desk: BrokerDesk, client: DeskClient) -> None:
     number = client.post(Pull, "meters", 0, 0, 1000, 10_000)
     again = desk.client("c1", epoch=2)
+    assert desk.core.pulling.held_count == 0, "at once, or a client that reconnects in a storm holds any number"
     again.send("meters", 0, [b"x"])
     assert client.reply(number) is None
+
+
+def test_pulls_of_a_session_that_ends_vanish_and_those_of_others_stay(desk: BrokerDesk, client: DeskClient) -> None:
+    silent, other = desk.client("silent"), desk.client("other")
+    for each in (client, silent, other):
+        each.post(Pull, "meters", 0, 0, 1000, 100_000)
+        each.post(Pull, "meters", 1, 0, 1000, 100_000)
+    assert desk.core.pulling.held_count == 6
+    client.ask(Bye)
+    assert desk.core.pulling.held_count == 4
+    for _ in range(12):
+        desk.pass_ms(1_000)
+        other.ask(Heartbeat)
+    assert desk.core.pulling.held_count == 2
+    desk.client("p").send("meters", 0, [b"x"])
+    assert desk.core.pulling.held_count == 1
+    assert client.payload_count == silent.payload_count == 0
+    assert other.payload_count == 1
+
+
+def test_a_pull_that_is_woken_for_nothing_waits_on(desk: BrokerDesk, client: DeskClient) -> None:
+    number = client.post(Pull, "meters", 0, 0, 1000, 10_000, 1 << 3)
+    producer = desk.client("p")
+    for _ in range(2):
+        producer.send("meters", 0, [b"x"])
+        assert (client.reply(number), desk.core.pulling.held_count) == (None, 1)
+    client.ask(Bye)
     assert desk.core.pulling.held_count == 0
 
 

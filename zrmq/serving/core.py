@@ -86,7 +86,7 @@ class BrokerCore:
         self.leases = LeaseDesk(self.context, self._is_open, lambda session: self.groups.membership(session))
         self.groups = GroupDesk(self.context, self.leases.release_all)
         self.offsets = OffsetDesk(self.context, self.groups, self.leases)
-        self.pulling = Pulling(self.context, self.leases.may_read, self._is_open)
+        self.pulling = Pulling(self.context, self.leases.may_read)
         self.frames_invalid = 0
         self._stopping = False
         self._handlers: dict[type[Request], Handler] = {
@@ -162,6 +162,7 @@ class BrokerCore:
         session, old = self.sessions.open(request, peer, self._clock.monotonic_ms())
         if old is not None:
             self.groups.move(session, old)
+            self.pulling.drop(old)
         self.leases.returned(session)
         welcome = Welcome(
             request.number, limits.PROTOCOL_VERSION, self._server_id, self.config.broker_name, self._clock.time_ms(),
@@ -174,6 +175,7 @@ class BrokerCore:
 
     def _bye(self, session: Session, request: Bye, frames: list[bytes]) -> None:
         self.groups.drop(session)
+        self.pulling.drop(session)
         self.sessions.close(session)
         self.outbox.now(session.peer, Done(request.number))
 
@@ -194,6 +196,7 @@ class BrokerCore:
         for session in self.sessions.expire(now_ms):
             log.info("session_expired", client_id=session.client_id, role=session.role, group=session.group)
             self.groups.drop(session)
+            self.pulling.drop(session)
         self.leases.expire(now_ms)
         self.pulling.expire(now_ms)
 
@@ -202,7 +205,7 @@ class BrokerCore:
         self._stopping = True
 
     def _topic_deleted(self, topic: Topic) -> None:
-        self.pulling.drop_topic(topic.topic_id)
+        self.pulling.drop_topic(topic)
         self.leases.drop_topic(topic.topic_id)
 
     def _is_open(self, session: Session) -> bool:

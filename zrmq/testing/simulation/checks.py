@@ -54,8 +54,7 @@ def _check_broker_bounds(world: World, broker: VirtualBroker) -> None:
     core = broker.core
     if len(core.outbox) > REPLIES_HELD_MAX:
         raise BrokenPromise("memory", f"{broker.name} holds {len(core.outbox)} replies.")
-    # A pull of a session that ended is forgotten with the next tick; so count who lives, and those who may just have gone.
-    pulls_max = PULLS_PER_QUEUE_MAX * sum(topic.queue_count for topic in world.plan.topics) * len(world.network.loops)
+    pulls_max = PULLS_PER_QUEUE_MAX * sum(topic.queue_count for topic in world.plan.topics) * len(core.sessions)
     if core.pulling.held_count > pulls_max:
         raise BrokenPromise("memory", f"{broker.name} holds {core.pulling.held_count} pulls of {len(core.sessions)} sessions.")
 
