@@ -431,8 +431,11 @@ def test_a_lost_notice_is_noticed(cluster: ReadingCluster) -> None:
     second = cluster.started("two", eager=1.0)
     cluster.run_for(2)
     assert (first.queues, second.queues) == ([Q0, Q1], [])
-    cluster.run_for(6_000)
+    cluster.run_for(2_000)  # a heartbeat later
     assert (first.queues, second.queues) == ([Q0], [Q1])
+    cluster.broker.requests.clear()
+    cluster.run_for(5_000)
+    assert cluster.broker.asked(JoinGroup) == [], "who knows the version has nothing to ask"
 
 
 def test_a_lease_that_is_not_wanted_any_more_is_released(cluster: ReadingCluster) -> None:

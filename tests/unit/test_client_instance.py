@@ -24,7 +24,7 @@ from zrmq.errors import (
     ZrmqError,
 )
 from zrmq.message import MessageQueue
-from zrmq.protocol.requests import AnyReply, BrokerInfo, DescribeBroker, GroupChanged, Route, TopicRoute
+from zrmq.protocol.requests import Alive, AnyReply, BrokerInfo, DescribeBroker, GroupChanged, Route, TopicRoute
 
 PENDING = object()
 
@@ -51,7 +51,8 @@ class Client:
         self.events.append(("lost", broker_name))
 
     def on_notice(self, broker_name: str, link: Link, notice: AnyReply) -> None:
-        self.events.append(("notice", broker_name, type(notice).__name__))
+        if not isinstance(notice, Alive):  # one a second, as long as all is well
+            self.events.append(("notice", broker_name, type(notice).__name__))
 
     def queues(self, topic: str) -> list[tuple[str, int]]:
         """Broker name and id of each queue that the route has."""

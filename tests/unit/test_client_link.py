@@ -650,6 +650,12 @@ def test_a_notice_reaches_the_owner(open_world: World, desk: Desk) -> None:
     assert open_world.notices == [notice]
 
 
+def test_the_answers_to_heartbeats_reach_the_owner(open_world: World, desk: Desk) -> None:
+    open_world.run_until(lambda: len(open_world.notices) == 2)
+    assert [type(notice) for notice in open_world.notices] == [Alive, Alive]
+    assert len(desk.heartbeats) == 2
+
+
 @pytest.mark.parametrize(
     "frames", [[b""], [b"\xc1"], [b"nonsense", b"payload"], [b"\x93\x01\x02\x03"], [b"\x92\xcc\x65\xff"], [b"\x00" * 100]]
 )

@@ -82,7 +82,7 @@ class InstanceListener(Protocol):
         """The session that was open is gone. The link opens a new one by itself, unless its broker left the route."""
 
     def on_notice(self, broker_name: str, link: Link, notice: AnyReply) -> None:
-        """The broker sent something unasked."""
+        """The broker sent a notice, or `Alive` in answer to a heartbeat."""
 
 
 class ClientInstance:

@@ -76,7 +76,7 @@ class LinkListener(Protocol):
         """The session that was open is gone: connection lost, server restarted, or silent. The link opens a new one by itself."""
 
     def on_notice(self, link: Link, notice: AnyReply) -> None:
-        """The server sent something unasked."""
+        """The server sent something that no request of the owner asked for: a notice, or its answer to a heartbeat, `Alive`."""
 
 
 class Outstanding(msgspec.Struct, eq=False):
@@ -394,6 +394,7 @@ class Link:
         sent_ms = self._heartbeats.pop(reply.number)
         if isinstance(reply, Alive):
             self.confirmed_ms = max(self.confirmed_ms, sent_ms)
+            self._handle_notice(reply)
         elif isinstance(reply, Failed) and reply.code == Code.NO_SESSION:
             self._handle_no_session()
 

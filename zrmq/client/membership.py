@@ -10,7 +10,8 @@ queues' starts when it first hears of a subscription, so one that is new, or was
 A subscription that only brokers know which do not answer is made anew, as of now, at those that do: nobody who is there knows
 better, and who waits consumes nothing at all. What they stored between the two moments is missed.
 
-A lost notice would leave a member with an old list for ever, so the group's version is compared every `CHECK_MS`.
+A lost notice would leave a member with an old list for ever, so each answer to a heartbeat has the group's version. It comes by
+the connection of the notices, behind those that were sent before it: another version than ours means that one was lost.
 """
 
 from __future__ import annotations
@@ -30,21 +31,19 @@ from zrmq.protocol.requests import (
     Alive,
     AnyReply,
     GroupChanged,
-    Heartbeat,
     Joined,
     JoinGroup,
     QuerySubscriptions,
     SubscribedSince,
     Subscription,
 )
-from zrmq.transport.interface import Loop, Timer
+from zrmq.transport.interface import Loop
 
 log = get_logger("consumer")
 
 REQUEST_TIMEOUT_MS = 10_000
 RETRY_MS = 1_000.0  # after a refusal that time may heal
 SURVEY_MS_MAX = 3_000.0  # brokers that the route has but nobody reaches are waited for so long
-CHECK_MS = 5_000.0
 
 # Refusals of JoinGroup that the same request may overcome later. All others are the user's to solve.
 PASSING = frozenset({
@@ -93,7 +92,6 @@ class Membership:
         self._since_ms: dict[str, int] = {}  # by topic, when it was first subscribed to, as far as we have heard
         self._name_taken_ms: float | None = None
         self._is_closed = False
-        self._check_timer: Timer = loop.call_later(CHECK_MS, self._check)
 
     # --- what is known ------------------------------------------------------------------------------------------------
 
@@ -136,18 +134,19 @@ class Membership:
             self._on_change()
 
     def notice(self, broker_name: str, notice: AnyReply) -> None:
-        """Members came or went."""
+        """Members came or went, or a heartbeat was answered."""
         seat = self._seats.get(broker_name)
-        if self._is_closed or seat is None or not isinstance(notice, GroupChanged) or notice.group != self._joining.group:
+        if self._is_closed or seat is None:
             return
-        if notice.group_version > seat.version:
+        if isinstance(notice, Alive):
+            self._compare(seat, notice.group_version)
+        elif isinstance(notice, GroupChanged) and notice.group == self._joining.group and notice.group_version > seat.version:
             seat.version = notice.group_version
             self._take_members(seat, notice.members)
 
     def close(self) -> None:
         """Do nothing more, but know what was known. Leaving is the owner's to do, after its last commits."""
         self._is_closed = True
-        self._check_timer.cancel()
 
     # --- asking -------------------------------------------------------------------------------------------------------
 
@@ -215,6 +214,11 @@ class Membership:
         elif isinstance(reply, ZrmqError) and not isinstance(reply, ClosedError):
             self._refused(seat, reply)
 
+    def _compare(self, seat: Seat, group_version: int) -> None:
+        if seat.members is not None and not seat.is_joining and group_version != seat.version:
+            log.info("group_version_missed", group=self._joining.group, address=seat.link.address)
+            self._join(seat)
+
     def _take_members(self, seat: Seat, members: list[str]) -> None:
         if self._joining.client_id in members:
             seat.members = members
@@ -238,17 +242,3 @@ class Membership:
         if self._name_taken_ms is None:
             self._name_taken_ms = now_ms
         return now_ms - self._name_taken_ms <= seat.link.welcome.session_timeout_ms + RETRY_MS
-
-    # --- checking -----------------------------------------------------------------------------------------------------
-
-    def _check(self) -> None:
-        self._check_timer = self._loop.call_later(CHECK_MS, self._check)
-        for seat in self._seats.values():
-            if seat.members is not None and seat.link.is_open:
-                seat.link.request(Heartbeat, timeout_ms=int(CHECK_MS), on_reply=partial(self._checked, seat))
-
-    def _checked(self, seat: Seat, reply: AnyReply | ZrmqError, frames: list[bytes]) -> None:
-        is_ours = not self._is_closed and seat in self._seats.values() and not seat.is_joining
-        if is_ours and isinstance(reply, Alive) and reply.group_version != seat.version:
-            log.info("group_version_missed", group=self._joining.group, address=seat.link.address)
-            self._join(seat)

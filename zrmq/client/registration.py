@@ -72,7 +72,7 @@ class Registration:
         log.warning("nameserver_lost", address=link.address, broker_name=self._broker.broker_name)
 
     def on_notice(self, link: Link, notice: object) -> None:
-        """NameServers send brokers no notices."""
+        """NameServers have nothing to tell brokers."""
 
     def _beat(self) -> None:
         self._timer = self._loop.call_later(HEARTBEAT_MS, self._beat)

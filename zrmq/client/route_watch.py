@@ -143,7 +143,7 @@ class RouteWatch:
             self._fail(self._unreachable())
 
     def on_notice(self, link: Link, notice: AnyReply) -> None:
-        """Of `LinkListener`. NameServers send no notices."""
+        """Of `LinkListener`. NameServers have nothing to tell unasked."""
 
     def _connect(self) -> Link:
         address = self._nameservers[self._turn % len(self._nameservers)]
