@@ -70,6 +70,7 @@ class Seat(msgspec.Struct, eq=False):
     opened_ms: float
     is_asked: bool = False  # it has said which subscriptions it knows, or that it will not
     is_joining: bool = False
+    refusal_count: int = 0
     version: int = -1
     members: list[str] | None = None  # None: not joined
 
@@ -174,14 +175,16 @@ class Membership:
 
     def _advance(self) -> None:
         """Join whom there is no reason to wait with."""
-        waiting = [seat for seat in self._seats.values() if seat.members is None and not seat.is_joining]
+        waiting = {name: seat for name, seat in self._seats.items() if seat.members is None and not seat.is_joining}
         if self._is_closed or not waiting:
             return
         if not self._needs_survey():
-            for seat in waiting:
+            for seat in waiting.values():
                 self._join(seat)
         elif self._is_surveyed() and not any(seat.is_joining for seat in self._seats.values()):
-            self._join(waiting[0])
+            # The same for all members that start side by side, so that a new group has one beginning.
+            scout = min(waiting, key=lambda name: (waiting[name].refusal_count, name))
+            self._join(waiting[scout])
 
     def _is_surveyed(self) -> bool:
         if not all(seat.is_asked for seat in self._seats.values()):
@@ -230,6 +233,7 @@ class Membership:
     def _refused(self, seat: Seat, error: ZrmqError) -> None:
         if error.code in PASSING or self._may_be_a_ghost(seat, error):
             log.warning("join_refused", group=self._joining.group, address=seat.link.address, reason=error.message)
+            seat.refusal_count += 1
             self._loop.call_later(RETRY_MS * self._rng.uniform(0.8, 1.2), self._advance)
         else:
             self._on_refused(error)

@@ -20,7 +20,6 @@ from zrmq.testing.simulation.trace import BrokenPromise, spell
 from zrmq.testing.simulation.world import World
 
 REPLIES_HELD_MAX = 2_000
-PULLS_PER_QUEUE_MAX = 2  # and client
 WATCHES_PER_CLIENT_MAX = 4
 ISOLATING = FAULTS.keys() - {"clock_step", "producer_crash", "consumer_crash", "consumer_leave", "consumer_join"}
 GHOSTS_MAX = 100  # watches of clients that are gone and whose sessions have not run out
@@ -54,7 +53,7 @@ def _check_broker_bounds(world: World, broker: VirtualBroker) -> None:
     core = broker.core
     if len(core.outbox) > REPLIES_HELD_MAX:
         raise BrokenPromise("memory", f"{broker.name} holds {len(core.outbox)} replies.")
-    pulls_max = PULLS_PER_QUEUE_MAX * sum(topic.queue_count for topic in world.plan.topics) * len(core.sessions)
+    pulls_max = sum(topic.queue_count for topic in world.plan.topics) * len(core.sessions)
     if core.pulling.held_count > pulls_max:
         raise BrokenPromise("memory", f"{broker.name} holds {core.pulling.held_count} pulls of {len(core.sessions)} sessions.")
 
@@ -179,10 +178,9 @@ def _check_consumed(world: World, group: GroupPlan, checks: dict[str, LogCheck])
             contents = checks[queue.broker_name].contents(queue)
             for known, instance_name in world.ready_ms:
                 if known == group.name:
-                    is_informed = _is_informed(world, group, instance_name, queue, checks)
+                    owed_ms = _owed_ms(world, group, instance_name, queue, checks)
                     subscribed = _subscribed(checks[queue.broker_name], group, instance_name, topic)
                     start = subscribed.starts.get(queue.queue_id, 0) if subscribed is not None else 0
-                    owed_ms = world.ready_ms[known, instance_name] if is_informed else inf
                     _check_instance(world, group, instance_name, queue, contents, start, owed_ms)
 
 
@@ -207,16 +205,23 @@ def _subscribed(check: LogCheck, group: GroupPlan, instance_name: str, topic: st
     return known.subscribed(topic, instance_name) if known is not None else None
 
 
-def _is_informed(
+def _owed_ms(
     world: World, group: GroupPlan, instance_name: str, queue: MessageQueue, checks: dict[str, LogCheck]
-) -> bool:
-    """Whether the queue's broker knew when the group had first subscribed. It cannot when nobody who did could be asked."""
-    if group.consume_from is not ConsumeFrom.LATEST or not ISOLATING & world.plan.faults.keys():
-        return True
+) -> float:
+    """From when on everything that is sent is owed, wherever the group began.
+
+    Nothing is when its broker did not know that the group had subscribed, as it cannot where nobody who did could be asked; nor
+    when the group begins at a time, which may be yet to come.
+    """
+    ready_ms = world.ready_ms[group.name, instance_name]
+    if group.consume_from is ConsumeFrom.TIMESTAMP:
+        return inf
+    if group.consume_from is ConsumeFrom.EARLIEST or not ISOLATING & world.plan.faults.keys():
+        return ready_ms
     subscribed = {name: _subscribed(check, group, instance_name, queue.topic) for name, check in checks.items()}
     found = {name: each.since_ms for name, each in subscribed.items() if each is not None}
     first_ms = next(
         since_ms for broker_name, since_ms in world.promises.subscriptions[group.name, instance_name, queue.topic]
         if found.get(broker_name) == since_ms
     )
-    return found.get(queue.broker_name) == first_ms
+    return ready_ms if found.get(queue.broker_name) == first_ms else inf

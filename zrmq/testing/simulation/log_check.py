@@ -134,7 +134,8 @@ class LogCheck:
             return queue.min_offset
         if group.consume_from is ConsumeFrom.LATEST and not self._promises.is_told(self._broker_name, event):
             return queue.next_offset
-        from_ms = group.consume_timestamp_ms or event.since_ms
+        # Two brokers may have their own now in the same millisecond, so what was stored within that one tells nothing.
+        from_ms = group.consume_timestamp_ms or event.since_ms + 1
         contents = self.watch.queues.get((queue.topic.topic_id, queue.queue_id), {})
         later = (offset for offset, placed in contents.items() if placed.store_timestamp_ms >= from_ms)
         return min(later, default=queue.next_offset)

@@ -116,9 +116,9 @@ class Promises:
         self.subscriptions.setdefault(_who(event), {})[broker_name, event.since_ms] = None
 
     def is_told(self, broker_name: str, event: GroupSubscribed) -> bool:
-        """Whether the time of a subscription is that of another broker, which heard of it before."""
+        """Whether the time of a subscription is that of another broker, which had it first."""
         known = self.subscriptions.get(_who(event), ())
-        return any(since_ms == event.since_ms and name != broker_name for name, since_ms in known)
+        return next((name for name, since_ms in known if since_ms == event.since_ms), broker_name) != broker_name
 
     def finish(self, group: str, instance_name: str, message: Message) -> None:
         """A listener returned."""
