@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.unit.reading_cluster import Member, ReadingBroker, ReadingCluster
+from zrmq.client import reading
 from zrmq.client.reading import Bounds
 from zrmq.errors import (
     Code,
@@ -423,6 +424,16 @@ def test_a_member_is_believed_in_when_every_broker_knows_it() -> None:
     assert second.queues == []
     cluster.network.heal("two", "broker-b")
     cluster.run_until(lambda: len(first.queues) == len(second.queues) == 1)
+
+
+def test_a_queue_whose_lease_would_be_in_doubt_is_not_claimed(cluster: ReadingCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "LEASE_MARGIN", 0.0)
+    member = cluster.member("one", eager=1.0)
+    cluster.run_for(3_000)
+    assert cluster.broker.asked(AcquireLease) == []
+    monkeypatch.undo()
+    cluster.run_until(lambda: member.queues == [Q0, Q1], 1_100)
+    assert len(cluster.broker.asked(AcquireLease)) == 2
 
 
 def test_a_lost_notice_is_noticed(cluster: ReadingCluster) -> None:

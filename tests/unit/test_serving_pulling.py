@@ -83,6 +83,16 @@ def test_a_waiting_pull_learns_that_its_topic_was_deleted(desk: BrokerDesk, clie
     assert client.reply(number).code == Code.TOPIC_NOT_FOUND
 
 
+def test_a_newer_pull_of_a_queue_ends_the_wait_of_the_older(desk: BrokerDesk, client: DeskClient) -> None:
+    older = client.post(Pull, "meters", 0, 0, 1000, 10_000)
+    elsewhere = client.post(Pull, "meters", 1, 0, 1000, 10_000)
+    newer = client.post(Pull, "meters", 0, 0, 1000, 10_000)
+    assert client.reply(older).status is PullStatus.NOTHING
+    assert (client.reply(elsewhere), client.reply(newer), desk.core.pulling.held_count) == (None, None, 2)
+    desk.client("p").send("meters", 0, [b"x"])
+    assert client.bodies(newer) == [b"x"]
+
+
 def test_pulls_of_a_superseded_session_vanish(desk: BrokerDesk, client: DeskClient) -> None:
     number = client.post(Pull, "meters", 0, 0, 1000, 10_000)
     again = desk.client("c1", epoch=2)
@@ -122,8 +132,9 @@ def test_a_pull_that_is_woken_for_nothing_waits_on(desk: BrokerDesk, client: Des
 def test_one_client_cannot_hold_pulls_without_bound(
     desk: BrokerDesk, client: DeskClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    desk.topic("wide", queue_count=5)
     monkeypatch.setattr(pulling, "PULLS_HELD_PER_SESSION_MAX", 3)
-    replies = [client.ask(Pull, "meters", 0, 0, 1000, 10_000) for _ in range(5)]
+    replies = [client.ask(Pull, "wide", queue_id, 0, 1000, 10_000) for queue_id in range(5)]
     assert [reply.code for reply in replies if reply] == [Code.TOO_MANY_REQUESTS] * 2
     for _ in range(11):
         desk.pass_ms(1_000)

@@ -26,7 +26,7 @@ from zrmq.client.inbox import Inbox
 from zrmq.client.instance import ClientInstance, RouteView
 from zrmq.client.link import Link, OnReply
 from zrmq.client.membership import Joining, Membership
-from zrmq.client.reading import Bounds, Reader, Reading, server_id
+from zrmq.client.reading import Bounds, Reader, Reading, lease_ends_ms, server_id
 from zrmq.client.rebalance import plan, share
 from zrmq.errors import ClosedError, InvalidArgumentError, TopicNotFoundError, UnreachableError, ZrmqError
 from zrmq.logs import get_logger
@@ -101,6 +101,7 @@ class ConsumerCore:
         self._is_paused = False
         self._assigned: frozenset[MessageQueue] = frozenset()
         self._wanted: frozenset[MessageQueue] | None = None  # as of the last rebalance; None: not known yet
+        self._unsure: set[Link] = set()  # that have queues of ours to claim, and nothing that says the broker knows we live
         self._creating: set[str] = set()
         self._missing: set[str] = set()  # topics that nobody may create
         self._patience: Timer | None = None  # with the members that have our queues, at the start
@@ -150,11 +151,15 @@ class ConsumerCore:
 
     def on_link_lost(self, broker_name: str, link: Link) -> None:
         """Of `InstanceListener`. The readings wait: the session may come back before their leases are in doubt."""
+        self._unsure.discard(link)
         if self._membership is not None:
             self._membership.link_lost(broker_name, link)
 
     def on_notice(self, broker_name: str, link: Link, notice: AnyReply) -> None:
         """Of `InstanceListener`."""
+        if link in self._unsure:
+            self._unsure.discard(link)
+            self._rebalance_soon()
         if self._membership is not None:
             self._membership.notice(broker_name, notice)
 
@@ -212,7 +217,7 @@ class ConsumerCore:
             if queue in self.reader.readings:
                 self._drain(self.reader.readings[queue])
         self._claims.claim([(queue, link) for queue in moves.acquire if (link := self._link_for(queue)) is not None])
-        self._claims.settle(lambda queue: None if queue in wanted else self._link_for(queue))
+        self._claims.settle(lambda queue: None if queue in wanted else self._member_link(queue))
         self._create_topics()
         self._check_started()
 
@@ -232,7 +237,16 @@ class ConsumerCore:
         return share(self._config.allocation, self._config.group, self._config.client_id, queues, members)
 
     def _link_for(self, queue: MessageQueue) -> Link | None:
-        """Whom to ask for the queue; nobody before we are a member there."""
+        """Whom to ask for the queue. Nobody whose lease would be in doubt as soon as we have it: a heartbeat has to be answered
+        first, or we would claim it and lose it as fast as the network goes."""
+        link = self._member_link(queue)
+        if link is None or not self._config.leases or lease_ends_ms(link) > self._loop.clock.monotonic_ms():
+            return link
+        self._unsure.add(link)
+        return None
+
+    def _member_link(self, queue: MessageQueue) -> Link | None:
+        """The link to the queue's broker; None before we are a member there."""
         if self._membership is not None and not self._membership.is_joined(queue.broker_name):
             return None
         return self._instance.link(queue.broker_name)

@@ -251,7 +251,8 @@ class Pull(Request, tag=31, frozen=True):
 
     Waits up to `wait_ms` while there is nothing visible. `tag_mask` (0: all) skips batches without a wanted tag. With a
     `group` the lease epoch is checked first (FENCED); without one anybody may read. An offset below the queue's first is
-    answered with status MOVED and where to go on; beyond its end too.
+    answered with status MOVED and where to go on; beyond its end too. A session waits with one pull per queue: a newer one ends
+    the wait of the older.
     """
 
     topic: Name

@@ -15,7 +15,7 @@ from zrmq.serving.outbox import failed
 from zrmq.store.tables import Queue, Topic
 from zrmq.transport.sessions import Session
 
-PULLS_HELD_PER_SESSION_MAX = 2 * limits.QUEUES_PER_TOPIC_MAX  # two a queue of the largest topic
+PULLS_HELD_PER_SESSION_MAX = 2 * limits.QUEUES_PER_TOPIC_MAX  # one a queue, of two of the largest topics
 
 
 class HeldPull(msgspec.Struct, eq=False):
@@ -34,9 +34,9 @@ MayRead = Callable[[Session, Pull, Queue], None]  # raises FencedError
 class Pulling:
     """Handles `Pull` and holds those that find nothing.
 
-    Invariant: a pull is answered exactly once, or its session ends and it is forgotten; held pulls are few per session, so a
-    reader costs bounded memory. `Session.waiting` has those of the session, `_held` those on each queue; both are dicts for their
-    order, and so that one can be taken out.
+    Invariant: a pull is answered exactly once, or its session ends and it is forgotten. A session has at most one held pull per
+    queue, `Session.waiting` by queue; a newer one ends the wait of the older, which its client does not want any more (it has
+    paused, or sought another offset). So a reader costs bounded memory, and a message is sent to it once.
     """
 
     def __init__(self, context: Context, may_read: MayRead) -> None:
@@ -79,7 +79,7 @@ class Pulling:
 
     def drop(self, session: Session) -> None:
         """The session ended: nobody waits for the answers any more."""
-        for held in list(session.waiting or ()):
+        for held in list((session.waiting or {}).values()):
             self._forget(held)
 
     def drop_topic(self, topic: Topic) -> None:
@@ -103,16 +103,20 @@ class Pulling:
         waiting = held.session.waiting
         if waiting is None:
             waiting = held.session.waiting = {}
+        older = waiting.get(held.queue)
+        if older is not None:
+            self._forget(older)
+            self._give_up(older)
         if len(waiting) >= PULLS_HELD_PER_SESSION_MAX:
             raise RequestRefusedError(
                 f"{len(waiting)} pulls of this client wait already; wait for some of them first.", code=Code.TOO_MANY_REQUESTS
             )
-        waiting[held] = None
+        waiting[held.queue] = held
         self._held.setdefault(held.queue, {})[held] = None
         self.held_count += 1
 
     def _forget(self, held: HeldPull) -> None:
-        del held.session.waiting[held]
+        del held.session.waiting[held.queue]
         pulls = self._held[held.queue]
         del pulls[held]
         if not pulls:
