@@ -20,6 +20,11 @@ from zrmq.testing.simulation.world import World
 SEEDS = 150
 FORMER_FAILURES = {
     1242: "a client that reconnects in a storm holds pulls without bound",
+    100001: "a group begins at a time that is yet to come",
+    100302: "a broker that was the first to hear of a group is started again",
+    100470: "a broker is taken out of the route in error, while a listener works on messages of its queues",
+    100738: "two brokers hear of a group in the same millisecond",
+    100491: "a slow broker's queues are claimed and lost as fast as the network goes, with a held pull each time",
     3041: "an instance starts while only brokers are there that do not know it",
 }
 CHUNK = 10  # so that workers of pytest-xdist can share them

@@ -50,7 +50,8 @@ class BareBroker:
         self.loop = network.loop(name)
         self.endpoint = self.loop.listen(address or f"tcp://{name}:10911", self.handle)
         info = BrokerInfo("east", name, 0, "MASTER", epoch, self.endpoint.address, "")
-        self.registration = Registration(self.loop, nameservers, info, self.list_topics, Random(epoch))
+        self.register = lambda: Registration(self.loop, nameservers, info, self.list_topics, Random(epoch))
+        self.registration = self.register()
 
     def list_topics(self) -> Any:
         return self.version, lambda: [TopicRoute(topic, self.name, count, 6) for topic, count in self.topics.items()]

@@ -24,7 +24,7 @@ from zrmq.errors import (
     ZrmqError,
 )
 from zrmq.message import MessageQueue
-from zrmq.protocol.requests import Alive, AnyReply, BrokerInfo, DescribeBroker, GroupChanged, Route, TopicRoute
+from zrmq.protocol.requests import Alive, AnyReply, BrokerInfo, DescribeBroker, GroupChanged, Hello, Route, TopicRoute
 
 PENDING = object()
 
@@ -586,7 +586,25 @@ def test_a_broker_that_left_the_route_loses_its_link(cluster: Cluster) -> None:
     assert [type(outcome) for outcome in outcomes] == [ClosedError]
     assert client.instance.link("a") is None
     cluster.network.run_for(1_000)
-    assert a.client_ids == {}, "it was told goodbye"
+    assert list(a.client_ids.values()) == ["client"], "it may be there, and keep what we have of it"
+
+
+def test_a_broker_that_was_taken_out_of_the_route_in_error_is_used_again(cluster: Cluster) -> None:
+    a = cluster.broker("a", meters=1)
+    client = Client(cluster)
+    cluster.network.run_until(lambda: client.instance.route is not None)
+    for times in (1, 2, 3):
+        link = client.instance.link("a")
+        assert link is not None
+        cluster.network.run_until(lambda: link.is_open, limit_ms=1_000)  # noqa: B023 - it is run here
+        a.registration.close()
+        cluster.network.run_until(lambda: client.instance.link("a") is None, limit_ms=100)
+        client.loop.clock.step(-60_000)
+        a.registration = a.register()
+        cluster.network.run_until(lambda: client.instance.link("a") is not None, limit_ms=1_000)
+        epochs = [request.session_epoch for request in a.heard if isinstance(request, Hello)]
+        assert len(epochs) == times
+    assert epochs == sorted(set(epochs)), "or the broker would refuse them while it keeps the session"
 
 
 def test_a_broker_at_another_address_gets_a_new_link_by_itself(cluster: Cluster) -> None:

@@ -640,6 +640,19 @@ def test_a_request_that_fails_may_be_made_again_from_within_its_answer(world: Wo
     assert len(desk.hellos) >= 3, "each try lives until the next refusal"
 
 
+def test_who_left_without_bye_takes_its_session_over_although_its_clock_went_back(open_world: World, desk: Desk) -> None:
+    left = open_world.link
+    left.close(says_bye=False)
+    open_world.network.run_for(100)
+    assert not any(isinstance(request, Bye) for request in desk.asked)
+    assert desk.sessions.by_client("c1") is not None, "until the session timeout"
+    open_world.loop.clock.step(-60_000)
+    identity = Identity("c1", "producer", "g", "i")
+    back = Link(open_world.loop, ADDRESS, identity, open_world, Random(2), session_epoch=left.session_epoch)
+    open_world.run_until(lambda: back.is_open, 1_000)
+    assert len(desk.sessions) == 1
+
+
 # --- what a server may send ---------------------------------------------------------------------------------------------
 
 

@@ -91,6 +91,9 @@ class ClientInstance:
     While no NameServer can be reached the last route stays in use. A broker that left the route loses its link, and what was
     outstanding there ends with `ClosedError`; one that came back at another address gets a new link. A broker that was started
     again at its address keeps the link, which opens a new session and sends again what has no answer.
+
+    A broker that left is not told BYE: perhaps the NameServer is wrong and it is there, and what our callers have in hand of its
+    queues would go to somebody else at once. It keeps our leases until we are back, or for the session timeout.
     """
 
     def __init__(
@@ -112,6 +115,7 @@ class ClientInstance:
         self._rng = rng
         self._links: dict[str, Link] = {}
         self._names: dict[Link, str] = {}
+        self._session_epochs: dict[str, int] = {}  # of brokers that left, as of then
         self._waits: list[RouteWait] = []
         self._is_closed = False
         self.nameservers = tuple(nameservers)
@@ -142,7 +146,8 @@ class ClientInstance:
         if found is not None or broker is None or self._is_closed:
             return found
         try:
-            made = Link(self._loop, broker.address, self._identity, self, self._rng)
+            epoch = self._session_epochs.get(broker_name, 0)
+            made = Link(self._loop, broker.address, self._identity, self, self._rng, session_epoch=epoch)
         except InvalidArgumentError as error:
             log.warning("broker_address_refused", broker_name=broker_name, address=broker.address, reason=error.message)
             return None
@@ -218,9 +223,10 @@ class ClientInstance:
                 continue
             log.info("broker_left" if broker is None else "broker_moved", broker_name=name, address=link.address)
             del self._links[name], self._names[link]
+            self._session_epochs[name] = link.session_epoch
             if link.is_open and self.listener is not None:
                 self.listener.on_link_lost(name, link)
-            link.close()
+            link.close(says_bye=False)
             if broker is not None:
                 self.link(name)
 

@@ -98,8 +98,13 @@ class Link:
     `ignored_count` counts replies nobody waits for, `undecodable_count` those that are not zrmq's protocol.
     """
 
-    def __init__(self, loop: Loop, address: str, identity: Identity, listener: LinkListener, rng: Random) -> None:
-        """Begins to connect. Raises `InvalidArgumentError` for an address that cannot be one."""
+    def __init__(
+        self, loop: Loop, address: str, identity: Identity, listener: LinkListener, rng: Random, *, session_epoch: int = 0
+    ) -> None:
+        """Begins to connect. Raises `InvalidArgumentError` for an address that cannot be one.
+
+        `session_epoch`: the last one of an earlier link of this client to the server, which may not have given that session up.
+        """
         self.address = address
         self.is_open = False
         self.welcome: Welcome | None = None
@@ -123,7 +128,7 @@ class Link:
         self._deadlines: list[tuple[float, int]] = []  # a heap; may name requests that are answered
         self._deadline_timer: Timer | None = None
         self._deadline_timer_ms = inf
-        self._session_epoch = 0
+        self.session_epoch = session_epoch
         self._hello_number = 0
         self._hello_sent_ms = -inf
         self._hello_due_ms = -inf
@@ -171,11 +176,12 @@ class Link:
         """Forget a request: its `on_reply` is never called. The server may still do what was asked."""
         self._outstanding.pop(number, None)
 
-    def close(self, on_closed: Callable[[], None] | None = None) -> None:
+    def close(self, on_closed: Callable[[], None] | None = None, *, says_bye: bool = True) -> None:
         """End the session: outstanding requests end with `ClosedError`, and if it is open the server is told (BYE).
 
         The connection stays for at most 500 ms until the server has answered; then `on_closed` is called. Whoever ends the loop
-        waits for that, or the server thinks the client alive until the session timeout. Only the first call has an effect.
+        waits for that, or the server thinks the client alive until the session timeout. Who may be back, or has something of the
+        server in hand, does not say BYE. Only the first call has an effect.
         """
         if self._is_closed:
             return
@@ -187,7 +193,7 @@ class Link:
         for timer in (self._hello_timer, self._heartbeat_timer, self._full_timer, self._deadline_timer):
             if timer is not None:
                 timer.cancel()
-        if was_open and self._say_bye():
+        if was_open and says_bye and self._say_bye():
             self._hello_timer = self._loop.call_later(BYE_TIMEOUT_MS, self._end)
         else:
             self._hello_timer = self._loop.call_later(0, self._end)
@@ -276,11 +282,11 @@ class Link:
     def _say_hello(self) -> None:
         now_ms = self._now_ms()
         number = self._number = self._number + 1
-        self._session_epoch = max(self._session_epoch + 1, self._loop.clock.time_ms())
+        self.session_epoch = max(self.session_epoch + 1, self._loop.clock.time_ms())
         who = self._identity
         hello = Hello(
             number, int(HELLO_TIMEOUT_MS), PROTOCOL_VERSION,
-            who.client_id, self._session_epoch, who.role, who.group, who.instance_name,
+            who.client_id, self.session_epoch, who.role, who.group, who.instance_name,
         )
         if not self._connection.send([encode(hello)]):
             self._hello_timer = self._loop.call_later(FULL_PAUSE_MS, self._greet)
