@@ -25,6 +25,7 @@ FORMER_FAILURES = {
     100470: "a broker is taken out of the route in error, while a listener works on messages of its queues",
     100738: "two brokers hear of a group in the same millisecond",
     100491: "a slow broker's queues are claimed and lost as fast as the network goes, with a held pull each time",
+    101722: "a lease that was given to somebody else is taken for valid because a new session is open",
     3041: "an instance starts while only brokers are there that do not know it",
 }
 CHUNK = 10  # so that workers of pytest-xdist can share them

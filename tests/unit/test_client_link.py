@@ -145,6 +145,11 @@ class World:
     def wait_open(self) -> None:
         self.run_until(lambda: self.link.is_open)
 
+    def wait_lost_and_open(self) -> None:
+        """A session of before is over, and a new one is open."""
+        count = self.events.count("open")
+        self.run_until(lambda: self.events.count("open") > count)
+
     def wait_answered(self, *numbers: int) -> None:
         self.run_until(lambda: all(number in self.replies for number in numbers))
         for number in numbers:
@@ -638,6 +643,20 @@ def test_a_request_that_fails_may_be_made_again_from_within_its_answer(world: Wo
     ask()
     world.run_until(lambda: len(tries) == 4)
     assert len(desk.hellos) >= 3, "each try lives until the next refusal"
+
+
+def test_a_session_that_opens_late_is_counted_as_a_gap(open_world: World, desk: Desk) -> None:
+    network, link = open_world.network, open_world.link
+    network.break_connections("client", "server")
+    open_world.wait_lost_and_open()
+    assert link.gap_count == 0, "the server cannot have given the session up"
+    network.cut("client", "server")
+    network.break_connections("client", "server")
+    network.run_for(0.9 * desk.session_timeout_ms)
+    assert open_world.events[-1] == "lost"
+    network.heal("client", "server")
+    open_world.wait_lost_and_open()
+    assert link.gap_count == 1, "it may have"
 
 
 def test_who_left_without_bye_takes_its_session_over_although_its_clock_went_back(open_world: World, desk: Desk) -> None:

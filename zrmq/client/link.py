@@ -48,6 +48,7 @@ STABLE_MS = 5_000.0  # a session that lived so long ends the pauses
 SILENCE_MS_MAX = 10_000.0  # until a WELCOME says otherwise
 FULL_PAUSE_MS = 5.0  # a full pipe is tried again after
 BYE_TIMEOUT_MS = 500.0
+LEASE_MARGIN = 0.8  # of the session timeout, for which we are sure to be known; the rest is for clocks that run unlike
 HEARTBEAT_MS_MIN = 50.0  # no server makes us beat faster
 OVERDUE_SLACK = 1_024  # answered requests the heap of deadlines may still name before it is rebuilt
 
@@ -94,7 +95,8 @@ class Link:
 
     `welcome` is what the server said last, kept while the session is lost. `last_heard_ms` (monotonic) is when anything came,
     `confirmed_ms` when the newest heartbeat or HELLO was *sent* that the server answered: at that time it knew we live, so a
-    lease is safe until `confirmed_ms` plus the session timeout. Both are -inf before the first.
+    lease is safe until `confirmed_ms` plus the session timeout. Both are -inf before the first. `gap_count` counts the sessions
+    that opened so late that the server may have given up the one before, and all leases with it, whatever it confirms later.
     `ignored_count` counts replies nobody waits for, `undecodable_count` those that are not zrmq's protocol.
     """
 
@@ -110,6 +112,7 @@ class Link:
         self.welcome: Welcome | None = None
         self.last_heard_ms = -inf
         self.confirmed_ms = -inf
+        self.gap_count = 0
         self.ignored_count = 0
         self.undecodable_count = 0
         self._loop = loop
@@ -324,10 +327,12 @@ class Link:
             self._fail_all(error)
 
     def _open(self, welcome: Welcome) -> None:
+        self._opened_ms = self._now_ms()
+        if self.welcome is not None and self._opened_ms - self.confirmed_ms >= LEASE_MARGIN * self.welcome.session_timeout_ms:
+            self.gap_count += 1
         self.welcome = welcome
         self.is_open = True
         self.confirmed_ms = self._hello_sent_ms
-        self._opened_ms = self._now_ms()
         self._unsent.clear()
         self._start_heartbeats(welcome)
         older = list(self._outstanding)

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from math import inf
 from random import Random
 
 import msgspec
 
 from zrmq.client.inbox import Inbox
-from zrmq.client.link import Link
+from zrmq.client.link import LEASE_MARGIN, Link
 from zrmq.client.process_queue import Chunk, ProcessQueue, forever
 from zrmq.errors import ClosedError, Code, FencedError, RequestTimeoutError, ZrmqError
 from zrmq.logs import get_logger
@@ -32,8 +33,6 @@ PULL_BYTES_MIN = 16 * 1024
 PULL_WAIT_MS = 15_000  # RocketMQ's brokerSuspendMaxTimeMillis
 PULL_TIMEOUT_MS = PULL_WAIT_MS + 5_000
 RETRY_MS = 1_000.0  # after a refusal that time may heal
-
-LEASE_MARGIN = 0.8  # of the session timeout: the rest is for clocks that run unlike and for what is on its way
 
 
 class Reading(msgspec.Struct, eq=False):
@@ -96,8 +95,13 @@ class Reader:
     # --- readings -----------------------------------------------------------------------------------------------------
 
     def begin(self, queue: MessageQueue, link: Link, offset: int, lease_epoch: int = 0) -> Reading:
-        """Read a queue from an offset on."""
-        valid_until_ms = partial(lease_ends_ms, link) if lease_epoch else forever
+        """Read a queue from an offset on, under a lease that was just given."""
+        valid_until_ms = partial(_valid_until_ms, link, link.gap_count) if lease_epoch else forever
+        return self._begin(queue, link, offset, lease_epoch, valid_until_ms)
+
+    def _begin(
+        self, queue: MessageQueue, link: Link, offset: int, lease_epoch: int, valid_until_ms: Callable[[], float]
+    ) -> Reading:
         process_queue = ProcessQueue(
             queue, offset, lease_epoch=lease_epoch, wanted_tags=self._wanted_tags.get(queue.topic), account=self._inbox.account,
             valid_until_ms=valid_until_ms,
@@ -118,7 +122,7 @@ class Reader:
         """Read the same queue, under the same lease, from another offset on, which the next commit tells the broker."""
         old = reading.process_queue
         self.end(reading)
-        anew = self.begin(old.queue, reading.link, offset, old.lease_epoch)
+        anew = self._begin(old.queue, reading.link, offset, old.lease_epoch, old.valid_until_ms)
         anew.committed_offset, anew.goes_back = -1, True
         if old.is_paused:
             self.pause(anew, True)
@@ -243,3 +247,8 @@ def lease_ends_ms(link: Link) -> float:
     """Until when (monotonic) a lease of this link's session is surely ours: the broker answered what we sent `confirmed_ms`."""
     welcome = link.welcome
     return link.confirmed_ms + LEASE_MARGIN * welcome.session_timeout_ms if welcome is not None else link.confirmed_ms
+
+
+def _valid_until_ms(link: Link, gap_count: int) -> float:
+    """Until when a lease is surely ours that the link had when its gaps were so many; never again after another one."""
+    return lease_ends_ms(link) if link.gap_count == gap_count else -inf
