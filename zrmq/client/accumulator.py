@@ -299,8 +299,8 @@ class Accumulator:
         self.wake = wake
         self.may_wait = may_wait
         self._lock = new_lock()
-        self.body_fillers: dict[Target, Callable[[bytes], SendHandle]] = {}  # `send` of the fillers of open batches
-        self._record_fillers: dict[Target, Callable[[tuple[bytes, int, Extras | None]], SendHandle]] = {}
+        self.body_fillers: dict[Target, Callable[[Any], SendHandle]] = {}  # `send` of the fillers of open batches, for bodies
+        self._record_fillers: dict[Target, Callable[[Any], SendHandle]] = {}  # and for body, size and extras
         self._open: dict[Target, Batch] = {}
         self._sealed: deque[Batch] = deque()  # the last ones may still have a filler that could not be stopped
         self._unfinished: dict[str, set[Batch]] = {}
@@ -323,14 +323,18 @@ class Accumulator:
         For a body alone, with the producer's own timeout, `body_fillers[target](body)` does the same in less than half the time,
         where there is one. What it raises instead is for `filled`.
         """
-        fill = self._record_fillers.get(target) if timeout_ms == self._timeout_ms else None
-        if fill is not None:
-            try:
-                return fill((body, size_bytes, extras))
-            except (StopIteration, ValueError) as end:
-                handle = self.filled(end)
-                if handle is not None:
-                    return handle
+        if timeout_ms == self._timeout_ms:
+            fill = self._record_fillers.get(target)
+            record: Any = (body, size_bytes, extras)
+            if fill is None and extras is None:
+                fill, record = self.body_fillers.get(target), body
+            if fill is not None:
+                try:
+                    return fill(record)
+                except (StopIteration, ValueError) as end:
+                    handle = self.filled(end)
+                    if handle is not None:
+                        return handle
         with self._lock:
             handle = self._add(target, body, size_bytes, extras, timeout_ms)
             if handle.index + 1 >= FILLER_FROM and timeout_ms == self._timeout_ms:

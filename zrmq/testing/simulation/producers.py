@@ -57,6 +57,7 @@ class VirtualProducer:
         config = AccumulatorConfig(
             self.producer_id, BUFFER_BYTES, block_when_full=False, batch_records_max=plan.batch_records_max,
             batch_bytes_max=min(plan.segment_bytes // 2, 64 * 1024), linger_ms=plan.linger_ms, compress=rng.random() < 0.2,
+            timeout_ms=plan.send_timeout_ms,
         )
         self.accumulator = Accumulator(config, self.machine.clock, new_lock=NoLock, wake=self._wake, may_wait=lambda: False)
         identity = Identity(self.who, "producer", "senders")
