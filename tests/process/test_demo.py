@@ -106,7 +106,7 @@ def test_a_broker_that_dies_is_a_bad_verdict_with_its_log(tmp_path: Path) -> Non
     code, out, _ = demo.end()
     assert code == 1
     assert "- broker-b ended with code -9. The end of its log" in out
-    assert "broker_started" in out.rpartition("Not good:")[2]
+    assert '"logger": "' in out.rpartition("Not good:")[2], "lines of its log"
     assert ended(children)
 
 

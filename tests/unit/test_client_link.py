@@ -650,8 +650,9 @@ def test_a_session_that_opens_late_is_counted_as_a_gap(open_world: World, desk: 
     network.break_connections("client", "server")
     open_world.wait_lost_and_open()
     assert link.gap_count == 0, "the server cannot have given the session up"
-    network.cut("client", "server")
     network.break_connections("client", "server")
+    open_world.run_until(lambda: open_world.events[-1] == "lost")
+    network.cut("client", "server")
     network.run_for(0.9 * desk.session_timeout_ms)
     assert open_world.events[-1] == "lost"
     network.heal("client", "server")
