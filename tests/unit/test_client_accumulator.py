@@ -317,6 +317,18 @@ def test_a_server_with_lower_limits_is_heeded() -> None:
     assert [len(bodies_of(batch)) for batch in setup.accumulator.take_sealed()] == [2, 2]
 
 
+def test_open_batches_grow_no_further_when_a_server_has_lower_limits() -> None:
+    setup = Setup(records_max=100)
+    for _ in range(10):
+        setup.quick()
+    setup.accumulator.tighten(batch_records_max=100, batch_bytes_max=1 << 20)
+    setup.quick()
+    setup.accumulator.tighten(batch_records_max=12, batch_bytes_max=1 << 20)
+    for _ in range(20):
+        setup.quick()
+    assert [len(bodies_of(batch)) for batch in setup.take()] == [11, 12, 8]
+
+
 def test_compression_is_the_callers_work() -> None:
     setup = Setup(records_max=1, bytes_max=1 << 16, compress=True)
     setup.append(bytes(10_000))

@@ -605,9 +605,14 @@ class Accumulator:
     # --- loop's thread ------------------------------------------------------------------------------------------------
 
     def tighten(self, batch_records_max: int, batch_bytes_max: int) -> None:
-        """A server takes no more than this in a batch."""
-        self._batch_records_max = min(self._batch_records_max, batch_records_max)
-        self._batch_bytes_max = min(self._batch_bytes_max, batch_bytes_max)
+        """A server takes no more than this in a batch. Open ones grow no further."""
+        if batch_records_max >= self._batch_records_max and batch_bytes_max >= self._batch_bytes_max:
+            return
+        with self._lock:
+            self._batch_records_max = min(self._batch_records_max, batch_records_max)
+            self._batch_bytes_max = min(self._batch_bytes_max, batch_bytes_max)
+            for batch in list(self._open.values()):
+                self._seal(batch)
 
     def take_sealed(self) -> list[Batch]:
         """The batches that callers have filled, in the order they were sealed."""
