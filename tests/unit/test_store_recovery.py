@@ -586,6 +586,30 @@ def test_views_that_cannot_be_read_are_made_again(bench: StoreBench) -> None:
     assert bench.store.recovery.has_views
 
 
+@pytest.mark.parametrize("rubbish", [b"", b"nonsense" * 1000])
+def test_views_that_cannot_be_read_are_not_given_up_when_the_log_has_lost_its_beginning(
+    bench: StoreBench, rubbish: bytes
+) -> None:
+    """The event that made the topic is deleted: without views.db its messages belong to nobody, and retention removes them."""
+    bench.topic("brief", 1, retention_bytes=1)
+    bench.topic("kept", 1)
+    bench.fill_segments(bench.queue("brief"), 3)
+    bench.fill_segments(bench.queue("kept"), 2)
+    bench.checkpoint()
+    bench.maintain()
+    assert bench.store.start_position > 0
+    bodies, views = bench.bodies(bench.queue("kept")), FOLDER / "views.db"
+    bench.files.kill()
+    bench.files.rename(views, FOLDER / "aside")
+    replace_file(bench.files, views, rubbish)
+    with pytest.raises(FolderUnusableError, match="views.db cannot be read.* Bring it back; or delete it"):
+        bench.open()
+    bench.files.rename(FOLDER / "aside", views)
+    bench.open()
+    bench.maintain(3)
+    assert bench.bodies(bench.queue("kept")) == bodies
+
+
 def test_files_of_topics_that_are_gone_are_removed(bench: StoreBench) -> None:
     (queue, _) = bench.topic()
     for _ in range(150):

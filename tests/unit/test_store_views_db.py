@@ -1,4 +1,4 @@
-"""views.db: what is saved is loaded, all or nothing; what cannot be read is as good as nothing."""
+"""views.db: what is saved is loaded, all or nothing; what cannot be read is said to be damaged."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from zrmq.errors import DamageError
 from zrmq.files import DiskFiles, Files, replace_file
 from zrmq.message import FlushMode
 from zrmq.protocol.events import TopicConfig
@@ -160,7 +161,7 @@ def test_a_save_is_synced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", ["rubbish", "version", "row", "schema"])
-def test_what_cannot_be_read_is_nothing_and_can_be_wiped(place: tuple[Files, Path], spoil: str) -> None:
+def test_what_cannot_be_read_is_damage_and_can_be_wiped(place: tuple[Files, Path], spoil: str) -> None:
     files, folder = place
     path = folder / "views.db"
     database = ViewsDb(files, path)
@@ -178,7 +179,8 @@ def test_what_cannot_be_read_is_nothing_and_can_be_wiped(place: tuple[Files, Pat
         for name in ("views.db-wal", "views.db-shm"):
             files.unlink(folder / name)
         replace_file(files, path, b"SQLite format 3\0" + b"no more" * 999)
-    assert database.load() is None
+    with pytest.raises(DamageError, match="cannot be read"):
+        database.load()
     database.wipe()
     assert database.load() is None
     database.save(full())

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import msgspec
 
-from zrmq.errors import FolderUnusableError, InvalidFrameError
+from zrmq.errors import DamageError, FolderUnusableError, InvalidFrameError
 from zrmq.files import remove_tree
 from zrmq.logs import get_logger
 from zrmq.protocol.batch import ENTRY_HEADER_BYTES, KIND_EVENT, KIND_SEGMENT_END, BatchHeader, EntryHeader
@@ -54,9 +54,10 @@ class RecoveryReport(msgspec.Struct, frozen=True, kw_only=True):
 def recover(commit_log: CommitLog, views: Views, database: ViewsDb) -> RecoveryReport:
     """Fill the views, and let the log go on where it ends. `commit_log` has been loaded; nothing else runs.
 
-    Raises `FolderUnusableError` when files are missing or of a newer version, `OSError`, `sqlite3.Error`.
+    Raises `FolderUnusableError` when files are missing, unreadable where the log cannot make up for it, or of a newer version;
+    `OSError`, `sqlite3.Error`.
     """
-    saved = database.load()
+    saved = _load(commit_log, database)
     if saved is None:
         database.wipe()
         remove_tree(commit_log.files, views.shelf.folder)
@@ -181,6 +182,22 @@ def _newer(what: str, position: int) -> FolderUnusableError:
     return FolderUnusableError(
         f"The log has {what} at {position} that this version cannot read: a newer zrmq wrote it. Upgrade.", position=position
     )
+
+
+def _load(commit_log: CommitLog, database: ViewsDb) -> Saved | None:
+    """What was saved; None to make the views from the whole log. Raises `FolderUnusableError` where the log is not whole."""
+    try:
+        return database.load()
+    except DamageError as error:
+        if commit_log.start > 0:
+            raise FolderUnusableError(
+                f"{error.message} The log before position {commit_log.start} is deleted, and the topics and offsets last"
+                " said there are only in that file. Bring it back; or delete it and consumequeue to go on with what the log still"
+                " has.",
+                folder=str(commit_log.folder.parent), start_position=commit_log.start, reason=error.message,
+            ) from error
+        log.warning("views_unreadable", **error.facts)
+        return None
 
 
 def _restore(saved: Saved, commit_log: CommitLog, views: Views) -> None:

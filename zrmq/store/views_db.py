@@ -13,7 +13,8 @@ saved rarely (a restart replays what was written since), in one transaction, on 
     windows    producer_id (as a signed number), topic_id, queue_id, position, highest_sequence, sent: `tables.Window`
     segments   start, last_ms, scrubbed_ms, shares (MessagePack {topic id: [last ms, size bytes]})
 
-A database of another format, or one that cannot be read, is as good as none: everything is in the log.
+As long as the log has its beginning, a database that cannot be read is as good as none: everything is in the log. Once retention
+has deleted segments, the topics and offsets of before are only here.
 """
 
 from __future__ import annotations
@@ -24,13 +25,11 @@ from typing import Any
 
 import msgspec
 
+from zrmq.errors import DamageError
 from zrmq.files import Files
-from zrmq.logs import get_logger
 from zrmq.protocol.events import TopicConfig
 from zrmq.store.consume_queue import QueueRow
 from zrmq.store.tables import Group, Lease, Subscribed, Subscriptions
-
-log = get_logger("store")
 
 VIEWS_FORMAT_VERSION = 1
 
@@ -103,15 +102,23 @@ class ViewsDb:
         self._connection: sqlite3.Connection | None = None
 
     def load(self) -> Saved | None:
-        """Everything that was saved; None if nothing was, or nothing that can be read: then `wipe` before saving."""
+        """Everything that was saved; None if nothing was: then `wipe` before saving.
+
+        Raises `DamageError` when something is there that cannot be read, be it damaged or of another format version; `OSError`.
+        """
+        try:
+            self._files.size(self._path)
+        except FileNotFoundError:
+            return None
         try:
             connection = self._open()
-            if connection.execute("pragma user_version").fetchone()[0] != VIEWS_FORMAT_VERSION:
-                return None
-            return _load(connection)
+            version = connection.execute("pragma user_version").fetchone()[0]
+            if version == VIEWS_FORMAT_VERSION:
+                return _load(connection)
+            reason = f"its format version is {version}, this zrmq reads {VIEWS_FORMAT_VERSION}"
         except (sqlite3.Error, msgspec.MsgspecError, TypeError, ValueError) as error:
-            log.warning("views_unreadable", path=str(self._path), reason=str(error))
-            return None
+            reason = str(error)
+        raise DamageError(f"{self._path} cannot be read: {reason}.", path=str(self._path), reason=reason)
 
     def wipe(self) -> None:
         """Begin with an empty database. Raises `OSError` too."""
