@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 
 from tests.unit.store_bench import FOLDER, LOG, QUEUES, SEGMENT_BYTES, StoreBench, batch, describe, fold, log_entries, run
 from zrmq.errors import FolderUnusableError
-from zrmq.files import read_file, remove_tree, replace_file
+from zrmq.files import DiskFiles, read_file, remove_tree, replace_file
 from zrmq.protocol.batch import BATCH_HEADER_BYTES, KIND_EVENT, BatchHeader, encode_entry
 from zrmq.protocol.events import BrokerStarted, GroupSubscribed, LeaseGranted, OffsetsCommitted, TopicDeleted
 from zrmq.protocol.requests import PullStatus
@@ -541,20 +544,45 @@ def test_only_what_was_not_saved_is_replayed(bench: StoreBench) -> None:
     assert scanned <= {segment_name(start) for start in bench.segments()[-1:]}
 
 
-def test_a_clean_end_is_believed_without_looking(bench: StoreBench) -> None:
+def test_a_clean_end_is_believed_after_one_look(bench: StoreBench) -> None:
     (queue, _) = bench.topic()
     bench.append(queue)
     bench.store.close()
     read: list[str] = []
     bench.files.before = lambda operation, path: read.append(path.name) if operation == "pread" else None
     bench.open()
-    assert [name for name in read if name.endswith(".log")] == [segment_name(0)], "its header"
+    assert [name for name in read if name.endswith(".log")] == [segment_name(0)] * 2, "its header, and what lies at the end"
     bench.files.before = None
     bench.append(bench.queue())
     bench.flush()
     bench.crash()
     assert not bench.store.recovery.is_clean, "the mark of a clean end is gone once the log goes on"
     assert len(bodies_of(bench)) == 2
+
+
+@pytest.mark.parametrize("segments", [0, 2])
+def test_a_clean_end_is_not_believed_where_the_log_goes_on(tmp_path: Path, segments: int) -> None:
+    """A copy of views.db from before the last run, put back by somebody: nothing behind that clean end may be written over."""
+    bench = StoreBench(files=DiskFiles(), folder=tmp_path / "data")
+    views, copy = bench.folder / "views.db", tmp_path / "copy"
+    (queue, _) = bench.topic()
+    bench.append(queue)
+    bench.store.close()
+    shutil.copy(views, copy)
+    bench.open()
+    bench.append(bench.queue(), count=5)
+    bench.flush()
+    bench.fill_segments(bench.queue(), segments)
+    before = bodies_of(bench)
+    bench.store.close()
+    for path in bench.folder.glob("views.db*"):
+        path.unlink()
+    shutil.copy(copy, views)
+    bench.open()
+    assert bodies_of(bench) == before
+    assert not bench.store.recovery.damage
+    bench.reopen()
+    assert bodies_of(bench) == before
 
 
 def test_damage_right_behind_a_clean_end_is_damage(bench: StoreBench) -> None:

@@ -29,7 +29,7 @@ from zrmq.logs import get_logger
 from zrmq.protocol.batch import ENTRY_HEADER_BYTES, KIND_EVENT, KIND_SEGMENT_END, BatchHeader, EntryHeader
 from zrmq.protocol.events import decode_event
 from zrmq.store.commit_log import CommitLog, scan_segments
-from zrmq.store.segment import Found, Segment, Share
+from zrmq.store.segment import EntryReader, Found, Segment, Share
 from zrmq.store.tables import Topic, Window
 from zrmq.store.views import Views, index_anew
 from zrmq.store.views_db import Saved, ViewsDb, group_of
@@ -67,7 +67,8 @@ def recover(commit_log: CommitLog, views: Views, database: ViewsDb) -> RecoveryR
     start = saved.meta.applied_position if saved else commit_log.start
     queues_reindexed = _reindex(commit_log, views, start)
     replay = Replay(commit_log, views, saved.meta.flushed_position if saved else 0)
-    if saved is not None and saved.meta.stopped:
+    has_ended_there = saved is not None and bool(saved.meta.stopped) and not _goes_on(commit_log, start)
+    if has_ended_there:
         _require(commit_log, start, start)
         end = start
     else:
@@ -76,7 +77,7 @@ def recover(commit_log: CommitLog, views: Views, database: ViewsDb) -> RecoveryR
     commit_log.begin_at(end)
     _show(commit_log, views)
     report = RecoveryReport(
-        is_clean=views.tables.is_stopped or bool(saved and saved.meta.stopped) or end == 0,
+        is_clean=views.tables.is_stopped or has_ended_there or end == 0,
         has_views=saved is not None, replayed_from=start, replayed_entries=replay.entries_count, end_position=end,
         cut_bytes=max(replay.valid_end - end, 0), damage=replay.damage, unplaced_batches=replay.unplaced_count,
         queues_reindexed=queues_reindexed,
@@ -164,6 +165,16 @@ class Replay:
         except InvalidFrameError as error:
             raise _newer("an event", found.position) from error
         self._views.apply_event(event)
+
+
+def _goes_on(commit_log: CommitLog, end: int) -> bool:
+    """Whether the log has more than the views know, which say that it ended there: somebody has put back a copy of views.db."""
+    segment = commit_log.segment_at(end)
+    has_more = segment is not None and EntryReader(commit_log.read, segment.end).entry(end) is not None
+    if has_more or (commit_log.segments and commit_log.segments[-1].start > end):
+        log.warning("clean_end_refuted", applied_position=end)
+        return True
+    return False
 
 
 def _require(commit_log: CommitLog, position: int, flushed: int) -> None:
