@@ -8,7 +8,7 @@ import pytest
 
 from tests.unit.store_bench import FOLDER, QUEUES, StoreBench, describe, fold, run
 from zrmq.protocol.events import GroupDeleted, GroupSubscribed, LeaseGranted, OffsetsCommitted, TopicDeleted
-from zrmq.store.consume_queue import ENTRY_BYTES, ROW_TAIL_BYTES_MAX
+from zrmq.store.consume_queue import ENTRY_BYTES, ROW_TAIL_BYTES_MAX, TAIL_BYTES_MAX
 
 LONG = ROW_TAIL_BYTES_MAX // ENTRY_BYTES + 1
 
@@ -195,6 +195,23 @@ def test_after_a_failed_sync_of_a_queue_file_nothing_is_saved_any_more(bench: St
         bench.checkpoint()
         bench.crash()
         assert len(bench.bodies(bench.queue())) == 2 * LONG
+
+
+def test_a_queue_goes_on_as_before_after_a_failed_save(bench: StoreBench) -> None:
+    """Its entries go to files and its front is cut, though nothing is saved any more; else they would gather in memory."""
+    (queue, _) = bench.topic()
+    for _ in range(LONG):
+        bench.append(queue, size=10)
+    bench.flush()
+    bench.files.fail("fdatasync", path="consumequeue")
+    bench.checkpoint()
+    index = bench.store._views.index(queue)
+    assert not index.is_spilling
+    for _ in range(TAIL_BYTES_MAX // ENTRY_BYTES):
+        bench.append(queue, size=10)
+    bench.flush()
+    assert len(index.tail) < TAIL_BYTES_MAX
+    assert len(bench.bodies(queue)) == queue.next_offset
 
 
 def test_files_that_cannot_be_removed_are_removed_later(bench: StoreBench) -> None:

@@ -57,8 +57,11 @@ class Checkpoint(Job):
         self.saved.meta.stopped = 1
 
     def abandon(self) -> None:
-        """It will not be run: what it took is still to be saved."""
-        self._take_back()
+        """It was not run, or failed: what it took is still to be saved."""
+        for save in self._queues:
+            save.index.finish_save(save, False)
+        self._views.tables.give_back(self._changed)
+        self._views.dead_folders += self._dead_folders
 
     def work(self) -> None:
         for save in self._queues:
@@ -83,18 +86,13 @@ class Checkpoint(Job):
             for segment, row in zip(self._segments, self.saved.segments, strict=True):
                 segment.saved_scrubbed_ms = row[2]
             log.debug("views_saved", position=self.position, queues=len(self._queues), offsets=len(self.saved.offsets))
+            if self.error is not None:
+                self._views.dead_folders += self._dead_folders
+                log.warning("queue_files_not_removed", position=self.position, reason=str(self.error))
         else:
-            self._views.tables.give_back(self._changed)
+            self.abandon()
             log.warning("views_not_saved", position=self.position, reason=str(self.error))
-        if self.error is not None:
-            self._views.dead_folders += self._dead_folders
         self._on_finished(self)
-
-    def _take_back(self) -> None:
-        for save in self._queues:
-            save.index.finish_save(save, False)
-        self._views.tables.give_back(self._changed)
-        self._views.dead_folders += self._dead_folders
 
 
 def _capture(
