@@ -97,7 +97,7 @@ def test_unwanted_tags_are_passed_over_unread(bench: StoreBench) -> None:
 
 
 def test_a_read_passes_over_so_many_batches_only(bench: StoreBench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "SCAN_ENTRIES_MAX", 5)
+    monkeypatch.setattr(reading, "ENTRIES_MAX", 5)
     queue = filled(bench, 12)
     seen = []
     offset = 0
@@ -107,6 +107,8 @@ def test_a_read_passes_over_so_many_batches_only(bench: StoreBench, monkeypatch:
         offset = chunk.next_offset
         seen.append(offset)
     assert seen == [10, 20, 24]
+    chunks = [bench.store.read(queue, offset, 100_000) for offset in (0, 10, 20)]
+    assert [chunk.next_offset for chunk in chunks] == [10, 20, 24], "those it returns count too: each is checked"
 
 
 def test_time_finds_offsets(bench: StoreBench) -> None:

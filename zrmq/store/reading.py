@@ -17,7 +17,8 @@ from zrmq.store.views import Views
 JOIN_BYTES = 64 * 1024  # smaller pieces are joined to one frame, larger ones are sent as they were read
 HOLE_BYTES = 8 * 1024  # other queues' bytes that are read along rather than asking the system once more
 RUN_BYTES_MAX = 1 << 20  # read at once; a longer batch is read alone
-SCAN_ENTRIES_MAX = 65_536  # batches passed over for their tags before a read answers how far it came
+# Batches one read looks at before it answers how far it came: 8 ms of the loop to pass over them for their tags, 25 to check all.
+ENTRIES_MAX = 4_096
 
 
 class Chunk(NamedTuple):
@@ -117,7 +118,7 @@ def _choose(index: ConsumeQueue, offset: int, bytes_max: int, tag_mask: int) -> 
     visible = index.queue.visible_offset
     number = max(index.find_offset(offset), index.first)
     wanted: list[QueueEntry] = []
-    size = passed = 0
+    size = looked_at = 0
     for entry in index.entries(number):
         if entry.next_offset <= offset:  # it ends before the offset: damage ate what followed it
             number += 1
@@ -126,16 +127,15 @@ def _choose(index: ConsumeQueue, offset: int, bytes_max: int, tag_mask: int) -> 
             break
         if entry.base_offset > offset:
             return _Choice(wanted, offset, number, entry.base_offset)
-        if tag_mask and not entry.tag_mask & tag_mask:
-            passed += 1
-        elif wanted and size + entry.length > bytes_max:
-            return _Choice(wanted, offset, number)
-        else:
+        if not tag_mask or entry.tag_mask & tag_mask:
+            if wanted and size + entry.length > bytes_max:
+                return _Choice(wanted, offset, number)
             wanted.append(entry)
             size += entry.length
         offset = entry.next_offset
         number += 1
-        if size >= bytes_max or passed >= SCAN_ENTRIES_MAX:
+        looked_at += 1
+        if size >= bytes_max or looked_at >= ENTRIES_MAX:
             return _Choice(wanted, offset, number)
     return _Choice(wanted, offset, number, visible if offset < visible else 0)
 
