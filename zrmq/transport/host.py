@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from types import FrameType, TracebackType
 from typing import Protocol, Self
 
@@ -39,7 +41,7 @@ class Host:
         self._opened = threading.Event()
         self._error: BaseException | None = None
         self._stopping = False
-        self._running = 0
+        self._running: list[Role] = []
 
     @property
     def reactor(self) -> Reactor:
@@ -62,7 +64,8 @@ class Host:
         """Stop the roles and wait for that; from any thread but the reactor's, any number of times."""
         if self._thread is None or not self._thread.is_alive():
             return
-        self.reactor.call_soon_threadsafe(self._stop_roles)
+        with suppress(ClosedError):  # somebody else has stopped it, and waits as we do
+            self.reactor.call_soon_threadsafe(self._stop_roles)
         self._thread.join(timeout_ms / 1000)
         if self._thread.is_alive():
             raise RequestTimeoutError(f"{self._name} did not stop within {timeout_ms} ms; see its log.", timeout_ms=timeout_ms)
@@ -97,30 +100,37 @@ class Host:
         self.reactor.call_soon_threadsafe(self._stop_roles)
 
     def _main(self, on_open: Callable[[], None] = lambda: None) -> None:
-        opened: list[Role] = []
         try:
-            for role in self._roles:
-                role.open(self.reactor)
-                opened.append(role)
-                self._running += 1
-            on_open()
+            self._open_roles(on_open)
             self._opened.set()
             self.reactor.run()
         except BaseException as error:  # noqa: BLE001 - handed to the thread that started us
-            self._error = error
-            for role in opened:
-                role.stop(lambda: None)
+            self._error = self._error or error
         finally:
             self.reactor.close()
             self._opened.set()
 
-    def _stop_roles(self) -> None:
-        if not self._stopping:
-            self._stopping = True
-            for role in reversed(self._roles):
-                role.stop(self._role_stopped)
+    def _open_roles(self, on_open: Callable[[], None]) -> None:
+        """Open all; when one cannot, stop those before it, which takes turns of the reactor: they let go of files and locks."""
+        try:
+            for role in self._roles:
+                role.open(self.reactor)
+                self._running.append(role)
+            on_open()
+        except BaseException as error:  # noqa: BLE001 - handed to the thread that started us
+            self._error = error
+            self._stop_roles()
 
-    def _role_stopped(self) -> None:
-        self._running -= 1
-        if self._running == 0:
+    def _stop_roles(self) -> None:
+        if self._stopping:
+            return
+        self._stopping = True
+        if not self._running:
+            self.reactor.stop()
+        for role in reversed(self._running[:]):
+            role.stop(partial(self._role_stopped, role))
+
+    def _role_stopped(self, role: Role) -> None:
+        self._running.remove(role)
+        if not self._running:
             self.reactor.stop()
