@@ -273,13 +273,20 @@ class _DiskFile:
 
 
 class _DiskLock:
-    """The file stays: were it removed, two processes could each lock a file of that name."""
+    """The file stays: were it removed, two processes could each lock a file of that name.
+
+    A forked child has a copy of the descriptor, which would keep the lock for as long as the child lives; and its own end must
+    not take the lock from the parent.
+    """
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        self._pid = os.getpid()
 
     def release(self) -> None:
         if self._fd >= 0:
+            if os.getpid() == self._pid:
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
             os.close(self._fd)
             self._fd = -1
 

@@ -128,3 +128,29 @@ def test_a_lock_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
 def test_free_space_is_that_of_the_file_system(tmp_path: Path) -> None:
     facts = os.statvfs(tmp_path)
     assert abs(DiskFiles().free_bytes(tmp_path) - facts.f_bavail * facts.f_frsize) < 1 << 30
+
+
+@pytest.mark.parametrize("who", ["parent", "child"])
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+def test_a_lock_is_its_makers_alone(tmp_path: Path, who: str) -> None:
+    """A forked child has a copy of it: that must not keep the folder when the parent lets go, nor give it away."""
+    lock = DiskFiles().lock(tmp_path / "lock", "as a test")
+    wait, go = os.pipe()
+    child = os.fork()
+    if child == 0:
+        if who == "child":
+            lock.release()
+        else:
+            os.close(go)
+            os.read(wait, 1)
+        os._exit(0)
+    if who == "child":
+        os.waitpid(child, 0)
+        with pytest.raises(FolderLockedError):
+            DiskFiles().lock(tmp_path / "lock", "again")
+    lock.release()
+    DiskFiles().lock(tmp_path / "lock", "again").release()
+    os.close(go)
+    os.close(wait)
+    if who == "parent":
+        os.waitpid(child, 0)
