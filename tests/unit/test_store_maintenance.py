@@ -48,6 +48,36 @@ def test_expired_segments_go_and_the_queue_begins_later() -> None:
     assert bench.store.offset_at(queue, 0) == queue.min_offset
 
 
+def test_nothing_grows_older_because_the_clock_is_set_forward() -> None:
+    """A box without a battery runs five days late until it finds the time: what it has just stored is not five days old."""
+    bench = StoreBench(retention_ms=HOUR_MS)
+    (queue, _) = bench.topic()
+    bench.fill_segments(queue, 3)
+    bench.checkpoint()
+    bench.maintain()
+    bench.clock.step(120 * HOUR_MS)
+    bench.maintain(3)
+    assert bench.store.start_position == 0
+    bench.checkpoint()
+    bench.crash()
+    bench.maintain(3)
+    assert bench.store.start_position == 0, "nor after a restart"
+    bench.clock.advance(HOUR_MS)
+    bench.maintain()
+    assert bench.store.start_position > 0
+
+
+def test_what_an_earlier_run_stored_keeps_its_age_when_the_clock_is_set_forward() -> None:
+    bench = old_bench()
+    bench.clock.step(-2 * HOUR_MS)
+    bench.reopen()
+    bench.maintain()
+    assert bench.store.start_position == 0
+    bench.clock.step(2 * HOUR_MS)
+    bench.maintain()
+    assert bench.store.start_position == 3 * SEGMENT_BYTES
+
+
 def test_deleted_segments_stay_deleted() -> None:
     for seed in range(20):
         bench = old_bench(seed=seed)

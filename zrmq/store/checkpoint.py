@@ -43,7 +43,7 @@ class Checkpoint(Job):
         self._queues = [index.begin_save() for index in views.indexes() if not index.is_saved]
         self._segments = [
             segment for segment in commit_log.segments
-            if segment.end > saved_position or segment.scrubbed_ms != segment.saved_scrubbed_ms
+            if segment.end > saved_position or (segment.last_ms, segment.scrubbed_ms) != segment.saved_ms
         ]
         self._dead_folders, views.dead_folders = views.dead_folders, []
         self.saved = _capture(views.tables, self._changed, self._queues, self._segments, saved_position)
@@ -84,7 +84,7 @@ class Checkpoint(Job):
             for save in self._queues:
                 save.index.finish_save(save, True)
             for segment, row in zip(self._segments, self.saved.segments, strict=True):
-                segment.saved_scrubbed_ms = row[2]
+                segment.saved_ms = row[1], row[2]
             log.debug("views_saved", position=self.position, queues=len(self._queues), offsets=len(self.saved.offsets))
             if self.error is not None:
                 self._views.dead_folders += self._dead_folders

@@ -30,6 +30,7 @@ INTERVAL_MS = 1_000  # between two looks at the disk
 SCRUB_BYTES = 4 << 20  # checked by one job
 TRIMS_MAX = 200  # queues cut at their front by one call; each may read from a file
 WARN_AGAIN_MS = 3_600_000
+STEP_MS = 60_000  # what the wall clock gains on the steady one from one look to the next when somebody has set it
 
 Damage = tuple[int, int]  # stretch of the log: position, end
 
@@ -51,6 +52,8 @@ class Upkeep:
         self._on_free_bytes = on_free_bytes
         self._damaged_queues: dict[Queue, None] = {}
         self._running: Maintenance | None = None
+        self._late_since_ms = clock.time_ms()  # what was stored before is by a clock that nothing is known of
+        self._seen_ms = clock.time_ms(), clock.monotonic_ms()
         self._next_ms = -1.0
         self._next_warning_ms = -1.0
         self._is_trimming = True
@@ -73,6 +76,7 @@ class Upkeep:
             return None
         self._next_ms = now_ms + INTERVAL_MS
         job = Maintenance(self._log, self._finish)
+        self._notice_step(now_ms)
         job.removed = self._expire(saved_position)
         job.new_spare = self._wanted_spare(job)
         job.scrub = self._next_scrub()
@@ -98,6 +102,19 @@ class Upkeep:
         return bool(behind)
 
     # --- segments -----------------------------------------------------------------------------------------------------
+
+    def _notice_step(self, now_ms: float) -> None:
+        """A clock that is set forward (a box without a battery has found the time) makes nothing older that it stamped before."""
+        wall_ms = self._clock.time_ms()
+        (seen_wall_ms, seen_ms), self._seen_ms = self._seen_ms, (wall_ms, now_ms)
+        until_ms = seen_wall_ms + round(now_ms - seen_ms)
+        step_ms = wall_ms - until_ms
+        if step_ms < STEP_MS:
+            return
+        log.warning("clock_set_forward", step_ms=step_ms)
+        for segment in self._log.segments:
+            segment.rejuvenate(self._late_since_ms, until_ms, step_ms)
+        self._late_since_ms += step_ms
 
     def _expire(self, saved_position: int) -> list[tuple[Segment, Path | None]]:
         config = self._config

@@ -81,7 +81,7 @@ class Share:
 class Segment:
     """One segment as the running store knows it."""
 
-    __slots__ = ("end", "file", "is_header_whole", "last_ms", "path", "saved_scrubbed_ms", "scrubbed_ms", "shares", "start")
+    __slots__ = ("end", "file", "is_header_whole", "last_ms", "path", "saved_ms", "scrubbed_ms", "shares", "start")
 
     def __init__(self, path: Path, start: int, end: int, is_header_whole: bool = True) -> None:
         self.path = path
@@ -91,7 +91,8 @@ class Segment:
         self.file: OpenFile | None = None  # while it is written to, and until that is flushed
         self.shares: dict[int, Share] = {}  # by topic id
         self.last_ms = 0  # store timestamp of the newest entry
-        self.scrubbed_ms = self.saved_scrubbed_ms = 0  # when its checksums were last looked at, and what views.db has of that
+        self.scrubbed_ms = 0  # when its checksums were last looked at
+        self.saved_ms = (0, 0)  # what views.db has of the last two
 
     def note_batch(self, topic_id: int, store_timestamp_ms: int, size_bytes: int) -> None:
         """A batch was appended. On the hot path."""
@@ -104,6 +105,14 @@ class Segment:
                 share.last_ms = store_timestamp_ms
         if store_timestamp_ms > self.last_ms:
             self.last_ms = store_timestamp_ms
+
+    def rejuvenate(self, first_ms: int, last_ms: int, late_ms: int) -> None:
+        """What was stored from `first_ms` to `last_ms`, by a clock `late_ms` late, is younger than its stamps say."""
+        if first_ms <= self.last_ms <= last_ms:
+            self.last_ms += late_ms
+        for share in self.shares.values():
+            if first_ms <= share.last_ms <= last_ms:
+                share.last_ms += late_ms
 
     def note_event(self, store_timestamp_ms: int) -> None:
         """An event was appended."""
