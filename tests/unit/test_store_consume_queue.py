@@ -225,6 +225,18 @@ def test_trimming_forgets_what_is_before_the_log(spilled: int, log_start: int) -
     assert case.numbers(case.index.first) == list(range(first, 33))
 
 
+def test_trimming_lets_go_of_the_files_that_are_to_be_removed() -> None:
+    case = Case(3 * PER_FILE)
+    case.index.spill()
+    held = case.shelf._open_files.get(case.folder / f"{0:020d}")
+    case.index.trim(100 * (PER_FILE - 1))
+    assert held.pread(1, 0), "it still has an entry"
+    case.index.trim(100 * PER_FILE)
+    with pytest.raises(OSError, match="Bad file"):
+        held.pread(1, 0)
+    assert case.numbers(case.index.first)[0] == PER_FILE
+
+
 def test_trimming_waits_for_a_job() -> None:
     case = Case(10)
     case.index.is_spilling = True

@@ -56,6 +56,21 @@ def test_a_forgotten_file_is_opened_anew() -> None:
         old.pread(1, 0)
 
 
+def test_files_in_a_folder_are_forgotten_together() -> None:
+    files = disk("a")
+    for folder in ("topic", "topic/0", "topic2"):
+        files.mkdir(FOLDER / folder)
+        replace_file(files, FOLDER / folder / "x", b"x")
+    open_files = OpenFiles(files)
+    kept = [open_files.get(FOLDER / name) for name in ("a", "topic2/x")]
+    gone = [open_files.get(FOLDER / name) for name in ("topic/x", "topic/0/x")]
+    open_files.forget_folder(FOLDER / "topic")
+    assert [file.pread(1, 0) for file in kept] == [b"a", b"x"]
+    for file in gone:
+        with pytest.raises(OSError, match="Bad file"):
+            file.pread(1, 0)
+
+
 def test_a_missing_file_is_not_remembered() -> None:
     files = disk("")
     open_files = OpenFiles(files)

@@ -47,6 +47,18 @@ def test_a_queue_without_batches_has_no_entries_to_keep(views: Views) -> None:
     assert views.indexes() == [index]
 
 
+def test_a_deleted_topic_s_files_are_not_kept_open(views: Views, files: FaultyFiles) -> None:
+    queue = views.apply_batch(header())
+    assert queue is not None
+    index = views.index(queue)
+    index.spill()
+    assert index.entry(0).base_offset == 0
+    held = views.shelf._open_files.get(index.folder / f"{0:020d}")
+    views.apply_event(TopicDeleted(1))
+    with pytest.raises(OSError, match="Bad file"):
+        held.pread(1, 0)
+
+
 def test_a_deleted_topic_takes_its_queues_along(views: Views) -> None:
     queue = views.apply_batch(header())
     assert queue is not None

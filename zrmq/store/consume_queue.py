@@ -169,6 +169,10 @@ class Shelf:
             if name.isdecimal() and int(name) + self._entries_per_file <= number:
                 self.files.unlink(folder / name)
 
+    def forget(self, folder: Path) -> None:
+        """Files in the folder, or in those within, are about to be removed. Loop's thread."""
+        self._open_files.forget_folder(folder)
+
     def next_file(self, number: int) -> int:
         """The number with which the file after the one that holds `number` begins."""
         return number - number % self._entries_per_file + self._entries_per_file
@@ -242,6 +246,8 @@ class ConsumeQueue:
         numbers = range(self.first, self.end)
         first = self.first + bisect_left(numbers, log_start, key=lambda number: self.entry(number).position)
         self._begin_with(first)
+        if self.shelf.next_file(self.first) <= first:
+            self.shelf.forget(self.folder)
         self.first = first
         if first > self.filed:
             del self.tail[: (first - self.filed) * ENTRY_BYTES]
@@ -263,6 +269,7 @@ class ConsumeQueue:
 
         Nothing may have been spilled or trimmed since `end` was the end: see `is_spilling`.
         """
+        self.shelf.forget(self.folder)
         newer = self.tail[max(end - self.filed, 0) * ENTRY_BYTES :]
         self.first = self.synced = self.filed = self.shelf.next_file(self.end)
         self.tail = made.tail + newer

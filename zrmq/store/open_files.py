@@ -36,6 +36,11 @@ class OpenFiles:
         if file is not None:
             file.close()
 
+    def forget_folder(self, folder: Path) -> None:
+        """Close what is open in this folder and those within: a file that is removed takes room for as long as it is open."""
+        for path in [path for path in self._open if path.is_relative_to(folder)]:
+            self.forget(path)
+
     def close(self) -> None:
         """Close all."""
         while self._open:

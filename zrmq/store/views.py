@@ -44,6 +44,7 @@ class Views:
         self.tables.apply_event(event)
         if topic is not None:
             self.dead_folders.append(self.shelf.folder_of_topic(topic))
+            self.shelf.forget(self.dead_folders[-1])
             for queue in topic.queues:
                 self._indexes.pop(queue, None)
 
