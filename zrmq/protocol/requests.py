@@ -18,6 +18,7 @@ import msgspec
 
 from zrmq.errors import Code, InvalidFrameError
 from zrmq.message import ConsumeFrom, FlushMode, MessageModel
+from zrmq.protocol import limits
 from zrmq.protocol.events import TopicConfig
 from zrmq.protocol.limits import CREDENTIALS_BYTES_MAX, HEADER_BYTES_MAX, REPLY_HEADER_BYTES_MAX, Name, Natural, QueueId
 
@@ -50,6 +51,11 @@ class Limits(msgspec.Struct, array_like=True, frozen=True):
     batch_records_max: int
     inflight_batches_max: int
     pull_bytes_max: int
+
+
+LIMITS = Limits(
+    limits.BODY_BYTES_MAX, limits.BATCH_BYTES_MAX, limits.BATCH_RECORDS_MAX, limits.INFLIGHT_BATCHES_MAX, limits.PULL_BYTES_MAX
+)
 
 
 class BrokerInfo(msgspec.Struct, array_like=True, frozen=True):

@@ -22,6 +22,7 @@ from zrmq.errors import Code, InvalidArgumentError, InvalidFrameError, NoSession
 from zrmq.logs import get_logger
 from zrmq.protocol import limits
 from zrmq.protocol.requests import (
+    LIMITS,
     ROUTE_OF_OTHERS,
     Alive,
     Bye,
@@ -29,7 +30,6 @@ from zrmq.protocol.requests import (
     Failed,
     Heartbeat,
     Hello,
-    Limits,
     QueryRoute,
     RegisterBroker,
     Registered,
@@ -56,10 +56,6 @@ WATCHES_PER_SESSION_MAX = 4  # a client holds one; beyond, its oldest is answere
 WATCHES_MAX = 20_000
 QUERY_TOPICS_MAX = 1_000  # more are asked for as `*`
 WATCHED_TOPICS_MAX = 1_000_000  # of all watches together; some 100 MB
-
-LIMITS = Limits(
-    limits.BODY_BYTES_MAX, limits.BATCH_BYTES_MAX, limits.BATCH_RECORDS_MAX, limits.INFLIGHT_BATCHES_MAX, limits.PULL_BYTES_MAX
-)
 
 Handler = Callable[[Session, Any], None]
 

@@ -10,6 +10,7 @@ from zrmq.errors import Code, InvalidFrameError, NoSessionError, StoppingError, 
 from zrmq.logs import get_logger
 from zrmq.protocol import limits
 from zrmq.protocol.requests import (
+    LIMITS,
     AcquireLease,
     Alive,
     BrokerState,
@@ -25,7 +26,6 @@ from zrmq.protocol.requests import (
     Hello,
     JoinGroup,
     LeaveGroup,
-    Limits,
     Pull,
     PutTopic,
     QueryCommitted,
@@ -54,10 +54,6 @@ from zrmq.transport.sessions import Session, SessionTable
 log = get_logger("serving")
 
 TICK_MS = 250.0  # how late a wait, a session or a lease may end
-
-LIMITS = Limits(
-    limits.BODY_BYTES_MAX, limits.BATCH_BYTES_MAX, limits.BATCH_RECORDS_MAX, limits.INFLIGHT_BATCHES_MAX, limits.PULL_BYTES_MAX
-)
 
 Handler = Callable[[Session, Any, list[bytes]], None]
 
