@@ -35,8 +35,8 @@ def test_a_session_is_found_by_peer_and_by_client(table: SessionTable) -> None:
     assert old is None
     assert (session.peer, session.client_id, session.session_epoch) == (b"p", "c", 1)
     assert (session.role, session.group, session.instance_name) == ("consumer", "g", "i")
-    assert (session.opened_ms, session.last_seen_ms) == (5.0, 5.0)
-    assert session.member_of is None
+    assert session.last_seen_ms == 5.0
+    assert session.waiting is None
     assert session.waiting is None
     assert table.by_peer(b"p") is session
     assert table.by_client("c") is session
@@ -58,11 +58,11 @@ def test_sessions_that_are_alike_are_not_the_same(table: SessionTable) -> None:
 
 def test_a_newer_epoch_takes_the_session_over(table: SessionTable) -> None:
     first, _ = table.open(hello(session_epoch=1), b"old", 0.0)
-    first.member_of = "membership"
+    first.waiting = "a watch"
     second, ended = table.open(hello(session_epoch=2), b"new", 1.0)
     assert ended is first
-    assert ended.member_of == "membership"
-    assert second.member_of is None
+    assert ended.waiting == "a watch"
+    assert second.waiting is None
     assert table.by_peer(b"old") is None
     assert table.by_peer(b"new") is second
     assert len(table) == 1

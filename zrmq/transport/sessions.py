@@ -29,9 +29,9 @@ ROLES = frozenset({"producer", "consumer", "admin", "broker"})
 
 
 class Session(msgspec.Struct, eq=False):
-    """One client's presence. `member_of` and `waiting` are the core's to use, None until it does.
+    """One client's presence. `waiting` is the core's to use, None until it does.
 
-    `opened_ms` and `last_seen_ms` are monotonic; after a pause of the server `last_seen_ms` is later than the client was heard.
+    `last_seen_ms` is monotonic; after a pause of the server it is later than the client was heard.
     """
 
     peer: bytes
@@ -40,9 +40,7 @@ class Session(msgspec.Struct, eq=False):
     role: str
     group: str
     instance_name: str
-    opened_ms: float
     last_seen_ms: float
-    member_of: Any = None  # the consumer group membership, if any
     waiting: Any = None  # what the server holds for it: long polls, watches, lease requests
 
 
@@ -84,7 +82,7 @@ class SessionTable:
         """Open the session a HELLO asks for. Returns it and the session of the same client id that it ends, if there was one.
 
         The ended one is out of the table already; its connection gets NO_SESSION from now on. The same client goes on, so the
-        caller moves what should survive a reconnect (`member_of`) and drops what waits for the old connection (`waiting`).
+        caller moves what should survive a reconnect and drops what waits for the old connection (`waiting`).
         A HELLO repeated on its own connection gives a fresh session in the same way.
 
         Raises, with nothing changed: `InvalidArgumentError` for fields that cannot be; `RequestRefusedError` with
@@ -103,9 +101,7 @@ class SessionTable:
             )
         if old is not None:
             self.close(old)
-        session = Session(
-            peer, hello.client_id, hello.session_epoch, hello.role, hello.group, hello.instance_name, now_ms, now_ms
-        )
+        session = Session(peer, hello.client_id, hello.session_epoch, hello.role, hello.group, hello.instance_name, now_ms)
         self._by_peer[peer] = session
         self._by_client[hello.client_id] = session
         return session, old
