@@ -20,6 +20,7 @@ has deleted segments, the topics and offsets of before are only here.
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -126,10 +127,7 @@ class ViewsDb:
         for suffix in ("", "-wal", "-shm", "-journal"):
             self._files.unlink(self._path.with_name(self._path.name + suffix))
         self._files.fsync_dir(self._path.parent)
-        connection = self._open()
-        for statement in _SCHEMA.split(";"):
-            connection.execute(statement)
-        connection.execute(f"pragma user_version = {VIEWS_FORMAT_VERSION}")
+        self._transact(_create)
 
     def save(self, saved: Saved) -> None:
         """All of it, or nothing."""
@@ -153,7 +151,7 @@ class ViewsDb:
             connection.execute("pragma synchronous = full")
         return self._connection
 
-    def _transact(self, change: Any) -> None:
+    def _transact(self, change: Callable[[sqlite3.Connection], object]) -> None:
         connection = self._open()
         connection.execute("begin immediate")
         try:
@@ -162,6 +160,12 @@ class ViewsDb:
         except Exception:
             connection.rollback()
             raise
+
+
+def _create(connection: sqlite3.Connection) -> None:
+    for statement in _SCHEMA.split(";"):
+        connection.execute(statement)
+    connection.execute(f"pragma user_version = {VIEWS_FORMAT_VERSION}")
 
 
 def _save(connection: sqlite3.Connection, saved: Saved) -> None:
