@@ -8,16 +8,19 @@ import pytest
 
 from tests.unit import broker_desk
 from tests.unit.broker_desk import BrokerDesk, DeskClient
-from zrmq.errors import Code
+from zrmq.errors import Code, DiskFullError
+from zrmq.protocol.events import AnyEvent, LeaseGranted
 from zrmq.protocol.requests import (
     AcquireLease,
     Bye,
     CommitOffsets,
     Committed,
     DeleteTopic,
+    DescribeGroups,
     Done,
     Failed,
     Heartbeat,
+    Joined,
     Leased,
     LeaveGroup,
     Pull,
@@ -296,6 +299,36 @@ def test_who_leaves_while_the_disk_is_full_is_gone_and_its_queue_follows(small_d
     small_desk.files.capacity_bytes = None
     small_desk.pass_ms(500)
     assert isinstance(b.acquire("meters", 0), Leased)
+
+
+def test_who_waits_is_told_when_the_log_takes_the_release_and_not_the_grant(
+    desk: BrokerDesk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = member(desk, "a"), member(desk, "b")
+    lease = a.acquire("meters", 0)
+    number = b.post(AcquireLease, "meters", 0, timeout_ms=60_000)
+    append_event = desk.store.append_event
+
+    def append_what_fits(event: AnyEvent) -> int:
+        if isinstance(event, LeaseGranted):
+            raise DiskFullError("full")
+        return append_event(event)
+
+    monkeypatch.setattr(desk.store, "append_event", append_what_fits)
+    assert isinstance(a.ask(ReleaseLease, "meters", 0, lease.lease_epoch, 0), Done)
+    assert b.reply(number).code == Code.DISK_FULL
+    monkeypatch.undo()
+    assert b.acquire("meters", 0).lease_epoch > lease.lease_epoch
+
+
+def test_a_group_that_could_not_be_noted_is_none(small_desk: BrokerDesk) -> None:
+    fill_disk(small_desk)
+    late = small_desk.client("late", "consumer", "latecomers")
+    assert late.join("meters").code == Code.DISK_FULL
+    assert late.ask(DescribeGroups, ["latecomers"]).code == Code.CONSUMER_GROUP_NOT_FOUND
+    small_desk.files.capacity_bytes = None
+    small_desk.pass_ms(500)
+    assert isinstance(late.join("meters"), Joined)
 
 
 def test_sessions_end_although_their_leases_cannot_on_a_disk_that_failed(desk: BrokerDesk) -> None:

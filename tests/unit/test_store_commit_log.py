@@ -151,6 +151,19 @@ def test_spares_are_taken_before_new_files_are_made(commit_log: CommitLog, files
     assert data[164:] == with_rubbish[164:]
 
 
+def test_a_file_that_was_made_and_could_not_be_used_is_there_for_the_next_attempt(
+    commit_log: CommitLog, files: FaultyFiles
+) -> None:
+    for _ in range(3):
+        files.fail("rename", errno.ENOSPC)
+        with pytest.raises(DiskFullError):
+            append(commit_log)
+    assert len(files.listdir(FOLDER)) == len(commit_log.spares) == 1
+    append(commit_log)
+    assert files.listdir(FOLDER) == [segment_name(0)]
+    assert files.counts["allocate"] == 1
+
+
 def test_a_spare_that_cannot_be_renamed_is_kept(commit_log: CommitLog, files: FaultyFiles) -> None:
     append(commit_log)
     spare = commit_log.next_spare()

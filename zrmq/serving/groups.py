@@ -91,7 +91,6 @@ class GroupDesk:
         live = self._live.get(session.group)
         if live is None or set(live.members) <= {session.client_id}:
             self._check_room(session.group)
-            live = self._renew(session, request.message_model, subscriptions, live)
         else:
             _check_alike(session, request.message_model, subscriptions, live)
             if request.message_model is MessageModel.BROADCASTING:
@@ -100,6 +99,7 @@ class GroupDesk:
             self._subscribe(session.group, instance_name, topic, request, told_ms)
             for topic, told_ms in zip(subscriptions, request.since_ms + [0] * len(subscriptions), strict=False)
         ]
+        live = self._renew(session, request.message_model, subscriptions)
         self._enter(session, live)
         self._context.reply_when_safe(session, Joined(request.number, live.version, live.member_ids, since))
 
@@ -163,10 +163,9 @@ class GroupDesk:
                 code=Code.TOO_MANY_REQUESTS,
             )
 
-    def _renew(
-        self, session: Session, model: MessageModel, subscriptions: dict[str, str], live: Membership | None
-    ) -> Membership:
-        """The group has no other live member: it is what this one says."""
+    def _renew(self, session: Session, model: MessageModel, subscriptions: dict[str, str]) -> Membership:
+        """The group is what this member says: it is the only one, or says what the others say."""
+        live = self._live.get(session.group)
         if live is None:
             live = Membership(session.group, model, subscriptions, {}, self._next_version())
             self._live[session.group] = live

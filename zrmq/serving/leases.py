@@ -181,8 +181,12 @@ class LeaseDesk:
         while waits:
             wait = waits.popleft()
             if self._is_open(wait.session) and self._membership(wait.session) is not None:
-                self._grant(key, wait.session, wait.request, wait.queue)
-                break
+                try:
+                    self._grant(key, wait.session, wait.request, wait.queue)
+                except (DiskFullError, StoreFailedError) as error:  # the release is in the log; who waits asks again
+                    self._context.outbox.now(wait.session.peer, failed(wait.request.number, error))
+                else:
+                    break
         if not waits:
             self._waiting.pop(key, None)
 

@@ -204,7 +204,12 @@ class CommitLog:
                     store_timestamp_ms=now_ms,
                 )
             )
-        self.write()
+        try:
+            self.write()
+        except OSError:
+            if segment.file is not None:
+                segment.file.close()
+            raise
         self.segments.append(segment)
         self.active = segment
         self.appended_position = self.written_position = segment.start + SEGMENT_HEADER_BYTES
@@ -216,7 +221,9 @@ class CommitLog:
     def _make_segment(self, start: int, reserve_bytes: int) -> Segment:
         path = self.folder / segment_name(start)
         try:
-            spare = self.spares[-1] if self.spares else self._make_spare_now(reserve_bytes)
+            if not self.spares:
+                self.spares.append(self._make_spare_now(reserve_bytes))  # there for the next attempt if this one fails
+            spare = self.spares[-1]
             file = self.files.open(spare)
             try:
                 write_fully(file, [encode_segment_header(start, self.segment_bytes)], 0)
@@ -228,8 +235,7 @@ class CommitLog:
             if error.errno in _FULL:
                 raise self._full(0, reserve_bytes) from error
             raise
-        if self.spares:
-            self.spares.pop()
+        self.spares.pop()
         segment = Segment(path, start, start + self.segment_bytes)
         segment.file = file
         return segment
