@@ -142,7 +142,8 @@ class Store:
     def _next_boot(self) -> int:
         """One more than the last; where the event that said so is deleted and the views are lost, the time, which is more too."""
         is_known = self.recovery.has_views or self._log.start == 0
-        return self.tables.boot + 1 if is_known else max(self.tables.boot + 1, self._clock.time_ms() // 1000)
+        minutes = self._clock.time_ms() // 60_000  # not seconds: a boot number times 2**32 is an epoch, which has 63 bits
+        return self.tables.boot + 1 if is_known else max(self.tables.boot + 1, minutes)
 
     # --- what there is ------------------------------------------------------------------------------------------------
 
