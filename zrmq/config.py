@@ -274,8 +274,8 @@ def _from_file(known: Mapping[str, Option], file: Path) -> dict[str, Any]:
         elif key in sections:
             raise ConfigError(f"{file}: {key} is {value!r}; it has to be a section, [{key}].", file=str(file), key=key)
         elif key not in elsewhere:
-            suggestion = _suggestion(key, [*known, *elsewhere, *sections])
-            raise ConfigError(f"{file}: {key} is no option; {suggestion}", file=str(file), key=key)
+            instead = suggestion(key, [*known, *elsewhere, *sections])
+            raise ConfigError(f"{file}: {key} is no option; {instead}", file=str(file), key=key)
     return given
 
 
@@ -320,14 +320,15 @@ def _from_flags(known: Mapping[str, Option], flags: Mapping[str, Any]) -> dict[s
     given = {}
     for name, value in flags.items():
         if name not in by_name:
-            raise ConfigError(f"{name} is no option; {_suggestion(name, by_name)}", key=name)
+            raise ConfigError(f"{name} is no option; {suggestion(name, by_name)}", key=name)
         if value is not None:
             option = by_name[name]
             given[option.key] = _convert(option, value, option.flag, from_text=True)
     return given
 
 
-def _suggestion(key: str, known: Iterable[str]) -> str:
+def suggestion(key: str, known: Iterable[str]) -> str:
+    """The rest of a sentence that refuses an unknown name: the known one that is like it, or all of them."""
     names = sorted(set(known))
     close = get_close_matches(key, names, n=1)
     return f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}."

@@ -37,7 +37,7 @@ from zrmq.client.link import Identity
 from zrmq.client.outgoing import NO_VALUE, Body, outgoing, outgoing_record
 from zrmq.client.producing import ProducerCore, ProducingConfig, closed_error
 from zrmq.client.runtime import ClientThread
-from zrmq.config import find_nameservers
+from zrmq.config import find_nameservers, suggestion
 from zrmq.errors import (
     ClosedError,
     Code,
@@ -317,8 +317,12 @@ class Producer:
         selector: Selector | None = None,
         value: Any = NO_VALUE,
         timeout_ms: int | None = None,
+        **unknown: object,
     ) -> tuple[str | MessageQueue, bytes, int, Extras | None, int]:
         """Target, body, size in the buffer, extras and the time left of a message that may be sent."""
+        if unknown:
+            name = next(iter(unknown))
+            raise InvalidArgumentError(f"A send has no option {name}; {suggestion(name, SendOptions.__annotations__)}", name=name)
         data, size_bytes, extras = outgoing(body, value, tag, keys, properties, message_group)
         left_ms = self._ready(topic, timeout_ms)
         is_bound = queue is not None or selector is not None or message_group is not None
