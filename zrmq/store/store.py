@@ -55,6 +55,7 @@ log = get_logger("store")
 
 LOOK_AGAIN_MS = 100.0  # between two looks whether a full disk has room again
 DAMAGE_MAX = 1_000  # stretches remembered
+YEAR_2020_S = 1_577_836_800  # boot numbers made of the time count from here: times 2**32 they are epochs, which have 63 bits
 
 
 class Placed(NamedTuple):
@@ -142,8 +143,7 @@ class Store:
     def _next_boot(self) -> int:
         """One more than the last; where the event that said so is deleted and the views are lost, the time, which is more too."""
         is_known = self.recovery.has_views or self._log.start == 0
-        minutes = self._clock.time_ms() // 60_000  # not seconds: a boot number times 2**32 is an epoch, which has 63 bits
-        return self.tables.boot + 1 if is_known else max(self.tables.boot + 1, minutes)
+        return self.tables.boot + 1 if is_known else max(self.tables.boot + 1, self._clock.time_ms() // 1000 - YEAR_2020_S)
 
     # --- what there is ------------------------------------------------------------------------------------------------
 
