@@ -325,10 +325,10 @@ def test_many_threads_take_everything_once(in_order: bool) -> None:
             with lock:
                 seen[unit.process_queue.queue.queue_id] += offsets(unit)
             if rng.random() < 0.2:
+                with lock:  # before others may have it, and what follows
+                    del seen[unit.process_queue.queue.queue_id][-len(unit.messages) :]
                 inbox.done(unit, [unit])
                 inbox.put_back(unit)
-                with lock:
-                    del seen[unit.process_queue.queue.queue_id][-len(unit.messages) :]
             else:
                 inbox.done(unit)
 
