@@ -124,7 +124,8 @@ class Producer:
     topic's queues; or, with `message_group=`, to the one at CRC-32(UTF-8 of the group) modulo the number of queues, in the sorted
     list of the topic's queues. Those of one queue are stored in the order they were sent by a thread.
 
-    A topic's first message waits until the topic is known, or created where brokers create topics by use.
+    A topic's first message waits until the topic is known, or created where brokers create topics by use. Do not send in a signal
+    handler: it may have interrupted a send of its own thread, for which it would wait.
 
     Raises `InvalidArgumentError`, `ConfigError`. Connects at once, and goes on trying for as long as it is open.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -250,7 +251,7 @@ def test_whoever_wants_the_batch_otherwise_stops_its_filler(late: object) -> Non
 
 
 def test_what_happens_while_a_thread_is_inside_a_filler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the middle of a record (here by a call from within, as a finalizer or a signal handler makes) come another record of the
+    """In the middle of a record (here by a call from within, as a finalizer makes) come another record of the
     same topic and the loop: both do without the batch, and it goes out once the record is in."""
     setup = Setup(records_max=100)
     before = [setup.quick(b"%d" % number) for number in range(10)]
@@ -272,6 +273,77 @@ def test_what_happens_while_a_thread_is_inside_a_filler(monkeypatch: pytest.Monk
     assert [bodies_of(batch) for batch in setup.take()] == [[b"%d" % number for number in range(11)], [b"from within"]]
     assert interrupted.batch is before[0].batch is not within.batch
     assert setup.accumulator.buffered_bytes == sum(batch.size_bytes for batch in (interrupted.batch, within.batch))
+
+
+class Interrupting(list[Any]):
+    """A list whose next append is interrupted before it has done anything."""
+
+    def append(self, item: Any) -> None:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("is_filled", [True, False])
+def test_an_interrupted_record_leaves_the_others_with_their_own_extras(is_filled: bool) -> None:
+    setup = Setup(records_max=100)
+
+    def send(number: int) -> SendHandle:
+        return setup.append(b"%d" % number, extras=Extras(f"tag{number}"), timeout_ms=3000 if is_filled else 50)
+
+    handles = [send(number) for number in range(FILLER_FROM - 1)]
+    batch = handles[0].batch
+    bodies, batch.bodies = batch.bodies, Interrupting(batch.bodies)  # the filler that starts next takes it for the real one
+    if is_filled:
+        setup.accumulator._start_filler(batch)
+    with pytest.raises(KeyboardInterrupt):
+        send(99)
+    batch.bodies = bodies
+    handles += [send(number) for number in range(FILLER_FROM - 1, 9)]
+    (taken,) = setup.take()
+    frame = taken.encoded()
+    messages = decode_messages(open_batch(frame), frame, topic="meters", broker_name="b")
+    assert [(message.body, message.tag) for message in messages] == [(b"%d" % number, f"tag{number}") for number in range(9)]
+
+
+@pytest.mark.parametrize("extras", [None, Extras("t")])
+def test_an_error_from_within_a_filler_is_not_taken_for_a_busy_one(
+    monkeypatch: pytest.MonkeyPatch, extras: Extras | None
+) -> None:
+    setup = Setup(records_max=100)
+    for _ in range(10):
+        setup.append(extras=extras)
+
+    def make_handle(batch: Batch, index: int) -> SendHandle:
+        monkeypatch.undo()
+        raise ValueError("of a signal handler")
+
+    monkeypatch.setattr(accumulator_module, "SendHandle", make_handle)
+    with pytest.raises(ValueError, match="of a signal handler"):
+        setup.append(b"once", extras=extras)
+    assert [body for batch in setup.take() for body in bodies_of(batch)].count(b"once") == 1
+
+
+def test_after_the_first_extras_bodies_alone_go_where_the_others_go() -> None:
+    setup = Setup(records_max=100)
+    for _ in range(10):
+        setup.quick()
+    setup.append(extras=Extras("t"))
+    assert setup.accumulator.body_fillers == {}
+    assert setup.quick().batch is setup.append().batch
+
+
+def test_a_batch_that_ended_while_it_was_encoded_keeps_no_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = Setup()
+    setup.append(bytes(100))
+    (batch,) = setup.take()
+    encode = accumulator_module.encode_batch
+
+    def encode_late(*given: Any, **named: Any) -> bytes:
+        setup.accumulator.finish(batch, STORED)
+        return encode(*given, **named)
+
+    monkeypatch.setattr(accumulator_module, "encode_batch", encode_late)
+    assert len(batch.encoded()) > 100
+    assert batch.frame == b""
 
 
 def test_a_thread_inside_a_filler_while_the_producer_closes(monkeypatch: pytest.MonkeyPatch) -> None:

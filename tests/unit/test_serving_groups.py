@@ -209,6 +209,8 @@ def test_a_broker_tells_since_when_it_knows_which_subscription(desk: BrokerDesk)
     desk.client("b", "consumer", "all", "host-1").join("meters", model=MessageModel.BROADCASTING)
     desk.clock.advance(1000)
     clustering, broadcasting = MessageModel.CLUSTERING, MessageModel.BROADCASTING
+    too_many = [f"t{number}" for number in range(257)]
+    assert member(desk, "asker", "askers").ask(QuerySubscriptions, clustering, too_many).code == Code.BAD_REQUEST
     assert member(desk, "c").ask(QuerySubscriptions, clustering, ["alarms", "meters"]).since_ms == [0, since_ms]
     assert member(desk, "d", "others").ask(QuerySubscriptions, clustering, ["meters"]).since_ms == [0]
     again, other = desk.client("e", "consumer", "all", "host-1"), desk.client("f", "consumer", "all", "host-2")

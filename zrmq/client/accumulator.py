@@ -116,8 +116,8 @@ class Batch:
 
     __slots__ = (
         "accumulator", "attempts", "avoid", "bodies", "callbacks", "deadline_ms", "extras", "filler", "first_born_ms",
-        "first_sequence", "forget", "frame", "last_sequence", "opened_ms", "outcome", "producer_id", "record_count", "records",
-        "refusal", "room_bytes", "sent_ms", "size_bytes", "target", "timeout_ms", "waiters",
+        "first_sequence", "forget", "frame", "last_born_ms", "last_sequence", "opened_ms", "outcome", "producer_id",
+        "record_count", "records", "refusal", "room_bytes", "sent_ms", "size_bytes", "target", "timeout_ms", "waiters",
     )
 
     def __init__(
@@ -165,6 +165,8 @@ class Batch:
             except ValueError:
                 return False
             self.filler = None
+        if self.extras is not None:
+            del self.extras[len(self.bodies) :]  # of a record that an exception (Ctrl-C, say) kept out
         return True
 
     def seal(self, now_ms: float) -> None:
@@ -173,6 +175,7 @@ class Batch:
         self.record_count = len(self.bodies)
         self.last_sequence = self.first_sequence + self.record_count - 1
         self.bodies, self.extras = [], None
+        self.last_born_ms = self.accumulator.clock.time_ms()
         self.deadline_ms = now_ms + self.timeout_ms
         self.frame = b""
         self.attempts = 0  # that were refused or came to nothing
@@ -191,12 +194,14 @@ class Batch:
         if records is None:
             return self.frame
         config = self.accumulator.config
-        self.frame = encode_batch(
+        self.frame = frame = encode_batch(
             columns_of(*records), producer_id=self.producer_id, first_sequence=self.first_sequence,
-            first_born_ms=self.first_born_ms, last_born_ms=self.accumulator.clock.time_ms(), compress=config.compress,
+            first_born_ms=self.first_born_ms, last_born_ms=self.last_born_ms, compress=config.compress,
         )
         self.records = None
-        return self.frame
+        if self.outcome is not None:
+            self.frame = b""  # it ended meanwhile, and nobody sends it any more
+        return frame
 
     def wait(self, timeout_ms: float | None) -> bool:
         """Wait until it has an outcome. False: it has none after `timeout_ms` (None: for ever)."""
@@ -225,6 +230,8 @@ def columns_of(bodies: list[bytes], extras: list[Extras] | None) -> Columns:
     """The records as a batch has them: a column for each thing that at least one of them has."""
     if extras is None:
         return Columns(bodies)
+    if len(extras) != len(bodies):  # a broker would store it unopened, and no consumer could read it
+        raise InvalidArgumentError(f"A batch has {len(bodies)} bodies and {len(extras)} extras; report this as a fault of zrmq.")
     columns = Columns(bodies)
     if any(tags := [each.tag for each in extras]):
         columns.tags = tags
@@ -367,7 +374,12 @@ class Accumulator:
         return SendHandle(batch, index)
 
     def filled(self, end: StopIteration | ValueError) -> SendHandle | None:
-        """A filler ended with a record, or before it, or has another thread inside. None: it was not taken; `append` it."""
+        """A filler ended with a record, or before it, or has another thread inside. None: it was not taken; `append` it.
+
+        Raises a `ValueError` again that comes from within the filler, of a signal handler: that record may have been taken.
+        """
+        if isinstance(end, ValueError) and end.__traceback__ is not None and end.__traceback__.tb_next is not None:
+            raise end
         handle: SendHandle | None = end.value if isinstance(end, StopIteration) else None
         if handle is None:
             return None
@@ -393,12 +405,12 @@ class Accumulator:
         if self._open.get(batch.target) is not batch:
             return  # sealed with this record
         if batch.extras is None:
-            batch.filler = self._fill_bodies(batch, self._batch_records_max)
-            self.body_fillers[batch.target] = batch.filler.send
+            batch.filler, fillers = self._fill_bodies(batch, self._batch_records_max), self.body_fillers
         else:
-            batch.filler = self._fill_records(batch, batch.extras, self._batch_records_max)
-            self._record_fillers[batch.target] = batch.filler.send
-        next(batch.filler)
+            batch.filler, fillers = self._fill_records(batch, batch.extras, self._batch_records_max), self._record_fillers
+            self.body_fillers.pop(batch.target, None)  # of before its first extras
+        next(batch.filler)  # before others find it
+        fillers[batch.target] = batch.filler.send
 
     @staticmethod
     def _fill_bodies(batch: Batch, records_max: int) -> Filler:

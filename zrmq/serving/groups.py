@@ -105,6 +105,8 @@ class GroupDesk:
 
     def query_subscriptions(self, session: Session, request: QuerySubscriptions, frames: list[bytes]) -> None:
         """Tell since when the group, or this instance of it, has been subscribed."""
+        if len(request.topics) > limits.SUBSCRIPTIONS_MAX:
+            raise InvalidArgumentError(f"A question names at most {limits.SUBSCRIPTIONS_MAX} topics, not {len(request.topics)}.")
         instance_name = _instance_name(session, request.message_model)
         group = self._context.store.tables.groups.get(session.group)
         known = [group.subscribed(topic, instance_name) if group else None for topic in request.topics]
