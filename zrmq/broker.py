@@ -81,6 +81,7 @@ class BrokerRole:
         self.core = BrokerCore(
             self.store, loop.clock, serving, lambda peer, frames: self._send(peer, frames), self._topics_changed
         )
+        self.store.flush()  # what the core had to say before anybody is told anything
         self._router = loop.listen(self._where, self.core.handle)
         self._send = self._router.send
         self._ingest = loop.listen_pull(self._ingest_where, self.core.ingest)

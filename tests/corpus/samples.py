@@ -89,6 +89,9 @@ EVENTS: list[events.Event] = [
     events.LeaseReleased("reports", 2, 5, (3 << 32) + 7),
     events.BrokerStopped(),
     events.GroupDeleted("reports"),
+    events.QueuesAdvanced(2, [(0, 7), (5, 1_000)]),
+    events.StateRelocated(67_108_928, 3, 4, 10_000),
+    events.SessionTimeoutChanged(10_000),
 ]
 
 

@@ -7,6 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from zrmq.errors import StoreFailedError
 from zrmq.message import ConsumeFrom, FlushMode, MessageModel
 from zrmq.protocol.batch import Columns, decode_records, encode_batch, iter_batches
@@ -64,9 +66,10 @@ class BrokerDesk:
         self.sent.clear()
         self.open()
 
-    def restart(self) -> None:
-        """A clean stop and a start: sessions are gone."""
+    def restart(self, **changes: Any) -> None:
+        """A clean stop and a start, configured anew: sessions are gone."""
         self.store.close()
+        self.config = msgspec.structs.replace(self.config, **changes)
         self.sent.clear()
         self.open()
 

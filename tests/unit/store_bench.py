@@ -115,6 +115,9 @@ class StoreBench:
         for _ in range(rounds):
             self.clock.advance(1000)
             run(self.store.begin_maintenance())
+            if self.store.needs_flush:  # something was relocated first
+                self.flush()
+                run(self.store.begin_maintenance())
 
     def fill_segments(self, queue: Queue, count: int, size: int = 500, **more: Any) -> None:
         """Append and flush until the log has so many more segments."""
@@ -238,7 +241,9 @@ def describe(tables: Tables) -> dict[str, Any]:
             for name, group in sorted(tables.groups.items())
         },
         "windows": [(key, its.position, its.highest_sequence, bytes(its.sent)) for key, its in tables.windows.items()],
-        "numbers": (tables.next_topic_id, tables.boot, tables.is_stopped),
+        "numbers": (
+            tables.next_topic_id, tables.boot, tables.is_stopped, tables.relocated_from, tables.session_timeout_ms
+        ),
     }
 
 

@@ -39,6 +39,9 @@ ANY_EVENT = st.one_of(
     st.builds(events.LeaseReleased, NAME, NATURAL, ID, NATURAL),
     st.just(BrokerStopped()),
     st.builds(events.GroupDeleted, NAME),
+    st.builds(events.QueuesAdvanced, NATURAL, st.lists(st.tuples(ID, NATURAL), max_size=4)),
+    st.builds(events.StateRelocated, NATURAL, NATURAL, NATURAL, NATURAL),
+    st.builds(events.SessionTimeoutChanged, NATURAL),
 )
 
 

@@ -180,6 +180,47 @@ def test_after_a_power_cut_a_holder_that_stays_away_loses_its_lease_after_the_se
     assert b.reply(number).lease_epoch > lease.lease_epoch
 
 
+def silent_until_taken(desk: BrokerDesk, rival: DeskClient, number: int) -> float:
+    """How long the rival waits, in ms, while nobody else says anything."""
+    start_ms = desk.clock.monotonic_ms()
+    while rival.reply(number) is None:
+        desk.pass_ms(250)
+        rival.ask(Heartbeat)
+        assert desk.clock.monotonic_ms() - start_ms < 100_000
+    assert isinstance(rival.reply(number), Leased)
+    return desk.clock.monotonic_ms() - start_ms
+
+
+@pytest.mark.parametrize("restarts", [1, 2])
+def test_a_shorter_session_timeout_takes_nothing_from_who_was_told_the_longer_one(desk: BrokerDesk, restarts: int) -> None:
+    member(desk, "a").acquire("meters", 0)
+    for _ in range(restarts):
+        desk.restart(session_timeout_ms=1_000)
+    b = member(desk, "b")
+    assert 9_500 <= silent_until_taken(desk, b, b.post(AcquireLease, "meters", 0, timeout_ms=90_000)) <= 11_000
+    desk.restart()
+    c = member(desk, "c")
+    assert silent_until_taken(desk, c, c.post(AcquireLease, "meters", 0, timeout_ms=90_000)) <= 2_000, "the grace is over"
+
+
+def test_a_holder_whose_welcome_got_lost_still_goes_by_the_longer_timeout(desk: BrokerDesk) -> None:
+    member(desk, "a").acquire("meters", 0)
+    desk.restart(session_timeout_ms=1_000)
+    desk.client("a", "consumer", "readers", epoch=2)
+    b = member(desk, "b")
+    assert silent_until_taken(desk, b, b.post(AcquireLease, "meters", 0, timeout_ms=90_000)) >= 9_500
+
+
+def test_a_longer_session_timeout_is_on_the_disk_before_anybody_is_told(desk: BrokerDesk) -> None:
+    member(desk, "a").acquire("meters", 0)
+    desk.restart(session_timeout_ms=30_000)
+    member(desk, "a", epoch=2)
+    desk.crash()
+    desk.restart(session_timeout_ms=1_000)
+    b = member(desk, "b")
+    assert silent_until_taken(desk, b, b.post(AcquireLease, "meters", 0, timeout_ms=90_000)) >= 29_500
+
+
 def test_a_holder_that_came_back_and_died_loses_its_lease_without_having_joined(desk: BrokerDesk) -> None:
     member(desk, "a").acquire("meters", 0)
     desk.crash()

@@ -12,7 +12,9 @@ from zrmq.errors import DiskFullError
 from zrmq.protocol.events import TopicDeleted
 from zrmq.protocol.requests import PullStatus
 from zrmq.store import maintenance
+from zrmq.store.job import Job
 from zrmq.store.maintenance import TRIMS_MAX
+from zrmq.store.relocation import Relocation
 
 HOUR_MS = 3_600_000
 
@@ -29,6 +31,16 @@ def old_bench(segments: int = 4, **config: Any) -> StoreBench:
     bench.checkpoint()
     bench.clock.advance(HOUR_MS + 1)
     return bench
+
+
+def begin_deletion(bench: StoreBench) -> Job:
+    """What the segments said was said again; the job that deletes them has not run."""
+    bench.clock.advance(1000)
+    assert bench.store.begin_maintenance() is None
+    bench.flush()
+    job = bench.store.begin_maintenance()
+    assert job is not None
+    return job
 
 
 # --- segments that go -----------------------------------------------------------------------------------------------------
@@ -97,9 +109,7 @@ def test_a_deletion_that_a_crash_took_back_is_made_good() -> None:
     """The views know that the segments are gone; the folder was not synced, and they are back."""
     bench = old_bench()
     bench.files.before = lambda operation, path: None
-    bench.clock.advance(1000)
-    job = bench.store.begin_maintenance()
-    bench.flush()
+    job = begin_deletion(bench)
     bench.checkpoint()  # saves the new beginning while the job has not run
     bench.crash()
     assert bench.segments() == [3 * SEGMENT_BYTES]
@@ -269,7 +279,10 @@ def test_a_queue_is_trimmed_when_it_is_read() -> None:
     assert queue.min_offset > 0
 
 
-def test_what_is_known_only_from_deleted_segments_is_gone_with_the_views_but_never_given_again() -> None:
+def test_what_is_known_only_from_deleted_segments_is_gone_with_the_views_but_never_given_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Relocation, "go_on", lambda self: False)  # no room
     bench = old_bench()
     bench.maintain(2)
     for _ in range(3):
@@ -500,9 +513,7 @@ def test_a_long_segment_is_searched_in_slices(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_segment_deleted_while_it_is_searched() -> None:
     bench = old_bench()
-    bench.clock.advance(1000)
-    job = bench.store.begin_maintenance()
-    assert job is not None
+    job = begin_deletion(bench)
     bench.maintain()
     run(job)
     bench.maintain(3)

@@ -13,6 +13,7 @@ from zrmq.files import DiskFiles, read_file, remove_tree, replace_file
 from zrmq.protocol.batch import BATCH_HEADER_BYTES, KIND_EVENT, BatchHeader, encode_entry
 from zrmq.protocol.events import BrokerStarted, GroupSubscribed, LeaseGranted, OffsetsCommitted, TopicDeleted
 from zrmq.protocol.requests import PullStatus
+from zrmq.store.relocation import Relocation
 from zrmq.store.segment import segment_name
 
 
@@ -616,9 +617,11 @@ def test_views_that_cannot_be_read_are_made_again(bench: StoreBench) -> None:
 
 @pytest.mark.parametrize("rubbish", [b"", b"nonsense" * 1000])
 def test_views_that_cannot_be_read_are_not_given_up_when_the_log_has_lost_its_beginning(
-    bench: StoreBench, rubbish: bytes
+    bench: StoreBench, rubbish: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The event that made the topic is deleted: without views.db its messages belong to nobody, and retention removes them."""
+    """The event that made the topic is deleted, and there was no room to say it again: without views.db its messages belong to
+    nobody, and retention removes them."""
+    monkeypatch.setattr(Relocation, "go_on", lambda self: False)
     bench.topic("brief", 1, retention_bytes=1)
     bench.topic("kept", 1)
     bench.fill_segments(bench.queue("brief"), 3)

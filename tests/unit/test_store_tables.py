@@ -19,6 +19,9 @@ from zrmq.protocol.events import (
     LeaseGranted,
     LeaseReleased,
     OffsetsCommitted,
+    QueuesAdvanced,
+    SessionTimeoutChanged,
+    StateRelocated,
     TopicConfig,
     TopicDeleted,
     TopicPut,
@@ -291,6 +294,9 @@ events: st.SearchStrategy[Any] = st.one_of(
     st.builds(BrokerStarted, small),
     st.builds(BrokerStopped),
     st.builds(GroupDeleted, names),
+    st.builds(QueuesAdvanced, ids, st.lists(st.tuples(small, st.integers(0, 50)), max_size=3)),
+    st.builds(StateRelocated, small, small, small, small),
+    st.builds(SessionTimeoutChanged, small),
     st.builds(
         lambda topic_id, queue_id, offset, count, producer: header(
             topic_id, queue_id, offset, count, producer_id=producer, first_sequence=offset + 1, position=offset

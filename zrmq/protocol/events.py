@@ -104,9 +104,34 @@ class GroupDeleted(Event, tag=9, frozen=True):
     group: str
 
 
+class QueuesAdvanced(Event, tag=10, frozen=True):
+    """How far queues of a topic have come, as (queue id, next offset): said again before the batches that tell it are deleted."""
+
+    topic_id: int
+    next_offsets: list[tuple[int, int]]
+
+
+class StateRelocated(Event, tag=11, frozen=True):
+    """Everything that events and batches before `position` said, and that still holds, was said again from there to here.
+
+    The single numbers are in this one: of openings, the id for the next topic, and the longest session timeout in force.
+    """
+
+    position: int
+    boot: int
+    next_topic_id: int
+    session_timeout_ms: int
+
+
+class SessionTimeoutChanged(Event, tag=12, frozen=True):
+    """No holder of a lease goes by a longer session timeout from here on: so long after a restart it may be reading."""
+
+    session_timeout_ms: int
+
+
 AnyEvent = (
     BrokerStarted | TopicPut | TopicDeleted | GroupSubscribed | OffsetsCommitted | LeaseGranted | LeaseReleased | BrokerStopped
-    | GroupDeleted
+    | GroupDeleted | QueuesAdvanced | StateRelocated | SessionTimeoutChanged
 )
 
 _encoder = msgspec.msgpack.Encoder()

@@ -2,7 +2,8 @@
 
 A lease is granted by an event in the log and told only after that event is flushed, so a restarted broker knows every holder
 and goes on where it was: the holder keeps its lease epoch if it comes back within the session timeout, and nobody else gets the
-queue before. Ended leases are events too. Waiters are served in the order they came.
+queue before. Ended leases are events too; so is a change of the session timeout, for a holder goes by the one it was told.
+Waiters are served in the order they came.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import msgspec
 from zrmq.errors import Code, DiskFullError, FencedError, RequestRefusedError, StoreFailedError
 from zrmq.logs import get_logger
 from zrmq.message import MessageModel
-from zrmq.protocol.events import LeaseGranted, LeaseReleased, OffsetsCommitted
+from zrmq.protocol.events import LeaseGranted, LeaseReleased, OffsetsCommitted, SessionTimeoutChanged
 from zrmq.protocol.requests import AcquireLease, Done, Leased, Pull, ReleaseLease
 from zrmq.serving.context import Context
 from zrmq.serving.groups import Membership
@@ -53,9 +54,12 @@ class LeaseDesk:
         self._membership = membership
         self._waiting: dict[Key, deque[LeaseWait]] = {}
         self._epoch = context.store.boot << 32
-        deadline_ms = context.clock.monotonic_ms() + context.config.session_timeout_ms
+        tables, timeout_ms = context.store.tables, context.config.session_timeout_ms
+        if timeout_ms > tables.session_timeout_ms:
+            context.store.append_event(SessionTimeoutChanged(timeout_ms))
+        self._grace_ends_ms = context.clock.monotonic_ms() + tables.session_timeout_ms
         self._absent = {
-            (name, lease.client_id): deadline_ms
+            (name, lease.client_id): self._grace_ends_ms
             for name, group in context.store.tables.groups.items()
             for lease in group.leases.values()
         }
@@ -118,6 +122,9 @@ class LeaseDesk:
         known = self._context.store.tables.groups.get(group)
         if known is None:
             return
+        if self._context.clock.monotonic_ms() < self._grace_ends_ms and self._is_timeout_shorter():
+            self._absent[group, client_id] = self._grace_ends_ms  # it may not have got the WELCOME that said so
+            return
         try:
             for (topic_id, queue_id), lease in list(known.leases.items()):
                 if lease.client_id == client_id:
@@ -131,6 +138,8 @@ class LeaseDesk:
 
     def expire(self, now_ms: float) -> None:
         """End the leases of holders that did not come back after a restart, and the waits that took too long."""
+        if now_ms >= self._grace_ends_ms:
+            self._shorten_timeout()
         for (group, client_id), deadline_ms in list(self._absent.items()):
             if deadline_ms <= now_ms:
                 del self._absent[group, client_id]
@@ -141,6 +150,18 @@ class LeaseDesk:
                 self._refuse(key, wait)
             if not waits:
                 del self._waiting[key]
+
+    def _is_timeout_shorter(self) -> bool:
+        """Whether holders may go by an earlier run's longer session timeout."""
+        return self._context.config.session_timeout_ms < self._context.store.tables.session_timeout_ms
+
+    def _shorten_timeout(self) -> None:
+        """Nobody goes by the longer one any more."""
+        if self._is_timeout_shorter():
+            try:
+                self._context.store.append_event(SessionTimeoutChanged(self._context.config.session_timeout_ms))
+            except (DiskFullError, StoreFailedError):
+                log.debug("session_timeout_not_shortened")  # at the next tick then; a grace that is too long harms nobody
 
     def drop_topic(self, topic_id: int) -> None:
         """The topic is gone: nobody waits for its queues any more."""

@@ -102,7 +102,10 @@ def _capture(
     oldest = next(iter(tables.windows.values()), None)
     topics = [tables.topics_by_id[topic_id] for topic_id in changed.topics if topic_id in tables.topics_by_id]
     return Saved(
-        meta=Meta(applied_position=0, flushed_position=0, log_start=0, boot=tables.boot, next_topic_id=tables.next_topic_id),
+        meta=Meta(
+            applied_position=0, flushed_position=0, log_start=0, boot=tables.boot, next_topic_id=tables.next_topic_id,
+            relocated_from=tables.relocated_from, session_timeout_ms=tables.session_timeout_ms,
+        ),
         topics=[(topic.topic_id, topic.config) for topic in topics],
         topics_deleted=list(changed.topics_deleted),
         queues=[save.row for save in queues],

@@ -15,10 +15,12 @@ from zrmq.clock import Clock
 from zrmq.errors import DamageError
 from zrmq.files import fill_zeros
 from zrmq.logs import get_logger
+from zrmq.protocol.events import AnyEvent
 from zrmq.store.commit_log import CommitLog, scan_segments
 from zrmq.store.config import StoreConfig
 from zrmq.store.consume_queue import ConsumeQueue
 from zrmq.store.job import Job
+from zrmq.store.relocation import Relocation
 from zrmq.store.retention import expired_count
 from zrmq.store.segment import SEGMENT_HEADER_BYTES, Segment
 from zrmq.store.tables import Queue
@@ -39,8 +41,8 @@ class Upkeep:
     """Decides what is to be done. Loop thread only."""
 
     def __init__(
-        self, clock: Clock, config: StoreConfig, commit_log: CommitLog, views: Views, on_damage: Callable[[Damage], None],
-        on_free_bytes: Callable[[int], None],
+        self, clock: Clock, config: StoreConfig, commit_log: CommitLog, views: Views, append: Callable[[AnyEvent], int],
+        on_damage: Callable[[Damage], None], on_free_bytes: Callable[[int], None],
     ) -> None:
         self.free_bytes: int | None = None  # of the file system, as last seen
         self.reindexing: list[Queue] = []  # whose entries are being made anew
@@ -48,6 +50,7 @@ class Upkeep:
         self._config = config
         self._log = commit_log
         self._views = views
+        self._relocation = Relocation(commit_log, views.tables, append)
         self._on_damage = on_damage
         self._on_free_bytes = on_free_bytes
         self._damaged_queues: dict[Queue, None] = {}
@@ -74,10 +77,14 @@ class Upkeep:
         now_ms = self._clock.monotonic_ms()
         if now_ms < self._next_ms:
             return None
+        self._notice_step(now_ms)
+        excess_bytes = self._excess_bytes()
+        count = self._expired_count(saved_position, excess_bytes)
+        if self._is_relocating(count):
+            return None
         self._next_ms = now_ms + INTERVAL_MS
         job = Maintenance(self._log, self._finish)
-        self._notice_step(now_ms)
-        job.removed = self._expire(saved_position)
+        job.removed = self._take(count, is_forced=excess_bytes > 0)
         job.new_spare = self._wanted_spare(job)
         job.scrub = self._next_scrub()
         if may_reindex and self._damaged_queues:
@@ -116,24 +123,34 @@ class Upkeep:
             segment.rejuvenate(self._late_since_ms, until_ms, step_ms)
         self._late_since_ms += step_ms
 
-    def _expire(self, saved_position: int) -> list[tuple[Segment, Path | None]]:
+    def _excess_bytes(self) -> int:
+        """How much has to go, expired or not."""
         config = self._config
         excess_bytes = max(self._log.size_bytes - config.store_bytes_max, 0) if config.store_bytes_max else 0
         is_disk_low = self.free_bytes is not None and self.free_bytes < config.free_delete_bytes
-        if is_disk_low:
-            excess_bytes = max(excess_bytes, 1)  # one segment; then the disk is looked at again
-        count = expired_count(
-            self._log.segments, self._views.tables.topics_by_id, now_ms=self._clock.time_ms(), retention_ms=config.retention_ms,
-            saved_position=saved_position, excess_bytes=excess_bytes,
+        return max(excess_bytes, 1) if is_disk_low else excess_bytes  # one segment; then the disk is looked at again
+
+    def _expired_count(self, saved_position: int, excess_bytes: int) -> int:
+        return expired_count(
+            self._log.segments, self._views.tables.topics_by_id, now_ms=self._clock.time_ms(),
+            retention_ms=self._config.retention_ms, saved_position=saved_position, excess_bytes=excess_bytes,
         )
+
+    def _is_relocating(self, count: int) -> bool:
+        """Whether so many segments stay until what they said was said again, which goes on with each call."""
+        start = self._log.segments[count - 1].end if count else self._log.start
+        return not self._relocation.reaches(start) and self._relocation.go_on()
+
+    def _take(self, count: int, is_forced: bool) -> list[tuple[Segment, Path | None]]:
+        config = self._config
         removed: list[tuple[Segment, Path | None]] = []
         for _ in range(count):
             segment = self._log.take_front()
-            may_recycle = not excess_bytes and segment.end - segment.start == self._log.segment_bytes
+            may_recycle = not is_forced and segment.end - segment.start == self._log.segment_bytes
             spares = len(self._log.spares) + sum(spare is not None for _, spare in removed)
             is_kept = may_recycle and spares < config.spare_segments_max
             removed.append((segment, self._log.next_spare() if is_kept else None))
-            log.info("segment_deleted", position=segment.start, forced=bool(excess_bytes), recycled=is_kept)
+            log.info("segment_deleted", position=segment.start, forced=is_forced, recycled=is_kept)
         self._is_trimming = self._is_trimming or bool(removed)
         return removed
 

@@ -26,8 +26,8 @@ import msgspec
 from zrmq.errors import DamageError, FolderUnusableError, InvalidFrameError
 from zrmq.files import remove_tree
 from zrmq.logs import get_logger
-from zrmq.protocol.batch import ENTRY_HEADER_BYTES, KIND_EVENT, KIND_SEGMENT_END, BatchHeader, EntryHeader
-from zrmq.protocol.events import decode_event
+from zrmq.protocol.batch import ENTRY_HEADER_BYTES, KIND_EVENT, KIND_SEGMENT_END, BatchHeader
+from zrmq.protocol.events import AnyEvent, StateRelocated, TopicDeleted, TopicPut, decode_event
 from zrmq.store.commit_log import CommitLog, scan_segments
 from zrmq.store.segment import EntryReader, Found, Segment, Share
 from zrmq.store.tables import Topic, Window
@@ -42,6 +42,7 @@ class RecoveryReport(msgspec.Struct, frozen=True, kw_only=True):
 
     is_clean: bool  # the last run ended by `close`, or there was none
     has_views: bool  # False: the views were made from the whole log
+    is_complete: bool  # False: what deleted segments said is lost with the views
     replayed_from: int  # position in the log
     replayed_entries: int
     end_position: int  # where the log went on
@@ -57,8 +58,12 @@ def recover(commit_log: CommitLog, views: Views, database: ViewsDb) -> RecoveryR
     Raises `FolderUnusableError` when files are missing, unreadable where the log cannot make up for it, or of a newer version;
     `OSError`, `sqlite3.Error`.
     """
-    saved = _load(commit_log, database)
+    whole = WholeLog(commit_log)
+    saved = _load(commit_log, database, whole)
     if saved is None:
+        whole.look_through()
+        if not whole.is_complete:
+            log.error("state_lost", before_position=commit_log.start)
         database.wipe()
         remove_tree(commit_log.files, views.shelf.folder)
     else:
@@ -66,7 +71,7 @@ def recover(commit_log: CommitLog, views: Views, database: ViewsDb) -> RecoveryR
         commit_log.remove_before(saved.meta.log_start)
     start = saved.meta.applied_position if saved else commit_log.start
     queues_reindexed = _reindex(commit_log, views, start)
-    replay = Replay(commit_log, views, saved.meta.flushed_position if saved else 0)
+    replay = Replay(commit_log, views, whole.topics, saved.meta.flushed_position if saved else 0)
     has_ended_there = saved is not None and bool(saved.meta.stopped) and not _goes_on(commit_log, start)
     if has_ended_there:
         _require(commit_log, start, start)
@@ -78,7 +83,8 @@ def recover(commit_log: CommitLog, views: Views, database: ViewsDb) -> RecoveryR
     _show(commit_log, views)
     report = RecoveryReport(
         is_clean=views.tables.is_stopped or has_ended_there or end == 0,
-        has_views=saved is not None, replayed_from=start, replayed_entries=replay.entries_count, end_position=end,
+        has_views=saved is not None, is_complete=saved is not None or whole.is_complete, replayed_from=start,
+        replayed_entries=replay.entries_count, end_position=end,
         cut_bytes=max(replay.valid_end - end, 0), damage=replay.damage, unplaced_batches=replay.unplaced_count,
         queues_reindexed=queues_reindexed,
     )
@@ -89,7 +95,7 @@ def recover(commit_log: CommitLog, views: Views, database: ViewsDb) -> RecoveryR
 class Replay:
     """The fold of the log from one position to its end, which it finds."""
 
-    def __init__(self, commit_log: CommitLog, views: Views, flushed: int) -> None:
+    def __init__(self, commit_log: CommitLog, views: Views, topics: dict[int, TopicPut], flushed: int) -> None:
         self.flushed = flushed  # the greatest flushed position known so far
         self.valid_end = 0  # behind the last entry that checks out, be it part of the log or not
         self.entries_count = 0
@@ -97,6 +103,7 @@ class Replay:
         self.damage: list[tuple[int, int]] = []
         self._log = commit_log
         self._views = views
+        self._topics = topics  # those of before the log's beginning, which it only tells of further on
         self._segment: Segment | None = None
 
     def run(self, position: int) -> int:
@@ -149,22 +156,56 @@ class Replay:
         if isinstance(header, BatchHeader):
             self._fold_batch(header, segment)
         elif header.kind == KIND_EVENT:
-            self._fold_event(found, header)
+            self._fold_event(found)
             segment.note_event(header.store_timestamp_ms)
         elif header.kind != KIND_SEGMENT_END:
             raise _newer(f"an entry of kind {header.kind}", found.position)
 
     def _fold_batch(self, batch: BatchHeader, segment: Segment) -> None:
         segment.note_batch(batch.topic_id, batch.store_timestamp_ms, batch.length)
+        topic = self._topics.pop(batch.topic_id, None)
+        if topic is not None:
+            self._views.apply_event(topic)
         if self._views.apply_batch(batch) is None:
             self.unplaced_count += 1
 
-    def _fold_event(self, found: Found, header: EntryHeader) -> None:
-        try:
-            event = decode_event(memoryview(found.block)[found.at + ENTRY_HEADER_BYTES : found.at + header.length])
-        except InvalidFrameError as error:
-            raise _newer("an event", found.position) from error
+    def _fold_event(self, found: Found) -> None:
+        event = _decode(found)
+        if isinstance(event, TopicPut | TopicDeleted):
+            self._topics.pop(event.topic_id, None)
         self._views.apply_event(event)
+
+
+class WholeLog:
+    """What can be known of a log before it is folded from its beginning, where that is not the beginning of everything.
+
+    Segments were deleted before; what they had said and what still held was said again, behind batches that need it.
+    """
+
+    def __init__(self, commit_log: CommitLog) -> None:
+        self.topics: dict[int, TopicPut] = {}  # as the log first speaks of them
+        self.is_complete = commit_log.start == 0
+        self._log = commit_log
+
+    def look_through(self) -> None:
+        """Read its events, unless nothing is missing anyway."""
+        if self.is_complete:
+            return
+        for found in self._log.scan(self._log.start):
+            if found.is_whole and found.header is not None and found.header.kind == KIND_EVENT:
+                event = _decode(found)
+                if isinstance(event, TopicPut):
+                    self.topics.setdefault(event.topic_id, event)
+                elif isinstance(event, StateRelocated):
+                    self.is_complete = event.position >= self._log.start
+
+
+def _decode(found: Found) -> AnyEvent:
+    assert found.header is not None
+    try:
+        return decode_event(memoryview(found.block)[found.at + ENTRY_HEADER_BYTES : found.at + found.header.length])
+    except InvalidFrameError as error:
+        raise _newer("an event", found.position) from error
 
 
 def _goes_on(commit_log: CommitLog, end: int) -> bool:
@@ -195,16 +236,17 @@ def _newer(what: str, position: int) -> FolderUnusableError:
     )
 
 
-def _load(commit_log: CommitLog, database: ViewsDb) -> Saved | None:
+def _load(commit_log: CommitLog, database: ViewsDb, whole: WholeLog) -> Saved | None:
     """What was saved; None to make the views from the whole log. Raises `FolderUnusableError` where the log is not whole."""
     try:
         return database.load()
     except DamageError as error:
-        if commit_log.start > 0:
+        whole.look_through()
+        if not whole.is_complete:
             raise FolderUnusableError(
-                f"{error.message} The log before position {commit_log.start} is deleted, and the topics and offsets last"
-                " said there are only in that file. Bring it back; or delete it and consumequeue to go on with what the log still"
-                " has.",
+                f"{error.message} The log before position {commit_log.start} is deleted, and there was no room yet to say again"
+                " which topics and offsets it had: they are only in that file. Bring it back; or delete it and consumequeue to go"
+                " on with what the log still has.",
                 folder=str(commit_log.folder.parent), start_position=commit_log.start, reason=error.message,
             ) from error
         log.warning("views_unreadable", **error.facts)
@@ -214,6 +256,7 @@ def _load(commit_log: CommitLog, database: ViewsDb) -> Saved | None:
 def _restore(saved: Saved, commit_log: CommitLog, views: Views) -> None:
     tables = views.tables
     tables.boot, tables.next_topic_id = saved.meta.boot, saved.meta.next_topic_id
+    tables.relocated_from, tables.session_timeout_ms = saved.meta.relocated_from, saved.meta.session_timeout_ms
     for topic_id, config in saved.topics:
         topic = Topic(topic_id, config)
         topic.grow(config.queue_count)

@@ -85,7 +85,9 @@ class Store:
         self._log = CommitLog(files, folder / "commitlog", config.segment_bytes, self._open_files)
         self._views = Views(Shelf(files, folder / "consumequeue", self._open_files))
         self._database = ViewsDb(files, folder / "views.db")
-        self._upkeep = Upkeep(clock, config, self._log, self._views, self._damage_found, self._disk_seen)
+        self._upkeep = Upkeep(
+            clock, config, self._log, self._views, self.append_event, self._damage_found, self._disk_seen
+        )
         self._reader = Reader(self._log, self._views, self._upkeep, self._damage_found)
         self._batch_limit = 0  # the log's limit while batches are accepted without a second look, else 0
         self._touched: dict[Queue, int] = {}  # appended to in this turn, with the offset that follows
@@ -138,11 +140,11 @@ class Store:
             self._upkeep.trim(index)
         self._database.mark_started()
         self.append_event(BrokerStarted(self._next_boot()))
-        self._flush_now()
+        self.flush()
 
     def _next_boot(self) -> int:
         """One more than the last; where the event that said so is deleted and the views are lost, the time, which is more too."""
-        is_known = self.recovery.has_views or self._log.start == 0
+        is_known = self.recovery.has_views or self.recovery.is_complete
         return self.tables.boot + 1 if is_known else max(self.tables.boot + 1, self._clock.time_ms() // 1000 - YEAR_2020_S)
 
     # --- what there is ------------------------------------------------------------------------------------------------
@@ -265,6 +267,14 @@ class Store:
         awaiting, self._awaiting = self._awaiting, {}
         self._flush = self._log.begin_flush(lambda flush: self._finish_flush(flush, awaiting))
         return self._flush
+
+    def flush(self) -> None:
+        """Write and flush here and now, while the loop does nothing else. Raises `StoreFailedError`."""
+        job = self.begin_flush()
+        if job is not None:
+            job.run()
+            job.finish()
+        self._require_working()
 
     def _finish_flush(self, flush: LogFlush, awaiting: dict[Queue, int]) -> None:
         self._flush = None
@@ -435,7 +445,7 @@ class Store:
     def _stop(self) -> None:
         try:
             self.append_event(BrokerStopped())
-            self._flush_now()
+            self.flush()
         except (DiskFullError, StoreFailedError) as error:
             log.warning("store_not_closed_cleanly", reason=error.message)
             return
@@ -447,13 +457,6 @@ class Store:
             job.mark_stopped()
             job.run()
             job.finish()
-
-    def _flush_now(self) -> None:
-        job = self.begin_flush()
-        if job is not None:
-            job.run()
-            job.finish()
-        self._require_working()
 
     def _release(self) -> None:
         self._log.close()

@@ -25,6 +25,9 @@ from zrmq.protocol.events import (
     LeaseGranted,
     LeaseReleased,
     OffsetsCommitted,
+    QueuesAdvanced,
+    SessionTimeoutChanged,
+    StateRelocated,
     TopicConfig,
     TopicDeleted,
     TopicPut,
@@ -66,6 +69,13 @@ class Queue:
         self.min_offset = 0  # of the first message that is still there
         self.next_offset = 0  # what the next message gets
         self.visible_offset = 0  # consumers see what is below
+
+    def advance(self, offset: int) -> None:
+        """Offsets before this one were given once; what had them need not be in the log any more."""
+        if offset > self.next_offset:
+            if self.min_offset == self.next_offset:
+                self.min_offset = offset
+            self.next_offset = offset
 
     def __repr__(self) -> str:
         return f"<Queue {self.topic.config.topic}/{self.queue_id} {self.min_offset}..{self.visible_offset}..{self.next_offset}>"
@@ -165,6 +175,8 @@ class Tables:
         self.next_topic_id = 1
         self.boot = 0
         self.is_stopped = False  # the last event was BrokerStopped
+        self.relocated_from = 0  # a log that begins here, or before, has everything that is in these tables
+        self.session_timeout_ms = 0  # the longest that a holder of a lease may have been told of; 0 before anybody was
         self._changed = Changed()
         self._folds: dict[type[Any], Callable[[Any], None]] = {
             BrokerStarted: self._broker_started,
@@ -176,6 +188,9 @@ class Tables:
             OffsetsCommitted: self._offsets_committed,
             LeaseGranted: self._lease_granted,
             LeaseReleased: self._lease_released,
+            QueuesAdvanced: self._queues_advanced,
+            StateRelocated: self._state_relocated,
+            SessionTimeoutChanged: self._session_timeout_changed,
         }
 
     def take_changed(self) -> Changed:
@@ -314,9 +329,7 @@ class Tables:
                 continue
             group.offsets[event.instance_name, topic_id, queue_id] = offset
             self._changed.offsets.add((event.group, event.instance_name, topic_id, queue_id))
-            queue = topic.queues[queue_id]
-            if offset > queue.next_offset:
-                queue.next_offset = offset  # what was committed was once stored: damage ate it, its offsets are not given again
+            topic.queues[queue_id].advance(offset)  # what was committed was once stored: damage ate it
 
     def _lease_granted(self, event: LeaseGranted) -> None:
         if event.topic_id in self.topics_by_id:
@@ -329,3 +342,18 @@ class Tables:
         if group and lease and lease.lease_epoch == event.lease_epoch:
             del group.leases[event.topic_id, event.queue_id]
             self._changed.groups.add(event.group)
+
+    def _queues_advanced(self, event: QueuesAdvanced) -> None:
+        topic = self.topics_by_id.get(event.topic_id)
+        for queue_id, offset in event.next_offsets:
+            if topic is not None and queue_id < len(topic.queues):
+                topic.queues[queue_id].advance(offset)
+
+    def _state_relocated(self, event: StateRelocated) -> None:
+        self.relocated_from = event.position
+        self.boot = max(self.boot, event.boot)
+        self.next_topic_id = max(self.next_topic_id, event.next_topic_id)
+        self.session_timeout_ms = event.session_timeout_ms
+
+    def _session_timeout_changed(self, event: SessionTimeoutChanged) -> None:
+        self.session_timeout_ms = event.session_timeout_ms

@@ -13,8 +13,7 @@ saved rarely (a restart replays what was written since), in one transaction, on 
     windows    producer_id (as a signed number), topic_id, queue_id, position, highest_sequence, sent: `tables.Window`
     segments   start, last_ms, scrubbed_ms, shares (MessagePack {topic id: [last ms, size bytes]})
 
-As long as the log has its beginning, a database that cannot be read is as good as none: everything is in the log. Once retention
-has deleted segments, the topics and offsets of before are only here.
+A database that cannot be read is as good as none: everything is in the log, see `relocation`.
 """
 
 from __future__ import annotations
@@ -76,6 +75,8 @@ class Meta(msgspec.Struct, kw_only=True):
     log_start: int  # segments before it are deleted, or about to be
     boot: int
     next_topic_id: int
+    relocated_from: int = 0
+    session_timeout_ms: int = 0
     stopped: int = 0  # 1: `applied_position` is the end of the log, and nobody has opened it since
 
 
