@@ -6,13 +6,11 @@ import threading
 import zrmq
 
 done = threading.Semaphore(0)
-workers: set[str] = set()
 
 
 def work(message: zrmq.Message) -> None:
     if message.body == b"job 5" and message.delivery_attempt == 1:
         raise RuntimeError("the first attempt at job 5 fails")  # it comes again after a pause
-    workers.add(threading.current_thread().name)
     done.release()
 
 

@@ -83,6 +83,15 @@ class NameServerConfig(RoleConfig, frozen=True, kw_only=True):
     gone_after_ms: Annotated[int, meta("Silence after which a broker is forgotten.", ge=100)] = 10_000
     start_grace_ms: Annotated[int, meta("Time from the start in which unknown topics are answered 'not yet'.", ge=0)] = 3_000
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.suspect_after_ms > self.gone_after_ms:
+            raise ConfigError(
+                f"suspect_after_ms is {self.suspect_after_ms}, longer than gone_after_ms with {self.gone_after_ms}: a broker"
+                " would be forgotten before it is suspected; make it shorter.",
+                suspect_after_ms=self.suspect_after_ms, gone_after_ms=self.gone_after_ms,
+            )
+
 
 class BrokerConfig(RoleConfig, Generic[Section], frozen=True, kw_only=True):
     """Options of a broker. `store` is the store's own section: `BrokerConfig[StoreConfig]`."""
@@ -285,7 +294,7 @@ def _read(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error.strerror}; check the path.", file=str(file)) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{file} is not TOML: {error}.", file=str(file)) from error
+        raise ConfigError(f"{file} is not TOML: {error}; correct it there.", file=str(file)) from error
 
 
 def _leaves(table: Mapping[str, Any], prefix: str, sections: set[str]) -> Iterator[tuple[str, Any]]:

@@ -73,3 +73,10 @@ def test_wrong_usage(tmp_path: Path) -> None:
     done = run(tmp_path, "--only", "speed")
     assert done.returncode == 2
     assert "produce" in done.stderr
+
+
+def test_a_folder_for_a_broker_that_runs_elsewhere_is_refused(tmp_path: Path) -> None:
+    done = run(tmp_path, "--nameservers", "tcp://127.0.0.1:1", "--data", str(tmp_path / "kept"))
+    assert done.returncode == 2
+    assert "leave it out with --nameservers" in done.stderr
+    assert not (tmp_path / "kept").exists()

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.unit.real_cluster import await_brokers
 from zrmq.cli.children import Child, start_broker, start_nameserver
 
 UP = ("up", "--nameserver-port", "0", "--broker-port", "0", "--ingest-port", "0")
@@ -94,8 +95,9 @@ def test_roles_apart(tmp_path: Path) -> None:
         with first:
             second, _ = start_broker("broker-b", tmp_path / "b.log", address, tmp_path / "b")
             with second:
+                await_brokers(address, 2)
                 names = {row["broker_name"] for row in rows(zrmq("cluster", "--json", nameservers=address))}
-                assert names <= {"broker-a", "broker-b"}
+                assert names == {"broker-a", "broker-b"}
                 [made] = rows(zrmq("topic", "create", "meters", "--queues", "1", "--json", nameservers=address))
                 assert made["topic"] == "meters"
                 assert second.stop() == first.stop() == nameserver.stop() == 0

@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from tests.tidy.source import LIBRARY, ROOT, tree_of, where
 
 
@@ -20,6 +22,15 @@ def test_contracts_are_kept() -> None:
     kept = re.search(r"Contracts: (\d+) kept, 0 broken", done.stdout)
     assert kept is not None
     assert int(kept.group(1)) >= 6
+
+
+@pytest.mark.parametrize("page", ["ARCHITECTURE.md", "CONTRIBUTING.md"])
+def test_pages_draw_the_floors_of_the_contract(page: str) -> None:
+    contract = re.search(r"^layers =\n((?: {4}.+\n)+)", (ROOT / "setup.cfg").read_text(), re.MULTILINE)
+    assert contract is not None
+    floors = [line.strip() for line in contract.group(1).splitlines() if line.strip() != "__main__"]
+    drawings = re.findall(r"^```\n(cli .*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    assert [[re.split(r" {2,}", line)[0].strip() for line in drawing.splitlines()] for drawing in drawings] == [floors]
 
 
 def test_randomness_is_handed_in() -> None:

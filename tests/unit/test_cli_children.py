@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from zrmq.cli.children import Child
+from zrmq.cli.children import Child, work_folder
 from zrmq.errors import RequestTimeoutError, UnreachableError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -164,3 +165,30 @@ def test_without_its_parent_it_does_not_even_begin() -> None:
     )
     assert done.returncode == 1
     assert done.stdout == b""
+
+
+# --- where they work ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("end", "is_kept"), [(None, False), (KeyboardInterrupt(), False), (UnreachableError("See its log in the folder."), True)]
+)
+def test_a_temporary_folder_is_kept_when_an_error_names_logs_in_it(
+    end: BaseException | None, is_kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    try:
+        with work_folder(None, "zrmq-test-") as folder:
+            (folder / "log").touch()
+            if end is not None:
+                raise end
+    except (KeyboardInterrupt, UnreachableError) as error:
+        assert error is end
+    assert folder.parent == tmp_path
+    assert (folder / "log").exists() == is_kept
+
+
+def test_a_folder_that_is_given_is_kept(tmp_path: Path) -> None:
+    with work_folder(tmp_path, "zrmq-test-") as folder:
+        assert folder == tmp_path
+    assert tmp_path.exists()

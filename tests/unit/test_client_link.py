@@ -703,7 +703,7 @@ def test_noise_is_ignored_counted_and_logged_once(
     open_world.wait_answered(number)
     noise = open_world.link.undecodable_count
     assert noise + open_world.link.ignored_count == 3
-    assert lines == (["reply_undecodable"] if noise else [])
+    assert lines == (["reply_not_decoded"] if noise else [])
 
 
 @pytest.mark.parametrize("number", [0, -1, 1, 2**62])

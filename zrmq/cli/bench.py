@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import signal
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ import msgspec
 
 from zrmq.cli.bench_figures import FIGURES, Figure, Reports, Row, chosen, rows_of, spec_of, spell
 from zrmq.cli.bench_players import Spec
-from zrmq.cli.children import Child, await_brokers, start_broker, start_nameserver
+from zrmq.cli.children import Child, await_brokers, start_broker, start_nameserver, work_folder
 from zrmq.cli.options import examples, json_option
 from zrmq.cli.printing import print_json, print_table
 from zrmq.client.admin import Admin
@@ -122,7 +121,7 @@ def measure(stage: Stage, figures: Sequence[Figure], rounds: int, progress: Prog
 def running_cluster(data: Path | None) -> Iterator[tuple[str, Path]]:
     """A NameServer and a broker as processes, and the folder they use; a temporary one is removed."""
     with ExitStack() as stack:
-        folder = data or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="zrmq-bench-", ignore_cleanup_errors=True)))
+        folder = stack.enter_context(work_folder(data, "zrmq-bench-"))
         nameserver, address = start_nameserver("nameserver", folder / "logs" / "nameserver.log")
         stack.callback(nameserver.stop)
         broker, _ = start_broker("bench", folder / "logs" / "broker.log", address, folder / "broker")
@@ -155,9 +154,11 @@ def bench(
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: everything is ended in order
     figures = chosen(names)
+    if data and nameservers:
+        raise click.UsageError("--data is for a broker started here; leave it out with --nameservers.")
     with ExitStack() as stack:
         if nameservers:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="zrmq-bench-")))
+            folder = stack.enter_context(work_folder(None, "zrmq-bench-"))
             address = nameservers
         else:
             address, folder = stack.enter_context(running_cluster(data))

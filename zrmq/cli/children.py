@@ -12,18 +12,20 @@ import os
 import queue
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from zrmq.clock import SystemClock
-from zrmq.errors import RequestTimeoutError, UnreachableError
+from zrmq.errors import RequestTimeoutError, UnreachableError, ZrmqError
 
 LINE_TIMEOUT_S = 20.0  # for a line that a process prints within a second, unless the machine is busy
 STOP_TIMEOUT_S = 30.0  # a broker's last flush and checkpoint on a slow card
@@ -174,6 +176,23 @@ def start_broker(name: str, log_file: Path, nameservers: str, data: Path, *optio
     """A broker of that name as a process, and its address. One-way sends get a free port."""
     arguments = ["broker", "--broker-name", name, "--broker-port", str(port), "--ingest-port", "0", "--data", str(data)]
     return _start(name, log_file, [*arguments, "--nameservers", nameservers, *options])
+
+
+@contextmanager
+def work_folder(given: Path | None, prefix: str) -> Iterator[Path]:
+    """The folder given, else a temporary one. That is removed, but not after an error, which names logs in it."""
+    if given is not None:
+        yield given
+        return
+    folder = Path(tempfile.mkdtemp(prefix=prefix))
+    try:
+        yield folder
+    except ZrmqError:
+        raise
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _start(name: str, log_file: Path, arguments: list[str]) -> tuple[Child, str]:

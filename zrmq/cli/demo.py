@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import signal
 import sys
-import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import click
 
 import zrmq
+from zrmq.cli.children import work_folder
 from zrmq.cli.demo_cast import Cast
 from zrmq.cli.demo_observer import Observer
 from zrmq.cli.demo_publisher import Publisher
@@ -201,7 +201,7 @@ def demo(seconds: int, per_second: int, file: Path | None, data: Path | None, as
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: everything is ended in order
     source: Source = _open_csv(file) if file is not None else HostSensors()
     with ExitStack() as stack:
-        folder = data or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="zrmq-demo-", ignore_cleanup_errors=True)))
+        folder = stack.enter_context(work_folder(data, "zrmq-demo-"))
         verdict = play(source, folder, _view(as_json), seconds, per_second)
     if as_json:
         print_json({"good": verdict.is_good, **{name: getattr(verdict, name) for name in verdict.__struct_fields__}})

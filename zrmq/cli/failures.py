@@ -58,8 +58,8 @@ def _end_error(error: Exception, invocation: Invocation) -> int:
     if not isinstance(error, ZrmqError):
         _report(error, invocation)
         return EXIT_FAILED
-    facts = {name: fact if isinstance(fact, int | float | str | None) else str(fact) for name, fact in error.facts.items()}
-    _tell({"code": int(error.code), "name": error.code.name, "message": error.message, "facts": facts}, invocation)
+    facts = {"code": int(error.code), "name": error.code.name, "message": error.message, "facts": error.plain_facts()}
+    _tell(facts, invocation)
     if isinstance(error, InvalidArgumentError | ConfigError):
         return EXIT_USAGE
     return EXIT_UNREACHABLE if isinstance(error, UnreachableError) else EXIT_FAILED

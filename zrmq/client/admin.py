@@ -297,7 +297,9 @@ def _configure(config: TopicConfig, settings: dict[str, Any]) -> TopicConfig:
     names = [field.name for field in msgspec.structs.fields(TopicConfig)]
     unknown = settings.keys() - set(names[1:])
     if unknown:
-        raise InvalidArgumentError(f"A topic has no setting {min(unknown)!r}.", setting=min(unknown))
+        raise InvalidArgumentError(
+            f"A topic has no setting {min(unknown)!r}; it has {', '.join(names[1:])}.", setting=min(unknown)
+        )
     try:
         return msgspec.convert(msgspec.to_builtins(msgspec.structs.replace(config, **settings)), TopicConfig)
     except msgspec.ValidationError as error:

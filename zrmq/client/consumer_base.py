@@ -147,7 +147,7 @@ class Consumer:
     def _await_start(self, engine: Engine) -> None:
         """Return when the group is joined, so that nothing stored from then on is missed; or when that takes too long."""
         if not engine.started.wait(START_MS / 1000.0):
-            log.warning("consumer_start_slow", group=self.group, waited_ms=START_MS)
+            log.warning("consumer_start_delayed", group=self.group, waited_ms=START_MS)
         failure = engine.inbox.failure
         if failure is not None:
             self._close(CLOSE_MS)

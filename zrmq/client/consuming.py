@@ -263,7 +263,7 @@ class ConsumerCore:
 
     def _created(self, topic: str, error: ZrmqError | None) -> None:
         if isinstance(error, TopicNotFoundError):
-            log.warning("topic_missing", topic=topic, reason=error.message)  # once: the route shows it when somebody creates it
+            log.warning("topic_not_found", topic=topic, reason=error.message)  # once: the route shows it when somebody creates it
             self._missing.add(topic)
             self._check_started()
         elif error is not None and not isinstance(error, ClosedError):

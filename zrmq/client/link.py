@@ -263,7 +263,7 @@ class Link:
     def _count_undecodable(self, error: InvalidFrameError) -> None:
         self.undecodable_count += 1
         if self.undecodable_count == 1:
-            log.warning("reply_undecodable", address=self.address, reason=error.message)
+            log.warning("reply_not_decoded", address=self.address, reason=error.message)
 
     # --- opening a session ------------------------------------------------------------------------------------------
 

@@ -560,7 +560,8 @@ class ProducerCore:
             return batch.refusal
         if batch.sent_ms:
             return RequestTimeoutError(
-                f"No broker answered within {batch.timeout_ms} ms; it is unknown whether the message was stored.",
+                f"No broker answered within {batch.timeout_ms} ms; it is unknown whether the message was stored. Send"
+                " it again if a second copy does no harm.",
                 topic=batch.topic, timeout_ms=batch.timeout_ms,
             )
         return self._unreachable_error(batch)
@@ -600,5 +601,6 @@ def closed_error() -> ClosedError:
 
 def _given_up_error(batch: Batch) -> ClosedError:
     return ClosedError(
-        "The producer was closed before the message was acknowledged; it is unknown whether it was stored.", topic=batch.topic
+        "The producer was closed before the message was acknowledged; it is unknown whether it was stored. Flush before closing.",
+        topic=batch.topic,
     )

@@ -226,7 +226,7 @@ class Reader:
             self.corrupt_count += 1
             log.error("batch_corrupt_skipped", **place, next_offset=reply.next_offset)
         else:
-            log.warning("offset_outside_queue", **place, next_offset=reply.next_offset, min_offset=reply.min_offset)
+            log.warning("offset_moved", **place, next_offset=reply.next_offset, min_offset=reply.min_offset)
 
     def _refused(self, reading: Reading, error: ZrmqError) -> None:
         if error.code is not reading.refusal:

@@ -37,7 +37,7 @@ SUBSCRIPTIONS_MAX = 256  # topics one group subscribes to
 SESSIONS_MAX = 10_000
 NAME_CHARS_MAX = 255  # of any name or address in a request, before it is looked at more closely
 CREDENTIALS_BYTES_MAX = 4096
-INFLIGHT_BATCHES_MAX = 32  # unacknowledged batches one producer may have on one queue; the dedup window is as long
+INFLIGHT_BATCHES_MAX = 32  # remembered per producer and queue; a producer has fewer of them unanswered
 
 REMEMBERED_TEXTS = 256  # tags and property names come again and again, so their checks are remembered; each has 16 KiB at most
 

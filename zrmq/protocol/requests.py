@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from zrmq.errors import Code, InvalidFrameError
+from zrmq.errors import Code, InvalidFrameError, ZrmqError
 from zrmq.message import ConsumeFrom, FlushMode, MessageModel
 from zrmq.protocol import limits
 from zrmq.protocol.events import TopicConfig
@@ -510,6 +510,23 @@ def encode(header: Request | Reply) -> bytes:
     return _encoder.encode(header)
 
 
+def encode_reply(reply: Reply) -> bytes:
+    """The header frame; in its place a refusal, when it has more bytes than its client would read."""
+    header = _encoder.encode(reply)
+    if len(header) <= REPLY_HEADER_BYTES_MAX:
+        return header
+    return _encoder.encode(Failed(
+        reply.number, Code.PAYLOAD_TOO_LARGE,
+        f"The answer has {len(header)} bytes; the limit is {REPLY_HEADER_BYTES_MAX}. Ask for fewer topics or groups at once.",
+        {"size_bytes": len(header), "limit_bytes": REPLY_HEADER_BYTES_MAX},
+    ))
+
+
+def failed(number: int, error: ZrmqError) -> Failed:
+    """The reply that refuses request `number` with `error`."""
+    return Failed(number, int(error.code), error.message, error.plain_facts())
+
+
 def decode_request(frame: bytes) -> AnyRequest:
     """Raises `InvalidFrameError` for anything that is not a request; never anything else."""
     return _decode(_request_decoder, frame, HEADER_BYTES_MAX)  # type: ignore[no-any-return]
@@ -522,7 +539,9 @@ def decode_reply(frame: bytes) -> AnyReply:
 
 def _decode(decoder: Any, frame: bytes, bytes_max: int) -> Any:
     if len(frame) > bytes_max:
-        raise InvalidFrameError(f"A header has {len(frame)} bytes; the limit is {bytes_max}.", code=Code.PAYLOAD_TOO_LARGE)
+        raise InvalidFrameError(
+            f"A header has {len(frame)} bytes; the limit is {bytes_max}. Ask for less at once.", code=Code.PAYLOAD_TOO_LARGE
+        )
     try:
         return decoder.decode(frame)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError, OverflowError) as error:

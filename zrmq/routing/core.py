@@ -39,7 +39,8 @@ from zrmq.protocol.requests import (
     UnregisterBroker,
     Welcome,
     decode_request,
-    encode,
+    encode_reply,
+    failed,
     peek_number,
 )
 from zrmq.routing.route_table import ALL_TOPICS, GONE_AFTER_MS, SUSPECT_AFTER_MS, TICK_MS, RouteTable
@@ -296,20 +297,13 @@ class NameServerCore:
 
     def _send(self, peer: bytes, reply: Reply) -> None:
         """Send, or end the session of a peer that is gone; it asks again on a new connection."""
-        header = encode(reply)
-        if len(header) > limits.REPLY_HEADER_BYTES_MAX:
-            header = encode(Failed(
-                reply.number, Code.PAYLOAD_TOO_LARGE,
-                f"The answer has {len(header)} bytes; the limit is {limits.REPLY_HEADER_BYTES_MAX}. Ask for fewer topics.",
-            ))
-        if not self._endpoint.send(peer, (header,)):
+        if not self._endpoint.send(peer, (encode_reply(reply),)):
             session = self._sessions.by_peer(peer)
             if session is not None:
                 self._end(session)
 
     def _refuse(self, peer: bytes, number: int, error: ZrmqError) -> None:
-        facts = {name: fact if isinstance(fact, int | float | str) else str(fact) for name, fact in error.facts.items()}
-        self._send(peer, Failed(number, int(error.code), error.message, facts))
+        self._send(peer, failed(number, error))
 
     def _end(self, session: Session) -> None:
         self._drop_watches(session)

@@ -36,13 +36,14 @@ from zrmq.protocol.requests import (
     Send,
     Welcome,
     decode_request,
+    failed,
     peek_number,
 )
 from zrmq.serving.context import Context, ServingConfig
 from zrmq.serving.groups import GroupDesk
 from zrmq.serving.leases import LeaseDesk
 from zrmq.serving.offsets import OffsetDesk
-from zrmq.serving.outbox import Outbox, failed
+from zrmq.serving.outbox import Outbox
 from zrmq.serving.outbox import Send as SendFrames
 from zrmq.serving.pulling import Pulling
 from zrmq.serving.sending import Sending

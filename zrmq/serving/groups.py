@@ -106,7 +106,7 @@ class GroupDesk:
     def query_subscriptions(self, session: Session, request: QuerySubscriptions, frames: list[bytes]) -> None:
         """Tell since when the group, or this instance of it, has been subscribed."""
         if len(request.topics) > limits.SUBSCRIPTIONS_MAX:
-            raise InvalidArgumentError(f"A question names at most {limits.SUBSCRIPTIONS_MAX} topics, not {len(request.topics)}.")
+            raise InvalidArgumentError(f"A question names at most {limits.SUBSCRIPTIONS_MAX} topics; ask several.")
         instance_name = _instance_name(session, request.message_model)
         group = self._context.store.tables.groups.get(session.group)
         known = [group.subscribed(topic, instance_name) if group else None for topic in request.topics]
@@ -161,7 +161,7 @@ class GroupDesk:
         known = self._context.store.tables.groups
         if group not in known and len(known) >= limits.GROUPS_MAX:
             raise RequestRefusedError(
-                f"Broker {self._context.config.broker_name} has {limits.GROUPS_MAX} groups, its limit.",
+                f"Broker {self._context.config.broker_name} has {limits.GROUPS_MAX} groups, its limit; use one that exists.",
                 code=Code.TOO_MANY_REQUESTS,
             )
 
@@ -266,7 +266,7 @@ class GroupDesk:
 
 def _read_subscriptions(asked: list[Subscription]) -> dict[str, str]:
     if not 1 <= len(asked) <= limits.SUBSCRIPTIONS_MAX:
-        raise InvalidArgumentError(f"A group subscribes to 1 to {limits.SUBSCRIPTIONS_MAX} topics, not {len(asked)}.")
+        raise InvalidArgumentError(f"A group reads 1 to {limits.SUBSCRIPTIONS_MAX} topics, not {len(asked)}; use several.")
     subscriptions: dict[str, str] = {}
     for subscription in asked:
         limits.check_topic(subscription.topic)

@@ -17,10 +17,9 @@ from zrmq.errors import Code, DiskFullError, FencedError, RequestRefusedError, S
 from zrmq.logs import get_logger
 from zrmq.message import MessageModel
 from zrmq.protocol.events import LeaseGranted, LeaseReleased, OffsetsCommitted, SessionTimeoutChanged
-from zrmq.protocol.requests import AcquireLease, Done, Leased, Pull, ReleaseLease
+from zrmq.protocol.requests import AcquireLease, Done, Leased, Pull, ReleaseLease, failed
 from zrmq.serving.context import Context
 from zrmq.serving.groups import Membership
-from zrmq.serving.outbox import failed
 from zrmq.store.tables import Lease, Queue
 from zrmq.transport.sessions import Session
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any
 
-from zrmq.errors import Code, ZrmqError
-from zrmq.protocol.limits import REPLY_HEADER_BYTES_MAX
-from zrmq.protocol.requests import Failed, Reply, encode
+from zrmq.errors import ZrmqError
+from zrmq.protocol.requests import Reply, encode_reply, failed
 from zrmq.transport.interface import Frames
 
 Send = Callable[[bytes, Frames], bool]
@@ -32,10 +30,7 @@ class Outbox:
 
     def now(self, peer: bytes, reply: Reply, payload: Frames = ()) -> None:
         """Send a reply or notice that is true already."""
-        header = encode(reply)
-        if len(header) > REPLY_HEADER_BYTES_MAX:
-            header = encode(_too_large(reply.number, len(header)))
-        if not self._send(peer, (header, *payload)):
+        if not self._send(peer, (encode_reply(reply), *payload)):
             self.unroutable_count += 1
 
     def after_write(self, position: int, peer: bytes, reply: Reply) -> None:
@@ -59,22 +54,3 @@ class Outbox:
             while held:
                 _, peer, reply = held.popleft()
                 self.now(peer, failed(reply.number, error))
-
-
-def _too_large(number: int, size_bytes: int) -> Failed:
-    """What takes the place of a reply that its client would not read."""
-    return Failed(
-        number, Code.PAYLOAD_TOO_LARGE,
-        f"The answer has {size_bytes} bytes; the limit is {REPLY_HEADER_BYTES_MAX}. Ask for fewer topics or groups at once.",
-        {"size_bytes": size_bytes, "limit_bytes": REPLY_HEADER_BYTES_MAX},
-    )
-
-
-def failed(number: int, error: ZrmqError) -> Failed:
-    """The reply that refuses request `number` with `error`."""
-    return Failed(number, int(error.code), error.message, {name: _plain(fact) for name, fact in error.facts.items()})
-
-
-def _plain(fact: object) -> Any:
-    """Facts travel as MessagePack: numbers and text as they are, anything else as text."""
-    return fact if isinstance(fact, (int, float, str, bool, type(None))) else str(fact)

@@ -9,9 +9,8 @@ import msgspec
 from zrmq.errors import Code, RequestRefusedError, TopicNotFoundError, ZrmqError
 from zrmq.protocol import limits
 from zrmq.protocol.events import PERMISSION_READ
-from zrmq.protocol.requests import Pull, Pulled, PullStatus
+from zrmq.protocol.requests import Pull, Pulled, PullStatus, failed
 from zrmq.serving.context import Context
-from zrmq.serving.outbox import failed
 from zrmq.store.tables import Queue, Topic
 from zrmq.transport.sessions import Session
 
@@ -86,7 +85,8 @@ class Pulling:
         """The topic is gone: say so to everybody who waits for its messages."""
         for held in [held for queue in topic.queues for held in self._held.get(queue, ())]:
             self._forget(held)
-            gone = TopicNotFoundError(f"Topic {held.request.topic!r} was deleted.", topic=held.request.topic)
+            name = held.request.topic
+            gone = TopicNotFoundError(f"Topic {name!r} was deleted; read another, or create it again.", topic=name)
             self._context.outbox.now(held.session.peer, failed(held.request.number, gone))
 
     def _answer(self, session: Session, request: Pull, queue: Queue, offset: int, wait: bool) -> int | None:

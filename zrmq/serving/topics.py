@@ -97,7 +97,8 @@ def check_config(config: TopicConfig) -> None:
     limits.check_topic(config.topic)
     if not 1 <= config.queue_count <= limits.QUEUES_PER_TOPIC_MAX:
         raise InvalidArgumentError(
-            f"A topic has 1 to {limits.QUEUES_PER_TOPIC_MAX} queues, not {config.queue_count}.", queue_count=config.queue_count
+            f"A topic has 1 to {limits.QUEUES_PER_TOPIC_MAX} queues at a broker, not {config.queue_count}; use several topics.",
+            queue_count=config.queue_count,
         )
     if config.permission & ~(PERMISSION_READ | PERMISSION_WRITE):
         raise InvalidArgumentError(f"The permission {config.permission} is not a sum of 4 (read) and 2 (write).")

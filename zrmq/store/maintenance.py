@@ -221,7 +221,7 @@ class Upkeep:
         now_ms = self._clock.monotonic_ms()
         if free_bytes < self._config.free_warn_bytes and now_ms >= self._next_warning_ms:
             self._next_warning_ms = now_ms + WARN_AGAIN_MS
-            log.warning("disk_low", free_bytes=free_bytes, folder=str(self._log.folder.parent))
+            log.warning("disk_space_ran_low", free_bytes=free_bytes, folder=str(self._log.folder.parent))
 
 
 class Maintenance(Job):

@@ -249,7 +249,7 @@ def _load(commit_log: CommitLog, database: ViewsDb, whole: WholeLog) -> Saved | 
                 " on with what the log still has.",
                 folder=str(commit_log.folder.parent), start_position=commit_log.start, reason=error.message,
             ) from error
-        log.warning("views_unreadable", **error.facts)
+        log.warning("views_not_read", **error.facts)
         return None
 
 

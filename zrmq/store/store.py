@@ -339,7 +339,7 @@ class Store:
     def _disk_seen(self, free_bytes: int) -> None:
         is_full = free_bytes < self._config.free_refuse_bytes
         if is_full != self._is_disk_full:
-            log.warning("disk_full" if is_full else "disk_has_room", free_bytes=free_bytes, folder=str(self._folder))
+            log.warning("disk_filled" if is_full else "disk_freed", free_bytes=free_bytes, folder=str(self._folder))
         self._is_disk_full = is_full
         self._batch_limit = 0
 
@@ -413,7 +413,7 @@ class Store:
             self._saved_position = checkpoint.position
         elif checkpoint.is_disk_unsure:
             self._may_checkpoint = False  # what a queue file holds is not known; the next start makes the views from the log
-            log.error("views_not_saved_any_more", reason=str(checkpoint.error))
+            log.error("views_given_up", reason=str(checkpoint.error))
 
     def begin_maintenance(self) -> Job | None:
         """The job that deletes expired segments, makes files for the next ones, looks at the disk's room and for damage; None

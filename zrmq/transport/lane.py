@@ -202,7 +202,7 @@ class Lane:
         except InvalidFrameError as error:
             self.undecodable_count += 1
             if self.undecodable_count == 1:
-                log.warning("reply_undecodable", address=self.address, reason=error.message)
+                log.warning("reply_not_decoded", address=self.address, reason=error.message)
             return None
 
     def _judge(self, reply: AnyReply, payload: list[bytes]) -> tuple[AnyReply, list[bytes]] | None:
