@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import sqlite3
 
 Buffer = bytes | bytearray | memoryview
+FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk, or this user's part of it, has no room
 
 IOV_MAX = 1024  # buffers the kernel takes in one pwritev; Linux and macOS agree
 ZEROS = bytes(1 << 20)

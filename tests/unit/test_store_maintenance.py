@@ -306,6 +306,20 @@ def test_what_is_known_only_from_deleted_segments_is_gone_with_the_views_but_nev
     assert len(bench.bodies(bench.queue())) == 1
 
 
+@pytest.mark.parametrize(("spare_segments_max", "operation"), [(0, "unlink"), (2, "rename")])
+def test_files_that_the_disk_does_not_let_go_of_go_at_the_next_round(spare_segments_max: int, operation: str) -> None:
+    bench = old_bench(5, spare_segments_max=spare_segments_max)
+    bench.files.fail(operation, path="commitlog")
+    job = begin_deletion(bench)
+    run(job)
+    assert bench.store.start_position == 4 * SEGMENT_BYTES
+    assert len(bench.segments()) == 5
+    assert bench.store._upkeep.free_bytes is not None, "the disk's room is looked at nevertheless"
+    bench.maintain()
+    assert bench.segments() == [4 * SEGMENT_BYTES]
+    assert len(spares(bench)) == spare_segments_max
+
+
 # --- spares ---------------------------------------------------------------------------------------------------------------
 
 

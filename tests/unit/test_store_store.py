@@ -298,6 +298,18 @@ def test_a_full_disk_heals_by_itself() -> None:
     assert bench.bodies(queue)
 
 
+def test_a_disk_that_does_not_tell_its_room_has_failed() -> None:
+    bench = full_bench(3)
+    queue = bench.queue()
+    bench.append(queue)
+    bench.files.capacity_bytes = bench.files.used_bytes + SEGMENT_BYTES
+    bench.maintain()
+    bench.clock.advance(1_000)
+    bench.files.fail("free_bytes")
+    with pytest.raises(StoreFailedError, match="tell how much room it has"):
+        bench.append(queue)
+
+
 def test_too_little_free_space_refuses_batches_even_while_a_segment_has_room() -> None:
     bench = full_bench(3)
     queue = bench.queue()

@@ -17,14 +17,13 @@ was never part of the log, and recovery removes it.
 
 from __future__ import annotations
 
-import errno
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from zrmq.errors import DiskFullError, FolderUnusableError
-from zrmq.files import Buffer, Files, OpenFile, fill_zeros, read_fully, write_fully
+from zrmq.files import FULL, Buffer, Files, OpenFile, fill_zeros, read_fully, write_fully
 from zrmq.logs import get_logger
 from zrmq.protocol.batch import KIND_SEGMENT_END, encode_entry
 from zrmq.store.job import Job
@@ -49,7 +48,6 @@ log = get_logger("store")
 EPOCH = 0  # of entries written by a broker without replicas
 
 _SPARE = re.compile(r"spare-(\d+)\Z")
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class CommitLog:
@@ -232,7 +230,7 @@ class CommitLog:
                 file.close()
                 raise
         except OSError as error:
-            if error.errno in _FULL:
+            if error.errno in FULL:
                 raise self._full(0, reserve_bytes) from error
             raise
         self.spares.pop()

@@ -7,13 +7,12 @@ only after its old name is gone from the disk.
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable
 from pathlib import Path
 
 from zrmq.clock import Clock
 from zrmq.errors import DamageError
-from zrmq.files import fill_zeros
+from zrmq.files import FULL, fill_zeros
 from zrmq.logs import get_logger
 from zrmq.protocol.events import AnyEvent
 from zrmq.store.commit_log import CommitLog, scan_segments
@@ -55,6 +54,7 @@ class Upkeep:
         self._on_free_bytes = on_free_bytes
         self._damaged_queues: dict[Queue, None] = {}
         self._running: Maintenance | None = None
+        self._unremoved: list[tuple[Segment, Path | None]] = []  # out of the log, and the disk refused to let go of the files
         self._late_since_ms = clock.time_ms()  # what was stored before is by a clock that nothing is known of
         self._seen_ms = clock.time_ms(), clock.monotonic_ms()
         self._next_ms = -1.0
@@ -84,7 +84,7 @@ class Upkeep:
             return None
         self._next_ms = now_ms + INTERVAL_MS
         job = Maintenance(self._log, self._finish)
-        job.removed = self._take(count, is_forced=excess_bytes > 0)
+        job.removed = self._unremoved + self._take(count, is_forced=excess_bytes > 0)
         job.new_spare = self._wanted_spare(job)
         job.scrub = self._next_scrub()
         if may_reindex and self._damaged_queues:
@@ -187,6 +187,7 @@ class Upkeep:
 
     def _finish(self, job: Maintenance) -> None:
         self._running = None
+        self._unremoved = job.removed
         self._log.spares += job.spares
         if job.free_bytes is not None:
             self.free_bytes = job.free_bytes
@@ -228,7 +229,7 @@ class Maintenance(Job):
     """One round of upkeep. What is to be done is in its attributes before, what came of it after."""
 
     def __init__(self, commit_log: CommitLog, on_finished: Callable[[Maintenance], None]) -> None:
-        self.removed: list[tuple[Segment, Path | None]] = []  # out of the log; the name of the spare each becomes, if it does
+        self.removed: list[tuple[Segment, Path | None]] = []  # out of the log, and the spare each becomes; none after the work
         self.new_spare: Path | None = None
         self.scrub: tuple[Segment, int] | None = None
         self.reindex: list[tuple[ConsumeQueue, int]] = []  # up to which entry's number
@@ -245,10 +246,12 @@ class Maintenance(Job):
         self._on_finished = on_finished
 
     def work(self) -> None:
-        self._remove()
+        try:
+            self._remove()
+        finally:
+            self.free_bytes = self._files.free_bytes(self._folder)
         if self.new_spare is not None:
             self._make_spare(self.new_spare)
-        self.free_bytes = self._files.free_bytes(self._folder)
         if self.scrub is not None:
             self._scrub(*self.scrub)
         if self.reindex and self.reindex_segments:
@@ -260,14 +263,18 @@ class Maintenance(Job):
         self._on_finished(self)
 
     def _remove(self) -> None:
-        for segment, spare in self.removed:
+        is_any, spares = bool(self.removed), []
+        while self.removed:
+            segment, spare = self.removed[0]
             if spare is None:
                 self._files.unlink(segment.path)
             else:
                 self._files.rename(segment.path, spare)
-        if self.removed:
+                spares.append(spare)
+            del self.removed[0]
+        if is_any:
             self._files.fsync_dir(self._folder)
-        self.spares += [spare for _, spare in self.removed if spare is not None]
+        self.spares += spares
 
     def _make_spare(self, path: Path) -> None:
         """Zero-filled, not only allocated: the first write to an allocated block changes metadata, and a flush pays for it."""
@@ -277,7 +284,7 @@ class Maintenance(Job):
             file.fdatasync()
         except OSError as error:
             self._files.unlink(path)
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in FULL:
                 raise
         else:
             self.spares.append(path)

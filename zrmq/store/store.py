@@ -328,7 +328,10 @@ class Store:
         now_ms = self._clock.monotonic_ms()
         if now_ms >= self._looked_ms + LOOK_AGAIN_MS:
             self._looked_ms = now_ms
-            self._disk_seen(self._files.free_bytes(self._folder))
+            try:
+                self._disk_seen(self._files.free_bytes(self._folder))
+            except OSError as error:
+                raise self._fail("tell how much room it has", error) from error
         if self._is_disk_full:
             raise DiskFullError(
                 f"The disk of {self._folder} has less than {self._config.free_refuse_bytes} bytes left, and those stay free. Free"
