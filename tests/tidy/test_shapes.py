@@ -173,6 +173,11 @@ def test_no_test_sleeps() -> None:
         f"{where(file, line)} {name}"
         for file in TESTS for line, name in calls(file) if name.rpartition(".")[2] in ("sleep", "usleep", "nanosleep")
     ]
+    faults += [  # an event that nobody else knows
+        f"{where(file, part.lineno)} {ast.unparse(part)}"
+        for file in TESTS for part in ast.walk(tree_of(file))
+        if isinstance(part, ast.Call) and ast.unparse(part.func).endswith("Event().wait")
+    ]
     report(faults, "Wait for the thing itself (an event, a line of output, a state), with a bound; or turn a clock by hand.")
 
 
