@@ -106,6 +106,8 @@ class Host:
             self.reactor.run()
         except BaseException as error:  # noqa: BLE001 - handed to the thread that started us
             self._error = self._error or error
+            if self._opened.is_set():  # nobody waits for it
+                log.exception("host_failed", name=self._name)
         finally:
             self.reactor.close()
             self._opened.set()
