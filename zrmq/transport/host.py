@@ -104,7 +104,7 @@ class Host:
             self._open_roles(on_open)
             self._opened.set()
             self.reactor.run()
-        except BaseException as error:  # noqa: BLE001 - handed to the thread that started us
+        except BaseException as error:
             self._error = self._error or error
             if self._opened.is_set():  # nobody waits for it
                 log.exception("host_failed", name=self._name)
