@@ -23,7 +23,7 @@ from zrmq.errors import (
     RequestTimeoutError,
     ZrmqError,
 )
-from zrmq.protocol.limits import MESSAGE_BYTES_MAX, PROTOCOL_VERSION
+from zrmq.protocol.limits import FRAME_COUNT_MAX, MESSAGE_BYTES_MAX, PROTOCOL_VERSION
 from zrmq.protocol.requests import (
     Alive,
     AnyReply,
@@ -704,6 +704,14 @@ def test_noise_is_ignored_counted_and_logged_once(
     noise = open_world.link.undecodable_count
     assert noise + open_world.link.ignored_count == 3
     assert lines == (["reply_not_decoded"] if noise else [])
+
+
+def test_an_answer_that_was_cut_off_is_no_answer(open_world: World, desk: Desk) -> None:
+    """Its payload would be taken for all there is, and the rest for read."""
+    desk.endpoint.send(desk.peer, [encode(Alive(0, 5)), *[b""] * FRAME_COUNT_MAX])
+    open_world.wait_answered(open_world.ask())
+    assert open_world.link.undecodable_count == 1
+    assert not any(notice == Alive(0, 5) for notice in open_world.notices)
 
 
 @pytest.mark.parametrize("number", [0, -1, 1, 2**62])

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zrmq.errors import AddressInUseError, Code
-from zrmq.protocol.limits import HEADER_BYTES_MAX, PROTOCOL_VERSION
+from zrmq.protocol.limits import FRAME_COUNT_MAX, HEADER_BYTES_MAX, PROTOCOL_VERSION
 from zrmq.protocol.requests import (
     ROUTE_OF_OTHERS,
     Alive,
@@ -506,6 +506,15 @@ def test_what_is_no_request_gets_an_error(client: Peer, header: bytes) -> None:
     assert isinstance(reply, Failed)
     assert reply.code in (Code.BAD_REQUEST, Code.PAYLOAD_TOO_LARGE)
     assert isinstance(client.ask(Heartbeat), Alive)
+
+
+def test_a_message_that_was_cut_off_is_refused(client: Peer) -> None:
+    heard = len(client.heard)
+    client.connection.send([encode(Heartbeat(77, 0)), *[b""] * FRAME_COUNT_MAX])
+    client.network.run_until(lambda: len(client.heard) > heard)
+    reply = client.heard[-1]
+    assert isinstance(reply, Failed)
+    assert (reply.number, reply.code) == (77, Code.PAYLOAD_TOO_LARGE)
 
 
 values = st.recursive(

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.unit.broker_desk import BrokerDesk
 from zrmq.errors import Code
+from zrmq.protocol.limits import FRAME_COUNT_MAX
 from zrmq.protocol.requests import (
     DescribeBroker,
     Failed,
@@ -65,6 +66,20 @@ def test_hostile_frames_get_an_error_and_nothing_else(frames: list[bytes]) -> No
     desk.core.handle(b"hostile", frames)
     desk.core.ingest(b"", frames)
     assert isinstance(last_reply(desk, b"hostile"), Failed)
+
+
+def test_a_message_that_was_cut_off_is_refused_with_its_number_and_counted() -> None:
+    """Whatever it asks for: what is left of it must not pass for the whole."""
+    desk = BrokerDesk()
+    desk.topic("meters")
+    client = desk.client("c")
+    for number, request in enumerate((Heartbeat(8, 0), Pull(9, 0, "meters", 0, 0, 1000, 0)), 1):
+        desk.core.handle(client.peer, [encode(request), *[b""] * FRAME_COUNT_MAX])
+        reply = client.reply(request.number)
+        assert isinstance(reply, Failed) and reply.code == Code.PAYLOAD_TOO_LARGE
+        assert desk.core.facts()["frames_invalid"] == number
+    desk.core.ingest(b"", [encode(Send(0, 0, "meters", 0)), client.batch([b"x"]), *[b""] * FRAME_COUNT_MAX])
+    assert desk.core.facts()["batches_refused_one_way"] == 1
 
 
 @given(

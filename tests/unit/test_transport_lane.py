@@ -22,7 +22,7 @@ from zrmq.errors import (
     UnreachableError,
 )
 from zrmq.message import FlushMode
-from zrmq.protocol.limits import PROTOCOL_VERSION
+from zrmq.protocol.limits import FRAME_COUNT_MAX, PROTOCOL_VERSION
 from zrmq.protocol.requests import (
     AnyRequest,
     Bye,
@@ -382,6 +382,20 @@ def test_noise_does_not_keep_a_lane_waiting_beyond_its_deadline(place: Place, de
         send(lane, timeout_ms=200)
     assert lane.undecodable_count > 0
     lane.undecodable_count = 10_000
+
+
+def test_an_answer_that_was_cut_off_is_no_answer(place: Place, desk: Desk) -> None:
+    lane = place.lane()
+    send(lane)
+
+    def answer(request: AnyRequest, peer: bytes) -> list[Reply]:
+        desk.endpoint.send(peer, [encode(Sent(request.number, 7, 1, FlushMode.SYNC)), *[b""] * FRAME_COUNT_MAX])
+        return []
+
+    desk.answer = answer
+    with pytest.raises(RequestTimeoutError):
+        send(lane, timeout_ms=150)
+    assert lane.undecodable_count == 1
 
 
 # --- the end ------------------------------------------------------------------------------------------------------------

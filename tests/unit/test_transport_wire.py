@@ -9,7 +9,9 @@ import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 
+from zrmq.errors import Code, InvalidFrameError
 from zrmq.protocol.limits import FRAME_COUNT_MAX
+from zrmq.protocol.requests import check_whole
 from zrmq.transport import wire
 from zrmq.transport.options import Context, Socket, end_context, make_context, open_socket
 from zrmq.transport.wire import COPY_BYTES_MAX, is_readable, receive_message, send_message
@@ -69,6 +71,32 @@ def test_a_message_too_long_is_cut_and_the_next_one_whole(pair: tuple[Socket, So
     cut = receive_message(pair[1])
     assert cut == [b"%d" % number for number in range(FRAME_COUNT_MAX + 2)]
     assert receive_message(pair[1]) == [b"next"]
+
+
+def test_of_a_message_too_large_only_the_beginning_is_kept_and_the_next_one_is_whole(
+    pair: tuple[Socket, Socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "RECEIVED_BYTES_MAX", 1_000)
+    send_message(pair[0], [b"id", b"header", *[bytes(400)] * 61])
+    send_message(pair[0], [b"next", bytes(1_000)])
+    cut = receive_message(pair[1])
+    assert cut[:5] == [b"id", b"header", *[bytes(400)] * 3]
+    assert sum(map(len, cut)) == 8 + 3 * 400
+    with pytest.raises(InvalidFrameError, match="frames or .* bytes") as caught:
+        check_whole(cut[1:])
+    assert caught.value.code is Code.PAYLOAD_TOO_LARGE
+    whole = receive_message(pair[1])
+    assert whole == [b"next", bytes(1_000)]
+    check_whole(whole)
+
+
+def test_a_message_that_is_too_large_in_its_last_frame_is_not_cut(
+    pair: tuple[Socket, Socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of it is missing, and whoever reads it says what is wrong with it."""
+    monkeypatch.setattr(wire, "RECEIVED_BYTES_MAX", 1_000)
+    send_message(pair[0], [b"id", b"header", bytes(1_001)])
+    assert receive_message(pair[1]) == [b"id", b"header", bytes(1_001)]
 
 
 def test_a_send_without_room_leaves_nothing_behind(context: Context) -> None:

@@ -35,6 +35,7 @@ from zrmq.protocol.requests import (
     Hello,
     Request,
     Welcome,
+    check_whole,
     decode_reply,
     encode,
 )
@@ -223,6 +224,7 @@ class Link:
     def on_frames(self, frames: list[bytes]) -> None:
         """Of `ConnectionListener`: an answer, a notice, or noise."""
         try:
+            check_whole(frames)
             reply = decode_reply(frames[0])
         except InvalidFrameError as error:
             self._count_undecodable(error)

@@ -29,6 +29,7 @@ REPLY_HEADER_BYTES_MAX = 8 * 1024 * 1024  # a reply's: the routes of 10,000 topi
 FRAME_COUNT_MAX = 1026  # header and as many payload frames as one pwritev or pull may have
 MESSAGE_BYTES_MAX = 32 * 1024 * 1024  # ZMQ_MAXMSGSIZE: beyond it libzmq cuts the connection without a word
 PULL_BYTES_MAX = 8 * 1024 * 1024
+RECEIVED_BYTES_MAX = REPLY_HEADER_BYTES_MAX + PULL_BYTES_MAX  # of a message with all its frames; the rest is dropped unread
 PULL_WAIT_MS_MAX = 60_000
 QUEUES_PER_TOPIC_MAX = 1024
 TOPICS_MAX = 10_000

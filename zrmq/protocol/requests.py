@@ -11,6 +11,7 @@ Who answers what:  N NameServer, B broker, * both.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import Annotated, Any
 
@@ -20,7 +21,16 @@ from zrmq.errors import Code, InvalidFrameError, ZrmqError
 from zrmq.message import ConsumeFrom, FlushMode, MessageModel
 from zrmq.protocol import limits
 from zrmq.protocol.events import TopicConfig
-from zrmq.protocol.limits import CREDENTIALS_BYTES_MAX, HEADER_BYTES_MAX, REPLY_HEADER_BYTES_MAX, Name, Natural, QueueId
+from zrmq.protocol.limits import (
+    CREDENTIALS_BYTES_MAX,
+    FRAME_COUNT_MAX,
+    HEADER_BYTES_MAX,
+    RECEIVED_BYTES_MAX,
+    REPLY_HEADER_BYTES_MAX,
+    Name,
+    Natural,
+    QueueId,
+)
 
 OFFSET_EARLIEST = -2
 OFFSET_LATEST = -1
@@ -525,6 +535,15 @@ def encode_reply(reply: Reply) -> bytes:
 def failed(number: int, error: ZrmqError) -> Failed:
     """The reply that refuses request `number` with `error`."""
     return Failed(number, int(error.code), error.message, error.plain_facts())
+
+
+def check_whole(frames: Sequence[bytes]) -> None:
+    """Raise `InvalidFrameError` (PAYLOAD_TOO_LARGE) for more frames than a message may have, which one that was cut off has."""
+    if len(frames) > FRAME_COUNT_MAX:
+        raise InvalidFrameError(
+            f"A message has more than {FRAME_COUNT_MAX} frames or {RECEIVED_BYTES_MAX} bytes; send less at once.",
+            code=Code.PAYLOAD_TOO_LARGE,
+        )
 
 
 def decode_request(frame: bytes) -> AnyRequest:

@@ -38,6 +38,7 @@ from zrmq.protocol.requests import (
     Route,
     UnregisterBroker,
     Welcome,
+    check_whole,
     decode_request,
     encode_reply,
     failed,
@@ -132,6 +133,7 @@ class NameServerCore:
         """One message from a peer: header and payload frames, any bytes at all."""
         header = frames[0] if frames else b""
         try:
+            check_whole(frames)
             request = decode_request(header)
         except InvalidFrameError as error:
             self._refuse(peer, peek_number(header), error)

@@ -35,6 +35,7 @@ from zrmq.protocol.requests import (
     Request,
     Send,
     Welcome,
+    check_whole,
     decode_request,
     failed,
     peek_number,
@@ -111,6 +112,7 @@ class BrokerCore:
     def handle(self, peer: bytes, frames: list[bytes]) -> None:
         """One message from the ROUTER."""
         try:
+            check_whole(frames)
             request = decode_request(frames[0])
         except InvalidFrameError as error:
             self.frames_invalid += 1
@@ -127,6 +129,7 @@ class BrokerCore:
     def ingest(self, peer: bytes, frames: list[bytes]) -> None:
         """One message from the PULL: a one-way send. Nobody can be told what is wrong with it, so it is counted."""
         try:
+            check_whole(frames)
             request = decode_request(frames[0])
             if not isinstance(request, Send) or self._stopping:
                 raise InvalidFrameError("Only one-way sends come in here.")

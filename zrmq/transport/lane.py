@@ -25,7 +25,7 @@ from zrmq.errors import (
 )
 from zrmq.logs import get_logger
 from zrmq.protocol.limits import PROTOCOL_VERSION
-from zrmq.protocol.requests import AnyReply, Bye, Failed, Hello, Request, Welcome, decode_reply, encode
+from zrmq.protocol.requests import AnyReply, Bye, Failed, Hello, Request, Welcome, check_whole, decode_reply, encode
 from zrmq.transport.address import Address, parse_connect_address
 from zrmq.transport.client import connect_socket, try_send
 from zrmq.transport.inproc import directory_of
@@ -191,14 +191,15 @@ class Lane:
                 line.set_wait(self._slice_ms(deadline_ms, was_sent=True))
                 continue
             self._heard_ms = self._now_ms()
-            reply = self._decode(answer.pop(0))
+            reply = self._decode(answer)
             if reply is not None and reply.number == number:
-                return self._judge(reply, answer)
+                return self._judge(reply, answer[1:])
             self._slice_ms(deadline_ms, was_sent=True)  # a late answer to another request: wait on, but not for ever
 
-    def _decode(self, header: bytes) -> AnyReply | None:
+    def _decode(self, frames: list[bytes]) -> AnyReply | None:
         try:
-            return decode_reply(header)
+            check_whole(frames)
+            return decode_reply(frames[0])
         except InvalidFrameError as error:
             self.undecodable_count += 1
             if self.undecodable_count == 1:

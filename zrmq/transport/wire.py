@@ -8,7 +8,7 @@ from typing import cast
 import zmq
 import zmq.backend
 
-from zrmq.protocol.limits import FRAME_COUNT_MAX
+from zrmq.protocol.limits import FRAME_COUNT_MAX, RECEIVED_BYTES_MAX
 from zrmq.transport.interface import Frame, Frames
 from zrmq.transport.options import Socket
 
@@ -50,16 +50,29 @@ def _end_message(socket: Socket) -> None:
 def receive_message(socket: Socket, flags: int = _LAST) -> list[bytes]:
     """Receive one message. Raises `zmq.Again` when there is none (within RCVTIMEO for flags 0).
 
-    A message of more than `FRAME_COUNT_MAX` frames and the routing id is cut off one frame later: enough to see that it is
-    too long, and no more memory than that.
+    One that no request or reply can be, with more than `FRAME_COUNT_MAX` frames and the routing id or `RECEIVED_BYTES_MAX` bytes,
+    is cut off one frame later: its other frames are not even copied. Empty ones make up the number, so that whatever was cut off
+    has more frames than a message may have, which is what `check_whole` looks at.
     """
     frame = _recv(socket, flags, False)
     frames = [frame.bytes]
+    room = RECEIVED_BYTES_MAX
     while frame.more:
+        if room < 0 or len(frames) > FRAME_COUNT_MAX + 1:
+            _drop_rest(socket)
+            frames += [b""] * (FRAME_COUNT_MAX + 2 - len(frames))
+            break
         frame = _recv(socket, flags, False)
-        if len(frames) < FRAME_COUNT_MAX + 2:
-            frames.append(frame.bytes)
+        data = frame.bytes
+        room -= len(data)
+        frames.append(data)
     return frames
+
+
+def _drop_rest(socket: Socket) -> None:
+    """libzmq hands over whole messages: what follows is there."""
+    while _recv(socket, _LAST, False).more:
+        pass
 
 
 def is_readable(socket: Socket) -> bool:
