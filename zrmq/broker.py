@@ -79,11 +79,12 @@ class BrokerRole:
             heartbeat_ms=min(1_000, config.session_timeout_ms // 4),
         )
         self.core = BrokerCore(
-            self.store, loop.clock, serving, lambda peer, frames: self._send(peer, frames), self._topics_changed
+            self.store, loop.clock, serving, lambda peer, frames: self._send(peer, frames), lambda peer: self._has_room(peer),
+            self._topics_changed,
         )
         self.store.flush()  # what the core had to say before anybody is told anything
         self._router = loop.listen(self._where, self.core.handle)
-        self._send = self._router.send
+        self._send, self._has_room = self._router.send, self._router.has_room
         self._ingest = loop.listen_pull(self._ingest_where, self.core.ingest)
         self._flusher = self._make_flusher(INLINE_BELOW_MS)
         self._upkeep = self._make_flusher(NEVER_INLINE_MS)

@@ -49,6 +49,7 @@ class BrokerDesk:
         self.config = ServingConfig("broker-a", "test", **config)
         self.sent: dict[bytes, list[list[bytes]]] = {}
         self.gone: set[bytes] = set()
+        self.not_reading: set[bytes] = set()
         self.topics_changed = 0
         self.open()
 
@@ -57,7 +58,7 @@ class BrokerDesk:
             FOLDER, files=self.files, clock=self.clock, config=StoreConfig(segment_bytes=SEGMENT_BYTES), broker_name="broker-a",
             cluster="test",
         )
-        self.core = BrokerCore(self.store, self.clock, self.config, self._send, self._topics_changed)
+        self.core = BrokerCore(self.store, self.clock, self.config, self._send, self._has_room, self._topics_changed)
         self.turn()
 
     def crash(self) -> None:
@@ -102,6 +103,9 @@ class BrokerDesk:
             return False
         self.sent.setdefault(peer, []).append([bytes(frame) for frame in frames])
         return True
+
+    def _has_room(self, peer: bytes) -> bool:
+        return peer not in self.not_reading
 
     def _topics_changed(self) -> None:
         self.topics_changed += 1

@@ -37,6 +37,7 @@ from zrmq.protocol.requests import (
 )
 from zrmq.routing import core as core_module
 from zrmq.routing.core import NameServerCore
+from zrmq.transport import memory as memory_module
 from zrmq.transport.memory import MemoryNetwork
 
 ADDRESS = "tcp://nameserver:9876"
@@ -506,6 +507,17 @@ def test_what_is_no_request_gets_an_error(client: Peer, header: bytes) -> None:
     assert isinstance(reply, Failed)
     assert reply.code in (Code.BAD_REQUEST, Code.PAYLOAD_TOO_LARGE)
     assert isinstance(client.ask(Heartbeat), Alive)
+
+
+def test_a_large_answer_to_a_client_that_does_not_read_is_refused(
+    client: Peer, brokers: Brokers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    brokers.register("a", **{f"topic-{number}": 4 for number in range(500)})
+    with monkeypatch.context() as full:
+        full.setattr(memory_module, "UNREAD_BYTES_MAX", 0)
+        assert client.ask(QueryRoute, ["*"]).code == Code.TOO_MANY_REQUESTS
+        assert isinstance(client.ask(QueryRoute, ["topic-7"]), Route)
+    assert isinstance(client.ask(QueryRoute, ["*"]), Route)
 
 
 def test_a_message_that_was_cut_off_is_refused(client: Peer) -> None:

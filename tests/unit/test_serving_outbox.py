@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from zrmq.errors import Code, StoreFailedError
 from zrmq.message import FlushMode
-from zrmq.protocol.limits import REPLY_HEADER_BYTES_MAX
+from zrmq.protocol.limits import REPLY_HEADER_BYTES_MAX, ROOMLESS_BYTES_MAX
 from zrmq.protocol.requests import BrokerState, Done, Failed, Reply, Sent, decode_reply, failed
 from zrmq.serving.outbox import Outbox
 
@@ -22,7 +22,8 @@ class Wire:
     def __init__(self) -> None:
         self.sent: list[tuple[bytes, Reply, list[bytes]]] = []
         self.gone: set[bytes] = set()
-        self.outbox = Outbox(self.send)
+        self.full: set[bytes] = set()
+        self.outbox = Outbox(self.send, lambda peer: peer not in self.full)
 
     def send(self, peer: bytes, frames: Any) -> bool:
         header, *payload = frames
@@ -42,6 +43,18 @@ def wire() -> Wire:
 def test_what_is_true_leaves_at_once(wire: Wire) -> None:
     wire.outbox.now(b"peer", Done(1), [b"payload"])
     assert wire.sent == [(b"peer", Done(1), [b"payload"])]
+
+
+def test_a_large_answer_is_refused_to_a_peer_that_does_not_read_and_a_small_one_is_given(wire: Wire) -> None:
+    wire.full.add(b"full")
+    large = BrokerState(7, {"text": "x" * ROOMLESS_BYTES_MAX})
+    for peer in (b"full", b"peer"):
+        wire.outbox.now(peer, large)
+        wire.outbox.now(peer, Done(8))
+    (_, refused, _), *others = wire.sent
+    assert isinstance(refused, Failed)
+    assert (refused.number, refused.code) == (7, Code.TOO_MANY_REQUESTS)
+    assert [reply for _, reply, _ in others] == [Done(8), large, Done(8)]
 
 
 def test_what_waits_for_the_flush_waits(wire: Wire) -> None:

@@ -143,6 +143,65 @@ def test_one_client_cannot_hold_pulls_without_bound(
     assert client.ask(Pull, "meters", 0, 0, 1000, 0).status is PullStatus.NOTHING
 
 
+def test_pulls_of_a_client_that_does_not_read_wait_until_it_has_read(desk: BrokerDesk, client: DeskClient) -> None:
+    client.send("meters", 0, [b"a"])
+    desk.not_reading.add(client.peer)
+    numbers = [client.post(Pull, "meters", queue_id, 0, 1000, 10_000) for queue_id in range(3)]
+    other = desk.client("other")
+    other.send("meters", 1, [b"b"])
+    assert [client.reply(number) for number in numbers] == [None] * 3
+    assert other.pull("meters", 0, 0)[1] == [b"a"]
+    desk.not_reading.clear()
+    desk.turn()
+    assert client.bodies(numbers[0]) == [b"a"]
+    assert client.bodies(numbers[1]) == [b"b"]
+    assert client.reply(numbers[2]) is None
+    assert desk.core.pulling.held_count == 1
+
+
+def test_pulls_that_were_answered_may_leave_no_room_for_the_next(
+    desk: BrokerDesk, client: DeskClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is with each answer: room is looked for again, and the pulls left over are answered later."""
+    for queue_id in range(4):
+        client.send("meters", queue_id, [b"x"])
+    desk.not_reading.add(client.peer)
+    numbers = [client.post(Pull, "meters", queue_id, 0, 1000, 10_000) for queue_id in range(4)]
+    before = len(client.inbox())
+    monkeypatch.setattr(desk.core.outbox, "has_room", lambda peer: len(client.inbox()) < before + 2)
+    desk.turn()
+    desk.turn()
+    assert [client.reply(number) is not None for number in numbers] == [True, True, False, False]
+    monkeypatch.undo()
+    desk.not_reading.clear()
+    desk.turn()
+    assert all(client.bodies(number) == [b"x"] for number in numbers)
+
+
+def test_a_client_that_does_not_read_is_told_nothing_rather_than_data(desk: BrokerDesk, client: DeskClient) -> None:
+    """A pull that may not wait, one whose wait ends, and one that a newer one replaces: each is answered, in few bytes."""
+    client.send("meters", 0, [b"a", b"b"])
+    desk.not_reading.add(client.peer)
+    replaced, waits, cannot_wait = (client.post(Pull, "meters", 0, 1, 1000, wait_ms) for wait_ms in (10_000, 2_000, 0))
+    nothing = [Pulled(number, PullStatus.NOTHING, 1, 0, 2) for number in (replaced, waits, cannot_wait)]
+    assert [client.reply(number) for number in (replaced, waits, cannot_wait)] == [nothing[0], None, nothing[2]]
+    desk.pass_ms(2_500)
+    assert client.reply(waits) == nothing[1]
+    assert client.payload_count == 0
+    desk.not_reading.clear()
+    assert client.pull("meters", 0, 1)[1]
+
+
+def test_a_client_that_does_not_read_and_leaves_is_forgotten(desk: BrokerDesk, client: DeskClient) -> None:
+    client.send("meters", 0, [b"a"])
+    desk.not_reading.add(client.peer)
+    client.post(Pull, "meters", 0, 0, 1000, 10_000)
+    client.ask(Bye)
+    desk.not_reading.clear()
+    desk.turn()
+    assert (client.payload_count, desk.core.pulling.held_count) == (0, 0)
+
+
 def test_a_topic_without_read_permission_is_not_read(desk: BrokerDesk, client: DeskClient) -> None:
     desk.topic("inbox", permission=2)
     reply, _ = client.pull("inbox", 0, 0)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zrmq.errors import AddressInUseError, ClosedError
-from zrmq.protocol.limits import MESSAGE_BYTES_MAX
+from zrmq.protocol.limits import MESSAGE_BYTES_MAX, UNREAD_BYTES_MAX
 from zrmq.transport.circuit import HEARTBEAT_INTERVAL_MS, HEARTBEAT_TIMEOUT_MS, PIPE_MESSAGES_MAX
 from zrmq.transport.memory import START_TIME_MS, MemoryEndpoint, MemoryNetwork
 
@@ -145,6 +145,16 @@ def test_a_pipe_is_full_at_its_bound(pair: Pair, peer: bytes) -> None:
     assert pair.endpoint.unreachable_count == 1
     pair.network.run_for(100)
     assert pair.connection.send([b"room again"])
+
+
+def test_a_peer_with_much_under_way_has_no_room(pair: Pair, peer: bytes) -> None:
+    assert pair.endpoint.has_room(peer)
+    assert pair.endpoint.has_room(b"nobody")
+    while pair.endpoint.has_room(peer):
+        assert pair.endpoint.send(peer, [b"header", bytes(UNREAD_BYTES_MAX // 4)])
+    heard = len(pair.heard)
+    pair.network.run_until(lambda: len(pair.heard) == heard + 4)
+    assert pair.endpoint.has_room(peer)
 
 
 def test_a_frame_beyond_the_limit_costs_the_connection(pair: Pair, peer: bytes) -> None:

@@ -224,6 +224,59 @@ def test_a_peer_that_reads_nothing_is_full_and_others_are_served(reactor: Reacto
     own.destroy(linger=0)
 
 
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:0", "inproc://x"])
+@pytest.mark.parametrize("size", [10_000, 100_000, 5_000_000])
+def test_a_peer_that_reads_nothing_has_no_room_until_it_has_read(reactor: Reactor, address: str, size: int) -> None:
+    heard: dict[bytes, bytes] = {}
+    endpoint = reactor.listen(address, lambda peer, frames: heard.__setitem__(frames[0], peer))
+    dealers = {name: reactor.context.socket(zmq.DEALER) for name in (b"slow", b"quick")}
+    for name, dealer in dealers.items():
+        dealer.connect(endpoint.address)
+        dealer.send(name)
+    message = [b"header", bytes(size)]
+    sent: list[bool] = []
+    room: dict[bytes, bool] = {}  # by name, when the slow one had none any more
+    received: list[list[bytes]] = []
+
+    def step() -> None:
+        if len(heard) < 2:
+            return
+        while not room:
+            sent.append(endpoint.send(heard[b"slow"], message))
+            if len(sent) * size > 60_000_000 or not endpoint.has_room(heard[b"slow"]):
+                room.update({name: endpoint.has_room(peer) for name, peer in (*heard.items(), (b"nobody", b"nobody"))})
+                endpoint.send(heard[b"quick"], message)
+        while dealers[b"slow"].poll(0):
+            received.append(dealers[b"slow"].recv_multipart())
+
+    run_until(reactor, lambda: 0 < len(sent) == len(received) and endpoint.has_room(heard[b"slow"]), step)
+    assert room == {b"slow": False, b"quick": True, b"nobody": True}
+    assert all(sent)
+    assert all(frames == message for frames in received)
+    for dealer in dealers.values():
+        dealer.close(0)
+
+
+def test_what_a_peer_that_is_gone_did_not_read_is_forgotten(reactor: Reactor) -> None:
+    heard: list[bytes] = []
+    endpoint = reactor.listen("tcp://127.0.0.1:0", lambda peer, frames: heard.append(peer))
+    dealer = reactor.context.socket(zmq.DEALER)
+    dealer.connect(endpoint.address)
+    dealer.send(b"hello")
+    was_full: list[bool] = []
+
+    def step() -> None:
+        if heard and not was_full:
+            for _ in range(60):
+                if endpoint.has_room(heard[0]):
+                    endpoint.send(heard[0], [b"header", bytes(1_000_000)])
+            was_full.append(not endpoint.has_room(heard[0]))
+            dealer.close(0)
+
+    run_until(reactor, lambda: bool(was_full) and endpoint.has_room(heard[0]), step)
+    assert was_full == [True]
+
+
 # --- hostile bytes ------------------------------------------------------------------------------------------------------
 
 

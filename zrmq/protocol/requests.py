@@ -11,7 +11,7 @@ Who answers what:  N NameServer, B broker, * both.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import Annotated, Any
 
@@ -27,6 +27,8 @@ from zrmq.protocol.limits import (
     HEADER_BYTES_MAX,
     RECEIVED_BYTES_MAX,
     REPLY_HEADER_BYTES_MAX,
+    ROOMLESS_BYTES_MAX,
+    UNREAD_BYTES_MAX,
     Name,
     Natural,
     QueueId,
@@ -520,16 +522,27 @@ def encode(header: Request | Reply) -> bytes:
     return _encoder.encode(header)
 
 
-def encode_reply(reply: Reply) -> bytes:
-    """The header frame; in its place a refusal, when it has more bytes than its client would read."""
+def encode_fitting(reply: Reply, peer: bytes, has_room: Callable[[bytes], bool]) -> bytes:
+    """The header frame of a reply, or of the refusal that takes the place of a large one.
+
+    PAYLOAD_TOO_LARGE where no client would read it; TOO_MANY_REQUESTS where this peer does not read what it has (`has_room`).
+    """
     header = _encoder.encode(reply)
-    if len(header) <= REPLY_HEADER_BYTES_MAX:
+    if len(header) <= ROOMLESS_BYTES_MAX:
         return header
-    return _encoder.encode(Failed(
-        reply.number, Code.PAYLOAD_TOO_LARGE,
-        f"The answer has {len(header)} bytes; the limit is {REPLY_HEADER_BYTES_MAX}. Ask for fewer topics or groups at once.",
-        {"size_bytes": len(header), "limit_bytes": REPLY_HEADER_BYTES_MAX},
-    ))
+    if len(header) > REPLY_HEADER_BYTES_MAX:
+        return _encoder.encode(Failed(
+            reply.number, Code.PAYLOAD_TOO_LARGE,
+            f"The answer has {len(header)} bytes; the limit is {REPLY_HEADER_BYTES_MAX}. Ask for fewer topics or groups at once.",
+            {"size_bytes": len(header), "limit_bytes": REPLY_HEADER_BYTES_MAX},
+        ))
+    if not has_room(peer):
+        return _encoder.encode(Failed(
+            reply.number, Code.TOO_MANY_REQUESTS,
+            f"{UNREAD_BYTES_MAX} bytes of answers wait for this client already; read them, then ask again.",
+            {"limit_bytes": UNREAD_BYTES_MAX},
+        ))
+    return header
 
 
 def failed(number: int, error: ZrmqError) -> Failed:

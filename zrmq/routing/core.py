@@ -40,7 +40,7 @@ from zrmq.protocol.requests import (
     Welcome,
     check_whole,
     decode_request,
-    encode_reply,
+    encode_fitting,
     failed,
     peek_number,
 )
@@ -299,7 +299,8 @@ class NameServerCore:
 
     def _send(self, peer: bytes, reply: Reply) -> None:
         """Send, or end the session of a peer that is gone; it asks again on a new connection."""
-        if not self._endpoint.send(peer, (encode_reply(reply),)):
+        header = encode_fitting(reply, peer, self._endpoint.has_room)
+        if not self._endpoint.send(peer, (header,)):
             session = self._sessions.by_peer(peer)
             if session is not None:
                 self._end(session)

@@ -44,7 +44,7 @@ from zrmq.serving.context import Context, ServingConfig
 from zrmq.serving.groups import GroupDesk
 from zrmq.serving.leases import LeaseDesk
 from zrmq.serving.offsets import OffsetDesk
-from zrmq.serving.outbox import Outbox
+from zrmq.serving.outbox import HasRoom, Outbox
 from zrmq.serving.outbox import Send as SendFrames
 from zrmq.serving.pulling import Pulling
 from zrmq.serving.sending import Sending
@@ -68,13 +68,14 @@ class BrokerCore:
     """
 
     def __init__(
-        self, store: Store, clock: Clock, config: ServingConfig, send: SendFrames, on_topics_changed: Callable[[], None]
+        self, store: Store, clock: Clock, config: ServingConfig, send: SendFrames, has_room: HasRoom,
+        on_topics_changed: Callable[[], None],
     ) -> None:
         self.config = config
         self._store = store
         self._clock = clock
         self._server_id = f"{config.broker_name}@{store.boot}"
-        self.outbox = Outbox(send)
+        self.outbox = Outbox(send, has_room)
         self.context = Context(store, self.outbox, clock, config)
         self.sessions = SessionTable(
             clock.monotonic_ms(), session_timeout_ms=config.session_timeout_ms, expire_interval_ms=TICK_MS
@@ -189,6 +190,7 @@ class BrokerCore:
         visible = self._store.take_visible()
         if visible:
             self.pulling.wake(visible)
+        self.pulling.go_on()
 
     def tick(self) -> None:
         """Time has passed: end what took too long."""

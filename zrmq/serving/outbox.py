@@ -6,10 +6,11 @@ from collections import deque
 from collections.abc import Callable
 
 from zrmq.errors import ZrmqError
-from zrmq.protocol.requests import Reply, encode_reply, failed
+from zrmq.protocol.requests import Reply, encode_fitting, failed
 from zrmq.transport.interface import Frames
 
 Send = Callable[[bytes, Frames], bool]
+HasRoom = Callable[[bytes], bool]
 
 
 class Outbox:
@@ -19,8 +20,9 @@ class Outbox:
     gone is dropped and counted: its client asks again on a new connection, and resent writes are recognized.
     """
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, has_room: HasRoom) -> None:
         self._send = send
+        self.has_room = has_room  # whether a peer has read so much that it may be sent more than a small header
         self._until_written: deque[tuple[int, bytes, Reply]] = deque()
         self._until_flushed: deque[tuple[int, bytes, Reply]] = deque()
         self.unroutable_count = 0
@@ -29,8 +31,9 @@ class Outbox:
         return len(self._until_written) + len(self._until_flushed)
 
     def now(self, peer: bytes, reply: Reply, payload: Frames = ()) -> None:
-        """Send a reply or notice that is true already."""
-        if not self._send(peer, (encode_reply(reply), *payload)):
+        """Send a reply or notice that is true already. Whoever adds a payload has looked whether there is room for it."""
+        header = encode_fitting(reply, peer, self.has_room)
+        if not self._send(peer, (header, *payload)):
             self.unroutable_count += 1
 
     def after_write(self, position: int, peer: bytes, reply: Reply) -> None:

@@ -26,6 +26,11 @@ class HeldPull(msgspec.Struct, eq=False):
     offset: int
     deadline_ms: float
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether it waits for its client to read, and not for messages."""
+        return self.offset != self.queue.visible_offset
+
 
 MayRead = Callable[[Session, Pull, Queue], None]  # raises FencedError
 
@@ -35,7 +40,8 @@ class Pulling:
 
     Invariant: a pull is answered exactly once, or its session ends and it is forgotten. A session has at most one held pull per
     queue, `Session.waiting` by queue; a newer one ends the wait of the older, which its client does not want any more (it has
-    paused, or sought another offset). So a reader costs bounded memory, and a message is sent to it once.
+    paused, or sought another offset). Pulls of a client that has not read the answers it got wait until it has. So a reader costs
+    bounded memory, and a message is sent to it once.
     """
 
     def __init__(self, context: Context, may_read: MayRead) -> None:
@@ -43,6 +49,7 @@ class Pulling:
         self._store = context.store
         self._may_read = may_read
         self._held: dict[Queue, dict[HeldPull, None]] = {}
+        self._behind: dict[Session, None] = {}  # that have pulls waiting although there is something for them to read
         self.held_count = 0
         self.pulls = 0
         self.bytes_out = 0
@@ -70,6 +77,15 @@ class Pulling:
                 self._forget(held)
                 self._try_again(held)
 
+    def go_on(self) -> None:
+        """Answer the pulls of those that have read enough meanwhile. Call it at the end of each turn, and every tick."""
+        for session in list(self._behind):
+            if self._context.outbox.has_room(session.peer):
+                del self._behind[session]
+                for held in [held for held in session.waiting.values() if held.is_behind]:
+                    self._forget(held)
+                    self._try_again(held)
+
     def expire(self, now_ms: float) -> None:
         """Answer the pulls that waited long enough with nothing."""
         for held in [held for pulls in self._held.values() for held in pulls if held.deadline_ms <= now_ms]:
@@ -80,6 +96,7 @@ class Pulling:
         """The session ended: nobody waits for the answers any more."""
         for held in list((session.waiting or {}).values()):
             self._forget(held)
+        self._behind.pop(session, None)
 
     def drop_topic(self, topic: Topic) -> None:
         """The topic is gone: say so to everybody who waits for its messages."""
@@ -90,7 +107,13 @@ class Pulling:
             self._context.outbox.now(held.session.peer, failed(held.request.number, gone))
 
     def _answer(self, session: Session, request: Pull, queue: Queue, offset: int, wait: bool) -> int | None:
-        """Answer, or return the offset to wait at when there is nothing and it may wait."""
+        """Answer, or return the offset to wait at when there is nothing, or no room for it, and it may wait."""
+        if not self._context.outbox.has_room(session.peer):
+            if wait:
+                return offset
+            reply = Pulled(request.number, PullStatus.NOTHING, offset, queue.min_offset, queue.visible_offset)
+            self._context.outbox.now(session.peer, reply)
+            return None
         chunk = self._store.read(queue, offset, min(request.bytes_max, limits.PULL_BYTES_MAX), request.tag_mask)
         if wait and chunk.status is PullStatus.NOTHING and chunk.next_offset >= chunk.max_offset:
             return chunk.next_offset
@@ -114,6 +137,8 @@ class Pulling:
         waiting[held.queue] = held
         self._held.setdefault(held.queue, {})[held] = None
         self.held_count += 1
+        if held.is_behind:
+            self._behind[held.session] = None
 
     def _forget(self, held: HeldPull) -> None:
         del held.session.waiting[held.queue]

@@ -148,6 +148,11 @@ class Stream:
         self._network.schedule(self._receiver, self._due_ms - now_ms, self._arrive)
         return True
 
+    @property
+    def size_bytes(self) -> int:
+        """Of all that is under way."""
+        return sum(len(frame) for _, message in self._under_way for frame in message)
+
     def flow(self) -> None:
         """What was held back may pass: arrives now."""
         for due_ms, _ in self._under_way:

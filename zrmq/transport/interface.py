@@ -55,6 +55,9 @@ class Endpoint(Protocol):
     def send(self, peer: bytes, frames: Frames) -> bool:
         """Send one message to a peer, never blocking. False: that peer is gone or full; for the caller its session has ended."""
 
+    def has_room(self, peer: bytes) -> bool:
+        """Whether the peer has taken so much of what it was sent that it may be sent something large: `UNREAD_BYTES_MAX`."""
+
     def close(self) -> None:
         """Stop listening."""
 

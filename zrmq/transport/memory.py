@@ -32,6 +32,7 @@ from itertools import count
 from random import Random
 
 from zrmq.errors import AddressInUseError, ClosedError
+from zrmq.protocol.limits import UNREAD_BYTES_MAX
 from zrmq.transport.address import Address, parse_address, parse_connect_address
 from zrmq.transport.circuit import Circuit
 from zrmq.transport.interface import ConnectionListener, Frames, RequestHandler
@@ -395,6 +396,10 @@ class MemoryEndpoint:
             return True
         self.unreachable_count += 1
         return False
+
+    def has_room(self, peer: bytes) -> bool:
+        circuit = self._peers.get(peer)
+        return circuit is None or circuit.to_client.size_bytes < UNREAD_BYTES_MAX
 
     def close(self) -> None:
         if self._is_closed:

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING
 import zmq
 
 from zrmq.errors import AddressInUseError, InvalidArgumentError
+from zrmq.protocol.limits import ROOMLESS_BYTES_MAX, UNREAD_BYTES_MAX
 from zrmq.transport.address import Address
+from zrmq.transport.backlog import Backlog
 from zrmq.transport.inproc import directory_of
 from zrmq.transport.interface import Frames, RequestHandler
 from zrmq.transport.monitor import Monitor
@@ -44,6 +46,7 @@ class SocketEndpoint:
         self._linger_ms = LINGER_MS.get(kind, 0)
         self._is_router = kind == zmq.ROUTER
         self._is_closed = False
+        self._backlog = Backlog()
         self._socket = open_socket(reactor.context, kind)
         try:
             self._bound = bind(self._socket, address)
@@ -62,6 +65,8 @@ class SocketEndpoint:
         assert self._reactor.is_owner(), "an endpoint is used from the loop's thread"
         if self._is_closed:
             return False
+        if len(frames) > 1 or len(frames[0]) > ROOMLESS_BYTES_MAX:
+            frames = self._backlog.count(peer, frames)
         try:
             send_message(self._socket, (peer, *frames))
         except zmq.ZMQError as error:
@@ -73,6 +78,9 @@ class SocketEndpoint:
                 raise
             return False
         return True
+
+    def has_room(self, peer: bytes) -> bool:
+        return self._backlog.size_bytes(peer) < UNREAD_BYTES_MAX
 
     def close(self) -> None:
         if self._is_closed:
