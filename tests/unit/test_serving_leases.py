@@ -28,6 +28,7 @@ from zrmq.protocol.requests import (
     QueueOffset,
     ReleaseLease,
 )
+from zrmq.serving import leases
 
 
 @pytest.fixture
@@ -37,9 +38,9 @@ def desk() -> BrokerDesk:
     return desk
 
 
-def member(desk: BrokerDesk, name: str, epoch: int = 1) -> DeskClient:
+def member(desk: BrokerDesk, name: str, *topics: str, epoch: int = 1) -> DeskClient:
     client = desk.client(name, "consumer", "readers", epoch=epoch)
-    client.join("meters")
+    client.join(*topics or ("meters",))
     return client
 
 
@@ -79,6 +80,34 @@ def test_waiters_are_served_in_the_order_they_came(desk: BrokerDesk) -> None:
     numbers = [client.post(AcquireLease, "meters", 0) for client in (c, b)]
     a.ask(ReleaseLease, "meters", 0, lease.lease_epoch)
     assert isinstance(c.reply(numbers[0]), Leased) and b.reply(numbers[1]) is None
+
+
+def test_one_client_cannot_wait_for_queues_without_bound(desk: BrokerDesk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However its waits end, there is room for others then; asking again for the same queue takes none."""
+    monkeypatch.setattr(leases, "WAITS_PER_CLIENT_MAX", 2)
+    desk.topic("wide", queue_count=4)
+    desk.topic("gone", queue_count=4)
+    a, b, c = (member(desk, name, "wide", "gone") for name in "abc")
+    held = [a.acquire("wide", queue_id) for queue_id in range(4)]
+    for queue_id in range(4):
+        a.acquire("gone", queue_id)
+
+    def refused(queue_id: int, topic: str = "wide") -> bool:
+        reply = b.acquire(topic, queue_id, timeout_ms=2_000)
+        return isinstance(reply, Failed) and reply.code == Code.TOO_MANY_REQUESTS
+
+    assert [refused(queue_id) for queue_id in (0, 0, 1, 2)] == [False, False, False, True]
+    assert c.acquire("wide", 2) is None
+    a.ask(ReleaseLease, "wide", 0, held[0].lease_epoch)  # one is granted
+    assert [refused(2), refused(3)] == [False, True]
+    desk.pass_ms(2_000)  # both are overdue
+    assert [refused(1), refused(0, "gone"), refused(3)] == [False, False, True]
+    desk.client("admin").ask(DeleteTopic, "gone")
+    assert [refused(3), refused(2)] == [False, True]
+    b.ask(Bye)
+    desk.pass_ms(500)
+    b = member(desk, "b", "wide", "gone", epoch=2)
+    assert [refused(2), refused(3), refused(1)] == [False, False, True]
 
 
 def test_a_wait_ends_before_its_client_gives_up(desk: BrokerDesk) -> None:

@@ -8,7 +8,7 @@ Waiters are served in the order they came.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 
 import msgspec
@@ -16,6 +16,7 @@ import msgspec
 from zrmq.errors import Code, DiskFullError, FencedError, RequestRefusedError, StoreFailedError
 from zrmq.logs import get_logger
 from zrmq.message import MessageModel
+from zrmq.protocol import limits
 from zrmq.protocol.events import LeaseGranted, LeaseReleased, OffsetsCommitted, SessionTimeoutChanged
 from zrmq.protocol.requests import AcquireLease, Done, Leased, Pull, ReleaseLease, failed
 from zrmq.serving.context import Context
@@ -25,6 +26,7 @@ from zrmq.transport.sessions import Session
 
 log = get_logger("serving")
 
+WAITS_PER_CLIENT_MAX = 16 * limits.QUEUES_PER_TOPIC_MAX  # 8 MB; a new member asks for its whole share at once
 ANSWER_MARGIN_MS = 100  # a wait ends this long before its client's deadline, so that the answer arrives in time
 
 Key = tuple[str, int, int]  # group, topic id, queue id
@@ -52,6 +54,7 @@ class LeaseDesk:
         self._is_open = is_open
         self._membership = membership
         self._waiting: dict[Key, deque[LeaseWait]] = {}
+        self._wait_counts: Counter[str] = Counter()  # by client id
         self._epoch = context.store.boot << 32
         tables, timeout_ms = context.store.tables, context.config.session_timeout_ms
         if timeout_ms > tables.session_timeout_ms:
@@ -146,6 +149,7 @@ class LeaseDesk:
         for key, waits in list(self._waiting.items()):
             for wait in [wait for wait in waits if wait.deadline_ms <= now_ms or not self._is_open(wait.session)]:
                 waits.remove(wait)
+                self._uncount(wait)
                 self._refuse(key, wait)
             if not waits:
                 del self._waiting[key]
@@ -166,6 +170,7 @@ class LeaseDesk:
         """The topic is gone: nobody waits for its queues any more."""
         for key in [key for key in self._waiting if key[1] == topic_id]:
             for wait in self._waiting.pop(key):
+                self._uncount(wait)
                 gone = RequestRefusedError(f"Topic {wait.request.topic!r} was deleted.", code=Code.TOPIC_NOT_FOUND)
                 self._context.outbox.now(wait.session.peer, failed(wait.request.number, gone))
 
@@ -188,11 +193,26 @@ class LeaseDesk:
         self._context.reply_when_safe(session, Leased(request.number, lease.lease_epoch, offset))
 
     def _wait(self, key: Key, session: Session, request: AcquireLease, queue: Queue) -> None:
-        waits = self._waiting.setdefault(key, deque())
+        waits = self._waiting.get(key, deque())
         for earlier in [wait for wait in waits if wait.session.client_id == session.client_id]:
             waits.remove(earlier)  # the same client asks again, on this connection or a new one
+            self._uncount(earlier)
+        if self._wait_counts[session.client_id] >= WAITS_PER_CLIENT_MAX:
+            raise RequestRefusedError(
+                f"This client waits for {WAITS_PER_CLIENT_MAX} queues already; wait for some of them first.",
+                code=Code.TOO_MANY_REQUESTS, limit_count=WAITS_PER_CLIENT_MAX,
+            )
+        self._waiting[key] = waits
+        self._wait_counts[session.client_id] += 1
         deadline_ms = self._context.clock.monotonic_ms() + max(request.timeout_ms - ANSWER_MARGIN_MS, 0)
         waits.append(LeaseWait(session, request, queue, deadline_ms))
+
+    def _uncount(self, wait: LeaseWait) -> None:
+        """It waits no more."""
+        client_id = wait.session.client_id
+        self._wait_counts[client_id] -= 1
+        if not self._wait_counts[client_id]:
+            del self._wait_counts[client_id]
 
     def _end(self, key: Key, lease_epoch: int) -> None:
         """End a lease and give the queue to the first waiter that is still there."""
@@ -200,6 +220,7 @@ class LeaseDesk:
         waits = self._waiting.get(key)
         while waits:
             wait = waits.popleft()
+            self._uncount(wait)
             if self._is_open(wait.session) and self._membership(wait.session) is not None:
                 try:
                     self._grant(key, wait.session, wait.request, wait.queue)
