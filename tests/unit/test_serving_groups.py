@@ -7,11 +7,14 @@ import pytest
 from tests.unit.broker_desk import BrokerDesk, DeskClient
 from zrmq.errors import Code
 from zrmq.message import ConsumeFrom, MessageModel
+from zrmq.protocol import limits
 from zrmq.protocol.events import TopicConfig
 from zrmq.protocol.requests import (
     Alive,
     Bye,
     CommitOffsets,
+    Committed,
+    DeleteTopic,
     DescribeGroups,
     Done,
     Failed,
@@ -324,6 +327,45 @@ def test_a_group_is_described_with_members_leases_and_offsets(desk: BrokerDesk) 
     assert [(lease.topic, lease.queue_id, lease.client_id) for lease in info.leases] == [("meters", 1, "a")]
     assert info.offsets == [("", "meters", 0, 0, 0), ("", "meters", 1, 0, 0)]
     assert info.subscriptions == [Subscription("meters")]
+
+
+def test_what_groups_make_a_broker_remember_is_bounded(desk: BrokerDesk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client with new topics, or new names for itself, each time it comes; what is remembered already goes on."""
+    desk.topic("gone", queue_count=2)
+    monkeypatch.setattr(limits, "PLACES_MAX", 10)
+    a = member(desk, "a")
+    assert isinstance(a.join("meters"), Joined)  # 3 places
+    a.ask(CommitOffsets, [QueueOffset("meters", 1, 0)])  # not further than where it began
+    assert isinstance(a.join("t1", "gone"), Joined)  # 4 more
+
+    def refused(reply: object) -> bool:
+        return isinstance(reply, Failed) and reply.code == Code.TOO_MANY_REQUESTS
+
+    assert refused(a.join("t2", "t3", "t4", "t5"))
+    assert a.ask(QuerySubscriptions, MessageModel.CLUSTERING, ["t2"]).since_ms == [0]
+    desk.restart()
+    a = member(desk, "a")
+    assert refused(a.join("t2", "t3", "t4", "t5"))
+    assert isinstance(a.join("t2", "t3", "t1", "meters"), Joined)  # 9 now
+    desk.client("p").send("meters", 0, [b"x"])
+    assert isinstance(a.ask(CommitOffsets, [QueueOffset("meters", 0, 1)]), Committed)  # 10
+    assert isinstance(a.ask(CommitOffsets, [QueueOffset("meters", 0, 1)], True), Committed)
+    instance = desk.client("i", "consumer", "loud", instance_name="i")
+    assert refused(instance.ask(CommitOffsets, [QueueOffset("meters", 0, 1)]))
+    assert refused(instance.join("meters", model=MessageModel.BROADCASTING))
+    desk.client("admin").ask(DeleteTopic, "gone")
+    assert isinstance(instance.ask(CommitOffsets, [QueueOffset("meters", 0, 1)]), Committed)
+
+
+def test_a_commit_makes_no_more_groups_than_a_broker_may_have(desk: BrokerDesk, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk.client("p").send("meters", 0, [b"x"])
+    monkeypatch.setattr(limits, "GROUPS_MAX", 1)
+    replies = [
+        desk.client(name, "consumer", name).ask(CommitOffsets, [QueueOffset("meters", 0, 1)]) for name in ("first", "second")
+    ]
+    assert isinstance(replies[0], Committed)
+    assert isinstance(replies[1], Failed) and replies[1].code == Code.TOO_MANY_REQUESTS
+    assert list(desk.store.tables.groups) == ["first"]
 
 
 def test_an_unknown_group_is_told_so(desk: BrokerDesk) -> None:

@@ -36,6 +36,7 @@ PULL_WAIT_MS_MAX = 60_000
 QUEUES_PER_TOPIC_MAX = 1024
 TOPICS_MAX = 10_000
 GROUPS_MAX = 10_000
+PLACES_MAX = 1_000_000  # that a broker remembers of all groups: subscriptions, where each began in a queue, offsets; some 200 MB
 SUBSCRIPTIONS_MAX = 256  # topics one group subscribes to
 SESSIONS_MAX = 10_000
 NAME_CHARS_MAX = 255  # of any name or address in a request, before it is looked at more closely

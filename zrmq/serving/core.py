@@ -209,6 +209,7 @@ class BrokerCore:
     def _topic_deleted(self, topic: Topic) -> None:
         self.pulling.drop_topic(topic)
         self.leases.drop_topic(topic.topic_id)
+        self.groups.recount_places()
 
     def _is_open(self, session: Session) -> bool:
         return self.sessions.by_peer(session.peer) is session

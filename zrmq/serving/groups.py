@@ -34,7 +34,7 @@ from zrmq.protocol.requests import (
 )
 from zrmq.protocol.tags import canonical_expression
 from zrmq.serving.context import Context
-from zrmq.store.tables import Queue
+from zrmq.store.tables import Queue, Tables
 from zrmq.transport.sessions import Session
 
 log = get_logger("serving")
@@ -65,6 +65,7 @@ class GroupDesk:
         self._context = context
         self._release_leases = release_leases
         self._live: dict[str, Membership] = {}
+        self._place_count = _count_places(context.store.tables)
         self._version = context.store.boot << 32  # so that a version means one thing over restarts
 
     def membership(self, session: Session) -> Membership | None:
@@ -90,11 +91,12 @@ class GroupDesk:
         instance_name = _instance_name(session, request.message_model)
         live = self._live.get(session.group)
         if live is None or set(live.members) <= {session.client_id}:
-            self._check_room(session.group)
+            self.check_room(session.group)
         else:
             _check_alike(session, request.message_model, subscriptions, live)
             if request.message_model is MessageModel.BROADCASTING:
                 _check_instance_name(session, live)
+        self._check_places(session.group, instance_name, subscriptions)
         since = [
             self._subscribe(session.group, instance_name, topic, request, told_ms)
             for topic, told_ms in zip(subscriptions, request.since_ms + [0] * len(subscriptions), strict=False)
@@ -157,13 +159,36 @@ class GroupDesk:
 
     # --- joining ------------------------------------------------------------------------------------------------------
 
-    def _check_room(self, group: str) -> None:
+    def _check_places(self, group_name: str, instance_name: str, subscriptions: dict[str, str]) -> None:
+        """Before the first subscription is noted: all of them or none."""
+        tables = self._context.store.tables
+        group = tables.groups.get(group_name)
+        known = group.subscriptions.get(instance_name, {}) if group else {}
+        topics = [tables.topics.get(name) for name in subscriptions if name not in known]
+        self.check_room(group_name, sum(1 + len(topic.queues) if topic else 1 for topic in topics))
+
+    def check_room(self, group: str, places: int = 0) -> None:
+        """Raise unless the group is known or may be, and the broker can remember so many more places for it."""
         known = self._context.store.tables.groups
         if group not in known and len(known) >= limits.GROUPS_MAX:
             raise RequestRefusedError(
                 f"Broker {self._context.config.broker_name} has {limits.GROUPS_MAX} groups, its limit; use one that exists.",
                 code=Code.TOO_MANY_REQUESTS,
             )
+        if places and self._place_count + places > limits.PLACES_MAX:
+            raise RequestRefusedError(
+                f"Broker {self._context.config.broker_name} remembers {self._place_count} subscriptions and offsets; its"
+                f" limit is {limits.PLACES_MAX}. Delete topics nobody needs, and give broadcasting instances names that stay.",
+                code=Code.TOO_MANY_REQUESTS, limit_count=limits.PLACES_MAX,
+            )
+
+    def note_places(self, places: int) -> None:
+        """So many more are remembered."""
+        self._place_count += places
+
+    def recount_places(self) -> None:
+        """A topic was deleted, with the groups' places in it."""
+        self._place_count = _count_places(self._context.store.tables)
 
     def _renew(self, session: Session, model: MessageModel, subscriptions: dict[str, str]) -> Membership:
         """The group is what this member says: it is the only one, or says what the others say."""
@@ -205,6 +230,7 @@ class GroupDesk:
         starts = [(queue.queue_id, self._start(queue, request, told_ms)) for queue in topic.queues] if topic else []
         since_ms = told_ms or self._context.clock.time_ms()
         store.append_event(GroupSubscribed(group, topic_name, since_ms, starts, instance_name))
+        self.note_places(1 + len(starts))
         log.info(
             "group_subscribed", group=group, instance_name=instance_name, topic=topic_name, since_ms=since_ms,
             consume_from=request.consume_from.value,
@@ -262,6 +288,13 @@ class GroupDesk:
             for queue in topic.queues
             for committed in (group.start_offset(topic, queue.queue_id, instance),)
         ]
+
+
+def _count_places(tables: Tables) -> int:
+    """What the groups make a broker remember, whether anybody will ask for it again or not."""
+    groups = tables.groups.values()
+    subscribed = [found for group in groups for each in group.subscriptions.values() for found in each.values()]
+    return sum(len(group.offsets) for group in groups) + sum(1 + len(each.starts) for each in subscribed)
 
 
 def _read_subscriptions(asked: list[Subscription]) -> dict[str, str]:

@@ -60,8 +60,13 @@ class OffsetDesk:
             if offset is not None:
                 moved[queue.topic.topic_id, queue.queue_id] = offset
         if moved:
+            group = self._context.store.tables.groups.get(session.group)
+            known = group.offsets if group else {}
+            places = sum((instance, *key) not in known for key in moved)
+            self._groups.check_room(session.group, places)
             offsets = [(topic_id, queue_id, offset) for (topic_id, queue_id), offset in moved.items()]
             self._context.store.append_event(OffsetsCommitted(session.group, instance, offsets))
+            self._groups.note_places(places)
         self._context.reply_when_safe(session, Committed(request.number, fenced))
 
     def query_committed(self, session: Session, request: QueryCommitted, frames: list[bytes]) -> None:
