@@ -139,7 +139,9 @@ class PushConsumer(Consumer):
         """Begin to read, in the background. Returns when the group is joined, from when on no message is missed; or after 5 s,
         and goes on trying.
 
-        Raises what the group refuses: `SubscriptionMismatchError`, `RequestRefusedError` (INSTANCE_NAME_TAKEN).
+        Raises what the group refuses: `SubscriptionMismatchError`, `RequestRefusedError` (INSTANCE_NAME_TAKEN). A name that is
+        taken may be this one's own of before a crash, so that is refused only when it is taken for longer than the session
+        timeout: by then `start` has returned, and `run`, or a PullConsumer's `poll`, raises it.
         """
         with self._lock:
             if self._engine is not None and not self._is_closed:
@@ -244,7 +246,7 @@ class PushConsumer(Consumer):
         log.warning(
             "message_failed", group=self.group, topic=queue.topic, broker_name=queue.broker_name, queue_id=queue.queue_id,
             queue_offset=message.queue_offset, message_id=message.message_id, delivery_attempt=message.delivery_attempt - 1,
-            retry_in_ms=round(failure.retry_ms), error=repr(failure.error),
+            retry_in_ms=round(failure.retry_ms), error=repr(failure.error), raised_at=_raised_at(failure.error),
         )
 
     def _await_workers(self, engine: Engine, deadline_ms: float) -> None:
@@ -333,6 +335,7 @@ class PullConsumer(Consumer):
     def assign(self, queues: Iterable[MessageQueue]) -> None:
         """Read these queues and no others, whoever else reads them; a later call takes the place of this one. See `queues`.
 
+        Of a consumer that is started it returns when they are `assigned()`, or after 5 s, and goes on trying.
         With a group it begins where the group stands and commits for it, unless members of the group hold the queue.
         Raises `InvalidArgumentError` after `subscribe`.
         """
@@ -346,8 +349,10 @@ class PullConsumer(Consumer):
             check_topic(queue.topic)
         assigned = self._assigned = frozenset(chosen)
         if self._engine is not None:
-            core = self._engine.core
-            self._call(lambda: core.assign(assigned))
+            engine = self._engine
+            engine.started.clear()
+            self._call(lambda: engine.core.assign(assigned))
+            self._await_start(engine)
 
     def start(self) -> None:
         """Join the group. Returns when that is done, from when on no message is missed; or after 5 s, and goes on trying.
@@ -380,6 +385,8 @@ class PullConsumer(Consumer):
         """
         if max_messages < 1:
             raise InvalidArgumentError(f"max_messages is {max_messages}; ask for 1 or more.")
+        if timeout_ms < 0:
+            raise InvalidArgumentError(f"timeout_ms is {timeout_ms}; wait for 0 or more.")
         engine, cursor = self._ready()
         if self._auto_commit:
             cursor.finish()
@@ -541,6 +548,14 @@ class PullConsumer(Consumer):
         core = self._ready()[0].core
         chosen = list(queues) or self.assigned()
         self._call(lambda: core.pause(chosen, is_paused))
+
+
+def _raised_at(error: Exception | None) -> str:
+    """File and line, for a log with one line per failure."""
+    trace = error.__traceback__ if error is not None else None
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace is not None else ""
 
 
 def _size(messages_max: int, queue: object) -> int:

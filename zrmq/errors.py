@@ -102,12 +102,18 @@ class ZrmqError(Exception):
         if code is not None:
             self.code = code
 
-    def plain_facts(self) -> dict[str, int | float | str | None]:
-        """The facts as MessagePack and JSON have them: numbers and text as they are, anything else as text."""
-        return {name: fact if isinstance(fact, int | float | str | None) else str(fact) for name, fact in self.facts.items()}
+    def plain_facts(self) -> dict[str, object]:
+        """The facts as MessagePack and JSON have them: numbers, text and lists of them as they are, anything else as text."""
+        return {name: _plain(fact) for name, fact in self.facts.items()}
 
     def __str__(self) -> str:
         return f"{self.message} [{int(self.code)} {self.code.name}]"
+
+
+def _plain(fact: object) -> object:
+    if isinstance(fact, list | tuple):
+        return [_plain(part) for part in fact]
+    return fact if isinstance(fact, int | float | str | None) else str(fact)
 
 
 class RequestRefusedError(ZrmqError):

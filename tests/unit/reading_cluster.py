@@ -505,7 +505,7 @@ class Member:
             self.loop.call_later(eager, self._consume)
 
     def _started(self) -> None:
-        assert self.started_ms is None
+        assert self.started_ms is None or self.config.is_assigned, "once, or once for each assignment"
         self.started_ms = self.cluster.network.now_ms
 
     def _consume(self) -> None:

@@ -44,7 +44,12 @@ def lines(result: Result) -> list[dict[str, Any]]:
 
 def test_create_show_list_update_delete(run: Run) -> None:
     created = run("topic create meters --queues 2 --flush-mode async --retention 7d --retention-bytes 1GiB")
-    assert (created.exit_code, created.stdout) == (0, "created meters: 4 queues at broker-a, broker-b, flush async\n")
+    assert (created.exit_code, created.stdout) == (
+        0, "created meters: 4 queues at broker-a, broker-b, flush async, permission rw, retention 604800000 ms,"
+        " retention 1073741824 bytes\n",
+    )
+    again = run("topic create meters --queues 2")
+    assert (again.exit_code, again.stdout[:22]) == (0, "left as it is: meters:")
     facts = {
         "topic": "meters", "brokers": ["broker-a", "broker-b"], "queue_count": 4, "messages": 0, "flush_mode": "async",
         "permission": "rw", "retention_ms": 604_800_000, "retention_bytes": 1 << 30,

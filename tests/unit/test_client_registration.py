@@ -25,8 +25,11 @@ class World:
         self.version, self.listed = 1, 0
         self.topics = [TopicRoute("meters", "broker-a", 4, 6)]
         self.loop = self.network.loop("broker")
-        broker = BrokerInfo("test", "broker-a", 0, "MASTER", 1, "tcp://127.0.0.1:10911", "")
-        self.registration = Registration(self.loop, ADDRESSES, broker, lambda: (self.version, self.list), random.Random(2))
+        self.registration = self.register("tcp://127.0.0.1:10911")
+
+    def register(self, broker_address: str) -> Registration:
+        broker = BrokerInfo("test", "broker-a", 0, "MASTER", 1, broker_address, "")
+        return Registration(self.loop, ADDRESSES, broker, lambda: (self.version, self.list), random.Random(2))
 
     def start_nameserver(self, address: str) -> NameServerCore:
         return NameServerCore(self.network.loop(address), address, random.Random(3))
@@ -87,3 +90,12 @@ def test_closing_unregisters_at_once(world: World) -> None:
     world.registration.close()
     world.network.run_for(100)
     assert [world.brokers_known(address) for address in ADDRESSES] == [[], []]
+
+
+def test_a_broker_that_was_refused_does_not_sign_off_the_one_that_has_its_name(world: World) -> None:
+    world.network.run_for(4_000)
+    second = world.register("tcp://127.0.0.1:20911")
+    world.network.run_for(2_000)
+    second.close()
+    world.network.run_for(100)
+    assert [world.brokers_known(address) for address in ADDRESSES] == [["broker-a"], ["broker-a"]]

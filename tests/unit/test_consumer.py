@@ -686,11 +686,30 @@ def test_assigned_queues(consumers: Callable[..., Any], producer: zrmq.Producer,
     for queue in queues:
         producer.send(name, b"%d" % queue.queue_id, queue=queue)
     reader.assign(queues[:1])
-    until(lambda: reader.assigned() == queues[:1])
+    assert reader.assigned() == queues[:1]
     assert {message.queue for message in poll_all(reader, 1)} == {queues[0]}
     reader.assign(queues[1:])
-    until(lambda: reader.assigned() == queues[1:])
+    assert reader.assigned() == queues[1:]
     assert {message.queue for message in poll_all(reader, 1)} == {queues[1]}
+
+
+def test_seeking_right_after_assigning(consumers: Callable[..., Any], producer: zrmq.Producer, name: str) -> None:
+    for queue_id in (0, 1):
+        producer.send(name, b"%d" % queue_id, queue=MessageQueue(name, "broker-a", queue_id))
+    reader = consumers(zrmq.PullConsumer)  # which begins with what comes next
+    reader.assign(reader.queues(name))
+    reader.seek_to_earliest()
+    assert sorted(bodies(poll_all(reader, 2))) == [b"0", b"1"]
+
+
+def test_a_queue_that_is_not_there_keeps_assigning_for_a_moment_only(
+    consumers: Callable[..., Any], producer: zrmq.Producer, name: str
+) -> None:
+    producer.send(name, b"")
+    reader = consumers(zrmq.PullConsumer)
+    reader.queues(name)
+    reader.assign([MessageQueue(name, "nobody", 0)])
+    assert reader.assigned() == []
 
 
 def test_assigned_queues_begin_where_the_group_stands(consumers: Callable[..., Any], producer: zrmq.Producer, name: str) -> None:
@@ -898,6 +917,8 @@ def test_only_queues_that_are_ours_are_sought(consumers: Callable[..., Any], nam
 def test_a_poll_asks_for_something(consumers: Callable[..., Any], name: str) -> None:
     with pytest.raises(InvalidArgumentError, match="max_messages is 0; ask for 1 or more"):
         pull_consumer(consumers, name).poll(0)
+    with pytest.raises(InvalidArgumentError, match="timeout_ms is -5; wait for 0 or more"):
+        pull_consumer(consumers, name).poll(1, -5)
 
 
 def test_subscribing_and_assigning_exclude_each_other() -> None:

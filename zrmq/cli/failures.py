@@ -29,7 +29,8 @@ def run_command(command: Callable[[], Any], invocation: Invocation) -> int:
     """Run the command and return the exit code. Whatever it raises is told on stderr, in one sentence."""
     try:
         code = command()
-        sys.stdout.flush()
+        if sys.stdout is not None:  # `>&-` closes it
+            sys.stdout.flush()
         return code if isinstance(code, int) else EXIT_FAILED if invocation.is_partial else EXIT_DONE
     except click.exceptions.Exit as error:
         return error.exit_code
@@ -52,9 +53,13 @@ def _end_usage(error: click.ClickException, invocation: Invocation) -> int:
 
 def _end_error(error: Exception, invocation: Invocation) -> int:
     from zrmq.errors import ConfigError, InvalidArgumentError, UnreachableError, ZrmqError
+    from zrmq.files import FULL
 
     if isinstance(error, OSError) and error.errno == errno.EPIPE:
-        return _end_pipe()
+        return _drop_output()
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in FULL):
+        _tell({"message": f"{error.filename or 'The output'} cannot be used: {error.strerror}. Use another place."}, invocation)
+        return _drop_output()
     if not isinstance(error, ZrmqError):
         _report(error, invocation)
         return EXIT_FAILED
@@ -65,9 +70,10 @@ def _end_error(error: Exception, invocation: Invocation) -> int:
     return EXIT_UNREACHABLE if isinstance(error, UnreachableError) else EXIT_FAILED
 
 
-def _end_pipe() -> int:
-    """Whoever read our output has left (`zrmq tail | head`). Nothing can be told; stdout must not try again at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _drop_output() -> int:
+    """Whoever read our output has left (`zrmq tail | head`), or there is no room for it. stdout must not try again at exit."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return EXIT_FAILED
 
 

@@ -49,7 +49,7 @@ def show(name: str, as_json: bool, **where: Any) -> None:
         return
     click.echo(f"group: {name}\nmodel: {facts['message_model'] or 'no member now'}\nlag: {facts['lag']}")
     for topic, expression in facts["topics"].items():
-        click.echo(f"topic: {topic} ({expression})")
+        click.echo(f"topic: {topic} ({expression})" if facts["members"] else f"topic: {topic}")  # members say what they filter
     for member in facts["members"]:
         click.echo(f"member: {member}")
     print_table(

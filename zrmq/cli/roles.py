@@ -43,7 +43,9 @@ def nameserver(config: str | None, as_json: bool, **flags: Any) -> None:
     server.run(lambda: _print_ready(as_json, NameServer=server.address))
 
 
-@click.command(epilog=examples("zrmq broker --data /var/lib/zrmq", "zrmq broker --broker-name broker-b --broker-port 10921"))
+@click.command(epilog=examples(
+    "zrmq broker --data /var/lib/zrmq", "zrmq broker --broker-name broker-b --broker-port 10921 --ingest-port 10922 --data ./b"
+))
 @role_options(BrokerConfig[StoreConfig])
 def broker(config: str | None, as_json: bool, **flags: Any) -> None:
     """Run a broker: it stores messages and serves them."""
@@ -61,7 +63,7 @@ def future_ports(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@click.command(epilog=examples("zrmq up", "zrmq up --data /var/lib/zrmq --nameserver-port 0 --broker-port 0"))
+@click.command(epilog=examples("zrmq up", "zrmq up --data /var/lib/zrmq --nameserver-port 0 --broker-port 0 --ingest-port 0"))
 @role_options(NameServerConfig, BrokerConfig[StoreConfig], without=DECIDED_BY_UP)
 @future_ports
 def up(config: str | None, as_json: bool, **flags: Any) -> None:

@@ -53,6 +53,8 @@ def tail(
     wanted = parse_expression(expression)
     with open_admin(nameservers, timeout_ms) as admin, suppress(KeyboardInterrupt):  # Ctrl-C is how a tail ends
         ends = find_ends(admin, topic) if until_end else None
+        if topic not in admin.topics():
+            click.echo(f"{topic} does not exist yet; waiting for it (Ctrl-C ends that).", err=True)
         with zrmq.PullConsumer(group, nameservers=nameservers, consume_from=start) as consumer:
             # A broker that skips for us says nothing until there is something: then nobody would see the end pass by.
             consumer.subscribe(topic, "*" if until_end and not group else expression)

@@ -111,8 +111,9 @@ def show(name: str, as_json: bool, **where: Any) -> None:
 def create(name: str, nameservers: str | None, timeout_ms: int, as_json: bool, **options: Any) -> None:
     """Create a topic at every broker. A topic that exists with these settings is left as it is; with others it is refused."""
     with open_admin(nameservers, timeout_ms) as admin:
+        is_known = name in admin.topics()
         admin.create_topic(name, **given(options))
-        _print_done("created", name, admin.topic(name), as_json)
+        _print_done("left as it is:" if is_known else "created", name, admin.topic(name), as_json)
 
 
 @topic.command(epilog=examples("zrmq topic update meters --queues 8", "zrmq topic update meters --permission r"))
@@ -161,4 +162,6 @@ def _print_done(what: str, name: str, brokers: dict[str, TopicInfo], as_json: bo
     if as_json:
         print_json(facts)
     else:
-        click.echo(f"{what} {name}: {facts['queue_count']} queues at {', '.join(facts['brokers'])}, flush {facts['flush_mode']}")
+        kept = [f"retention {facts[key]} {key[10:]}" for key in ("retention_ms", "retention_bytes") if facts[key] is not None]
+        settings = [f"flush {facts['flush_mode']}", f"permission {facts['permission']}", *kept]
+        click.echo(f"{what} {name}: {facts['queue_count']} queues at {', '.join(facts['brokers'])}, {', '.join(settings)}")

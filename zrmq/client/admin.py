@@ -304,7 +304,10 @@ def _configure(config: TopicConfig, settings: dict[str, Any]) -> TopicConfig:
         return msgspec.convert(msgspec.to_builtins(msgspec.structs.replace(config, **settings)), TopicConfig)
     except msgspec.ValidationError as error:
         name = names[int(str(error).rpartition("$[")[2].rstrip("]`"))]  # msgspec ends with where: at `$[3]`
-        raise InvalidArgumentError(f"{name} cannot be {settings[name]!r}.", topic=config.topic, setting=name) from error
+        what = str(error).partition(" - at")[0].replace("Expected", "give", 1).partition(", got")[0]
+        raise InvalidArgumentError(
+            f"{name} cannot be {settings[name]!r}; {what}.", topic=config.topic, setting=name
+        ) from error
 
 
 def _check_alike(broker_name: str, config: TopicConfig, settings: dict[str, Any]) -> None:

@@ -405,8 +405,12 @@ class ConsumerCore:
     # --- for the door -------------------------------------------------------------------------------------------------
 
     def assign(self, queues: Iterable[MessageQueue]) -> None:
-        """Read these queues and no others."""
-        self._assigned = frozenset(queues)
+        """Read these queues and no others. `on_started` is called again when they are."""
+        self._wanted = self._assigned = frozenset(queues)
+        self._is_started = False
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
         self._instance.want_topics({queue.topic for queue in self._assigned})
         self._rebalance_soon()
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from zrmq.client.link import Identity, Link
-from zrmq.errors import ZrmqError
+from zrmq.errors import Code, ZrmqError
 from zrmq.logs import get_logger
 from zrmq.protocol.requests import BrokerInfo, RegisterBroker, Registered, TopicRoute, UnregisterBroker
 from zrmq.transport.interface import Loop
@@ -38,6 +38,7 @@ class Registration:
         self._known: dict[Link, int] = {}  # version of the table each NameServer has
         self._pending: set[Link] = set()
         self._reported: set[Link] = set()
+        self._displaced: set[Link] = set()  # to NameServers where another broker has our name: leaving would sign that one off
         self._timer = loop.call_later(HEARTBEAT_MS, self._beat)
         for link in self._links:
             self._register(link)
@@ -57,7 +58,7 @@ class Registration:
         """Leave every NameServer that is there, without waiting for its answer."""
         self._timer.cancel()
         for link in self._links:
-            if link.is_open:
+            if link.is_open and link not in self._displaced:
                 link.request(
                     UnregisterBroker, self._broker.broker_name, self._broker.broker_id, self._broker.epoch,
                     timeout_ms=REQUEST_TIMEOUT_MS, on_reply=lambda reply, payload: None,
@@ -94,12 +95,17 @@ class Registration:
         self._pending.discard(link)
         if isinstance(reply, Registered):
             self._reported.discard(link)
+            self._displaced.discard(link)
             if reply.wants_topics:
                 self._known.pop(link, None)
             else:
                 self._known[link] = version
             if self._known.get(link) != self._topics()[0]:
                 self._register(link)
-        elif isinstance(reply, ZrmqError) and link not in self._reported:
+        elif isinstance(reply, ZrmqError):
+            if reply.code is Code.FORBIDDEN:
+                self._displaced.add(link)
+            if link in self._reported:
+                return
             self._reported.add(link)
             log.warning("registration_failed", address=link.address, broker_name=self._broker.broker_name, reason=reply.message)
