@@ -10,6 +10,7 @@ import pytest
 
 from tests.unit.fake_cluster import FakeCluster, StoringBroker
 from tests.unit.test_client_producing import A0, B0, Desk
+from zrmq.client import lanes as lanes_module
 from zrmq.client.accumulator import Extras
 from zrmq.client.lanes import Lanes
 from zrmq.errors import DiskFullError, PayloadTooLargeError, RequestTimeoutError, UnreachableError, ZrmqError, refused
@@ -55,12 +56,16 @@ class LaneDesk(Desk):
         self.opened: dict[str, BrokerLane] = {}
         self.lanes = Lanes(
             self.core, self.accumulator, LANE_PRODUCER_ID, open_lane=self.open_lane,
-            post=self.loop.call_soon_threadsafe, new_lock=threading.Lock,
+            post=self.post, new_lock=threading.Lock,
         )
+        self.posted: list[Callable[[], None]] = []
 
     def open_lane(self, address: str) -> BrokerLane:
         (broker,) = [broker for broker in self.cluster.brokers.values() if broker.address == address]
         return self.opened.setdefault(broker.name, BrokerLane(broker))
+
+    def post(self, call: Callable[[], None]) -> None:
+        self.posted.append(call)
 
     def send_now(self, target: str | MessageQueue = "t", body: bytes = b"x", timeout_ms: int = 3_000) -> SendReceipt | None:
         return self.lanes.send(target, body, len(body) + 64, None, timeout_ms)
@@ -77,6 +82,9 @@ class LaneDesk(Desk):
 
         thread = threading.Thread(target=run)
         thread.start()
+        wait_until(lambda: bool(results or self.posted))
+        while self.posted:
+            self.posted.pop()()
         wait_until(lambda: bool(results) or any(batch.waiters for batch in self.accumulator.unfinished()))
         self.network.run_until(lambda: not self.accumulator.unfinished())
         thread.join(30)
@@ -272,14 +280,60 @@ def test_closing_waits_for_a_lane_in_use() -> None:
     assert desk.opened["a"].is_closed
 
 
+def test_an_exception_in_the_middle_leaves_the_lane_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while the message is encoded: a lane that stays taken is lost, and closing would wait for it for ever."""
+    desk = one()
+
+    def encode(*given: object, **named: object) -> bytes:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lanes_module, "encode_batch", encode)
+    with pytest.raises(KeyboardInterrupt):
+        desk.send_now()
+    assert desk.send_now() is not None
+
+
+class TakenLock:
+    """A lock that somebody has taken and will never give back."""
+
+    def __init__(self) -> None:
+        self.waited_s: list[float] = []
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+        assert timeout > 0, "it would wait for ever"
+        self.waited_s.append(timeout)
+        return False
+
+
+def test_closing_does_not_wait_for_ever_for_a_lane_in_use() -> None:
+    desk = two()
+    lock = desk.lanes._slots["a"].lock = TakenLock()  # type: ignore[assignment]
+    desk.lanes.close()
+    assert lock.waited_s == [2.5]
+    assert (desk.opened["a"].is_closed, desk.opened["b"].is_closed) == (False, True), "its user may still be there"
+
+
+def test_an_exception_while_a_message_is_handed_over_leaves_nothing_that_never_ends() -> None:
+    desk = one()
+    desk.opened["a"].after = RequestTimeoutError("no answer")
+
+    def post(call: Callable[[], None]) -> None:
+        raise KeyboardInterrupt
+
+    desk.lanes._post = post
+    with pytest.raises(KeyboardInterrupt):
+        desk.send_now(timeout_ms=8_000)
+    assert desk.accumulator.unfinished() == []
+    assert desk.accumulator.buffered_bytes == 0
+
+
 def test_a_handed_over_message_ends_when_the_core_is_closed() -> None:
     desk = one()
     desk.opened["a"].after = RequestTimeoutError("no answer")
     desk.core.close()
     with pytest.raises(ZrmqError, match="closed"):
         desk.send_and_turn()
-
-
 
 
 def test_a_topic_deleted_under_a_lane_is_created_again() -> None:

@@ -576,17 +576,14 @@ class Accumulator:
             handle.batch.callbacks.append((handle, callback))
             return True
 
-    def adopt(
+    def encoded_batch(
         self, target: Target, producer_id: int, sequence: int, frame: bytes, size_bytes: int, deadline_ms: float
     ) -> Batch:
-        """A batch of one record that was encoded and sent by somebody else, so that it ends like all others."""
+        """A batch of one record that was encoded and sent by somebody else, for `adopt`."""
         batch = Batch(self, target, producer_id, sequence, max(1, round(deadline_ms - self.clock.monotonic_ms())))
         batch.bodies.append(b"")
         batch.seal(self.clock.monotonic_ms())
         batch.records, batch.frame, batch.size_bytes = None, frame, size_bytes
-        with self._lock:
-            self._unfinished.setdefault(batch.topic, set()).add(batch)
-            self._buffered_bytes += size_bytes
         return batch
 
     def is_idle(self, topic: str) -> bool:
@@ -625,6 +622,12 @@ class Accumulator:
             self._batch_bytes_max = min(self._batch_bytes_max, batch_bytes_max)
             for batch in list(self._open.values()):
                 self._seal(batch)
+
+    def adopt(self, batch: Batch) -> None:
+        """Have an `encoded_batch` here until it ends, like all others."""
+        with self._lock:
+            self._unfinished.setdefault(batch.topic, set()).add(batch)
+            self._buffered_bytes += batch.size_bytes
 
     def take_sealed(self) -> list[Batch]:
         """The batches that callers have filled, in the order they were sealed."""

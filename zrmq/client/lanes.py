@@ -12,6 +12,7 @@ the rules of `producing.py`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 from typing import Protocol
 
@@ -22,6 +23,8 @@ from zrmq.message import MessageQueue, SendReceipt, message_id
 from zrmq.protocol.batch import encode_batch
 from zrmq.protocol.requests import AnyReply, Request, Send, Sent
 from zrmq.transport.interface import Frames
+
+GRACE_MS = 500.0  # for what a lane's request takes beyond its timeout
 
 
 class Lane(Protocol):
@@ -81,42 +84,47 @@ class Lanes:
         if taken is None:
             return None
         queue, slot = taken
-        sequence = next(self._sequences)
-        now_ms = self._accumulator.clock.time_ms()
-        frame = encode_batch(
-            columns_of([body], None if extras is None else [extras]), producer_id=self._producer_id, first_sequence=sequence,
-            first_born_ms=now_ms, last_born_ms=now_ms, compress=self._accumulator.config.compress,
-        )
-        started_ms = self._now_ms()
-        try:
-            sent = self._request(slot, queue, frame, timeout_ms)
-        except (RequestTimeoutError, UnreachableError) as error:
-            if timeout_ms <= FAILOVER_AFTER_MS:
-                raise
-            trouble: ZrmqError = error
-        except ZrmqError as error:
-            if error.code not in BROKERS_TROUBLE:
-                raise
-            trouble = error
-        else:
+        try:  # at once: an exception in between (Ctrl-C, say) leaves the lane taken for ever
+            sequence = next(self._sequences)
+            frame = self._encoded(body, extras, sequence)
+            started_ms = self._now_ms()
+            sent = self._request(slot.lane, queue, frame, timeout_ms)
+        finally:
+            slot.lock.release()
+        if isinstance(sent, Sent):
             ended_ms = self._now_ms()
             self._core.faults.record(queue.broker_name, ended_ms - started_ms, ended_ms)
             return SendReceipt(
                 queue.topic, queue.broker_name, queue.queue_id, sent.base_offset, message_id(self._producer_id, sequence),
                 sent.store_timestamp_ms, sent.durability, sent.duplicate,
             )
-        batch = self._accumulator.adopt(target, self._producer_id, sequence, frame, size_bytes, started_ms + timeout_ms)
-        self._post(lambda: self._core.adopt(batch, queue, trouble))
+        batch = self._accumulator.encoded_batch(
+            target, self._producer_id, sequence, frame, size_bytes, started_ms + timeout_ms
+        )
+        self._post(partial(self._core.adopt, batch, queue, sent))
         return SendHandle(batch, 0).result()
 
-    def _request(self, slot: _Slot, queue: MessageQueue, frame: bytes, timeout_ms: int) -> Sent:
-        """Ask and let go of the slot."""
+    def _encoded(self, body: bytes, extras: Extras | None, sequence: int) -> bytes:
+        now_ms = self._accumulator.clock.time_ms()
+        return encode_batch(
+            columns_of([body], None if extras is None else [extras]), producer_id=self._producer_id, first_sequence=sequence,
+            first_born_ms=now_ms, last_born_ms=now_ms, compress=self._accumulator.config.compress,
+        )
+
+    @staticmethod
+    def _request(lane: Lane, queue: MessageQueue, frame: bytes, timeout_ms: int) -> Sent | ZrmqError:
+        """Ask. Returns an error that the I/O thread may make good, raises any other."""
+        lane_timeout_ms = min(timeout_ms, int(FAILOVER_AFTER_MS))
         try:
-            reply, _ = slot.lane.request(
-                Send, queue.topic, queue.queue_id, 0, payload=(frame,), timeout_ms=min(timeout_ms, int(FAILOVER_AFTER_MS))
-            )
-        finally:
-            slot.lock.release()
+            reply, _ = lane.request(Send, queue.topic, queue.queue_id, 0, payload=(frame,), timeout_ms=lane_timeout_ms)
+        except (RequestTimeoutError, UnreachableError) as error:
+            if timeout_ms <= FAILOVER_AFTER_MS:
+                raise
+            return error
+        except ZrmqError as error:
+            if error.code not in BROKERS_TROUBLE:
+                raise
+            return error
         if not isinstance(reply, Sent):
             name = type(reply).__name__
             raise InvalidFrameError(f"Broker {queue.broker_name} answered a send with {name}; upgrade it.")
@@ -169,6 +177,5 @@ class Lanes:
             slots = list(self._slots.values())
             self._slots.clear()
         for slot in slots:
-            slot.lock.acquire()
-            slot.lane.close()
-            slot.lock.release()
+            if slot.lock.acquire(timeout=(FAILOVER_AFTER_MS + GRACE_MS) / 1000):  # else Ctrl-C left it taken, or its user hangs
+                slot.lane.close()

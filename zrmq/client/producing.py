@@ -157,6 +157,7 @@ class ProducerCore:
 
     def adopt(self, batch: Batch, queue: MessageQueue, error: ZrmqError) -> None:
         """Go on with a batch that a lane sent to `queue` and that came back with `error`: a broker's trouble, or no answer."""
+        self._accumulator.adopt(batch)  # not before, in the caller's thread: Ctrl-C could leave it here and nobody to end it
         if self._is_closed:
             self._accumulator.finish(batch, _given_up_error(batch))
             return
