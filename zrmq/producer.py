@@ -23,14 +23,8 @@ from typing import Any, Literal, Self, TypedDict, Unpack, overload
 from weakref import WeakSet
 from zlib import crc32
 
-from zrmq.client.accumulator import (
-    Accumulator,
-    AccumulatorConfig,
-    Extras,
-    OneWay,
-    SendHandle,
-    Stored,
-)
+from zrmq.client.accumulator import Accumulator, AccumulatorConfig
+from zrmq.client.batch import Extras, OneWay, SendHandle, Stored
 from zrmq.client.instance import ClientInstance
 from zrmq.client.lanes import Lanes
 from zrmq.client.link import Identity

@@ -11,18 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zrmq.client import accumulator as accumulator_module
-from zrmq.client.accumulator import (
-    FILLER_FROM,
-    RECORD_OVERHEAD_BYTES,
-    Accumulator,
-    AccumulatorConfig,
-    Batch,
-    Extras,
-    OneWay,
-    SendHandle,
-    Stored,
-    Target,
-)
+from zrmq.client import batch as batch_module
+from zrmq.client.accumulator import FILLER_FROM, RECORD_OVERHEAD_BYTES, Accumulator, AccumulatorConfig
+from zrmq.client.batch import Batch, Extras, OneWay, SendHandle, Stored, Target
 from zrmq.errors import BufferFullError, ClosedError, DiskFullError, InvalidArgumentError, RequestTimeoutError, ZrmqError
 from zrmq.message import FlushMode, MessageQueue, message_id
 from zrmq.protocol import limits
@@ -335,13 +326,13 @@ def test_a_batch_that_ended_while_it_was_encoded_keeps_no_bytes(monkeypatch: pyt
     setup = Setup()
     setup.append(bytes(100))
     (batch,) = setup.take()
-    encode = accumulator_module.encode_batch
+    encode = batch_module.encode_batch
 
     def encode_late(*given: Any, **named: Any) -> bytes:
         setup.accumulator.finish(batch, STORED)
         return encode(*given, **named)
 
-    monkeypatch.setattr(accumulator_module, "encode_batch", encode_late)
+    monkeypatch.setattr(batch_module, "encode_batch", encode_late)
     assert len(batch.encoded()) > 100
     assert batch.frame == b""
 

@@ -11,7 +11,7 @@ import pytest
 from tests.unit.fake_cluster import FakeCluster, StoringBroker
 from tests.unit.test_client_producing import A0, B0, Desk
 from zrmq.client import lanes as lanes_module
-from zrmq.client.accumulator import Extras
+from zrmq.client.batch import Extras
 from zrmq.client.lanes import Lanes
 from zrmq.errors import DiskFullError, PayloadTooLargeError, RequestTimeoutError, UnreachableError, ZrmqError, refused
 from zrmq.message import MessageQueue, SendReceipt

@@ -7,7 +7,8 @@ from typing import Any
 import msgpack
 import pytest
 
-from zrmq.client.accumulator import ITEM_OVERHEAD_BYTES, RECORD_OVERHEAD_BYTES, Extras
+from zrmq.client.accumulator import ITEM_OVERHEAD_BYTES, RECORD_OVERHEAD_BYTES
+from zrmq.client.batch import Extras
 from zrmq.client.outgoing import NO_VALUE, outgoing, outgoing_record
 from zrmq.errors import Code, InvalidArgumentError, PayloadTooLargeError
 from zrmq.message import Record

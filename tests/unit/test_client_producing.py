@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from tests.unit.fake_cluster import LIMITS, NAMESERVER, FakeCluster, StoringBroker
-from zrmq.client.accumulator import RECORD_OVERHEAD_BYTES, Accumulator, AccumulatorConfig, OneWay, SendHandle, Target
+from zrmq.client.accumulator import RECORD_OVERHEAD_BYTES, Accumulator, AccumulatorConfig
+from zrmq.client.batch import OneWay, SendHandle, Target
 from zrmq.client.instance import ClientInstance
 from zrmq.client.link import Identity
 from zrmq.client.producing import UNFILLED_MAX, ProducerCore, ProducingConfig

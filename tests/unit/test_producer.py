@@ -19,7 +19,7 @@ import pytest
 
 import zrmq
 from tests.unit.real_cluster import await_brokers, running_cluster
-from zrmq.client.accumulator import SendHandle
+from zrmq.client.batch import SendHandle
 from zrmq.client.link import Identity
 from zrmq.errors import (
     BufferFullError,

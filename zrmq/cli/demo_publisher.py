@@ -10,7 +10,7 @@ from zrmq.cli.demo_verdict import Ledger, ReadingKey
 from zrmq.errors import ZrmqError
 
 if TYPE_CHECKING:
-    from zrmq.client.accumulator import SendHandle
+    from zrmq.client.batch import SendHandle
     from zrmq.producer import Producer
 
 RECEIPT_TIMEOUT_MS = 30_000.0  # for the last receipts

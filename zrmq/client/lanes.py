@@ -16,7 +16,8 @@ from functools import partial
 from itertools import count
 from typing import Protocol
 
-from zrmq.client.accumulator import Accumulator, Extras, Lock, SendHandle, columns_of
+from zrmq.client.accumulator import Accumulator
+from zrmq.client.batch import Extras, Lock, SendHandle, columns_of
 from zrmq.client.producing import BROKERS_TROUBLE, FAILOVER_AFTER_MS, ProducerCore
 from zrmq.errors import InvalidFrameError, RequestTimeoutError, UnreachableError, ZrmqError
 from zrmq.message import MessageQueue, SendReceipt, message_id

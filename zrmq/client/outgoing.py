@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from zrmq.client.accumulator import ITEM_OVERHEAD_BYTES, RECORD_OVERHEAD_BYTES, Extras
+from zrmq.client.accumulator import ITEM_OVERHEAD_BYTES, RECORD_OVERHEAD_BYTES
+from zrmq.client.batch import Extras
 from zrmq.errors import InvalidArgumentError
 from zrmq.message import Record
 from zrmq.protocol.limits import check_record

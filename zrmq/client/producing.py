@@ -26,7 +26,8 @@ from random import Random
 
 import msgspec
 
-from zrmq.client.accumulator import Accumulator, Batch, OneWay, Stored
+from zrmq.client.accumulator import Accumulator
+from zrmq.client.batch import Batch, OneWay, Stored
 from zrmq.client.faults import NOTICED_MS, FaultTable
 from zrmq.client.instance import ClientInstance, RouteView
 from zrmq.client.link import Link

@@ -7,7 +7,8 @@ from random import Random
 from typing import TYPE_CHECKING
 from zlib import crc32
 
-from zrmq.client.accumulator import Accumulator, AccumulatorConfig, Extras, OneWay, SendHandle, Target
+from zrmq.client.accumulator import Accumulator, AccumulatorConfig
+from zrmq.client.batch import Extras, OneWay, SendHandle, Target
 from zrmq.client.instance import ClientInstance
 from zrmq.client.link import Identity
 from zrmq.client.producing import ProducerCore, ProducingConfig

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from zrmq.client.accumulator import OneWay, SendHandle, Target
+from zrmq.client.batch import OneWay, SendHandle, Target
 from zrmq.errors import UnreachableError, ZrmqError
 from zrmq.message import FlushMode, Message, MessageQueue, SendReceipt
 from zrmq.protocol.events import GroupSubscribed

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from random import Random
 
-from zrmq.client.accumulator import OneWay
+from zrmq.client.batch import OneWay
 from zrmq.client.process_queue import Unit
 from zrmq.errors import ZrmqError
 from zrmq.message import Message, MessageQueue, SendReceipt
