@@ -118,8 +118,8 @@ class Producer:
     topic's queues; or, with `message_group=`, to the one at CRC-32(UTF-8 of the group) modulo the number of queues, in the sorted
     list of the topic's queues. Those of one queue are stored in the order they were sent by a thread.
 
-    A topic's first message waits until the topic is known, or created where brokers create topics by use. Do not send in a signal
-    handler: it may have interrupted a send of its own thread, for which it would wait.
+    A topic's first message waits until the topic is known, or created where brokers create topics by use. A signal handler
+    that interrupted a send of its own thread cannot use the producer (`InvalidArgumentError`): set a flag there, or raise.
 
     Raises `InvalidArgumentError`, `ConfigError`. Connects at once, and goes on trying for as long as it is open.
     """
@@ -421,12 +421,16 @@ def _assemble(
     here = threading.get_ident()
     instance = ClientInstance(loop, nameservers, identity, rng)
     accumulator = Accumulator(
-        config, loop.clock, new_lock=threading.Lock, wake=lambda: loop.call_soon_threadsafe(core.wake),
-        may_wait=lambda: threading.get_ident() != here,
+        config, loop.clock, new_lock=threading.Lock, new_owned_lock=_owned_lock,
+        wake=lambda: loop.call_soon_threadsafe(core.wake), may_wait=lambda: threading.get_ident() != here,
     )
     core = ProducerCore(loop, accumulator, ProducingConfig(retries), instance, rng)
     instance.listener = core
     return core, accumulator
+
+
+def _owned_lock() -> Any:
+    return threading.RLock()
 
 
 def _open_lane(context: Context, identity: Identity, address: str) -> Lane:

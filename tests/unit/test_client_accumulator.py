@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.unit.interrupts import Interrupt
 from zrmq.client import accumulator as accumulator_module
 from zrmq.client import batch as batch_module
 from zrmq.client.accumulator import FILLER_FROM, RECORD_OVERHEAD_BYTES, Accumulator, AccumulatorConfig
@@ -35,7 +37,10 @@ class Setup:
         self.clock = ManualClock()
         self.wakes = 0
         config = AccumulatorConfig(PRODUCER_ID, buffer_bytes, block_when_full, records_max, bytes_max, linger_ms, compress)
-        self.accumulator = Accumulator(config, self.clock, new_lock=threading.Lock, wake=self._wake, may_wait=may_wait)
+        self.accumulator = Accumulator(
+            config, self.clock, new_lock=threading.Lock, new_owned_lock=threading.RLock,  # type: ignore[arg-type]
+            wake=self._wake, may_wait=may_wait,
+        )
 
     def _wake(self) -> None:
         self.wakes += 1
@@ -108,7 +113,7 @@ def test_records_that_are_added_together_go_out_together() -> None:
 
     def records() -> Iterator[tuple[Target, bytes, int, Extras | None]]:
         for number in range(7):
-            assert setup.accumulator._lock.locked(), "nobody can take a batch now"
+            assert setup.accumulator._lock._is_owned(), "nobody can take a batch now"
             yield "meters" if number < 6 else QUEUE, b"%d" % number, 100, Extras("t") if number % 2 else None
 
     handles: list[SendHandle] = []
@@ -435,6 +440,176 @@ def test_what_goes_in_comes_out(steps: list[tuple[bytes, Extras | None, str]]) -
         assert message.properties == (extras.properties or {})
 
 
+# --- exceptions of signal handlers ----------------------------------------------------------------------------------------
+
+
+class Interrupted:
+    """A caller that sends numbered records in every way, and a loop that takes what it was woken for."""
+
+    def __init__(self) -> None:
+        self.setup = Setup(records_max=6, buffer_bytes=2_000, bytes_max=450)
+        self.handles: list[tuple[bytes, SendHandle]] = []
+        self.bodies: dict[Batch, list[bytes]] = {}
+        self._wakes_seen = 0
+        self._is_ticking = False
+
+    def send(self, number: int) -> None:
+        body, setup = b"%d" % number, self.setup
+        if number % 9 == 8:
+            handles: list[SendHandle] = []
+            records: list[tuple[Target, bytes, int, Extras | None]] = [("meters", body, 70, None), (QUEUE, body, 70, None)]
+            setup.accumulator.append_all(records, 3000, handles)
+            self.handles += [(body, handle) for handle in handles]
+        elif number % 7 == 6:
+            self.handles.append((body, setup.append(body, extras=Extras("t"))))
+        elif number % 4 == 3:
+            self.handles.append((body, setup.append(body, QUEUE)))
+        else:
+            self.handles.append((body, setup.quick(body)))
+
+    def turn(self, is_wanted: Callable[[Batch], bool]) -> None:
+        """What the loop does when it was woken, and from then on until nothing is left."""
+        if self.setup.wakes > self._wakes_seen or self._is_ticking:
+            self._wakes_seen = self.setup.wakes
+            for batch in [*self.setup.accumulator.take_sealed(), *self.setup.accumulator.take_open(is_wanted)]:
+                self.bodies[batch] = bodies_of(batch)
+                self.setup.accumulator.finish(batch, STORED)
+            self._is_ticking = self.setup.accumulator.buffered_bytes > 0
+
+    def check(self) -> None:
+        """Every record with a handle was taken, once and in order; those without one at most once; and nothing is left."""
+        assert not self.setup.accumulator._lock._is_owned()
+        self.turn(lambda _: True)
+        assert self.setup.accumulator.unfinished() == []
+        assert self.setup.accumulator.buffered_bytes == 0
+        assert all(self.bodies[handle.batch][handle.index] == body for body, handle in self.handles)
+        for target in ("meters", QUEUE):
+            numbers = [int(body) for batch, bodies in self.bodies.items() if batch.target == target for body in bodies]
+            assert numbers == sorted(set(numbers))
+        sequences = [batch.first_sequence + index for batch in self.bodies for index in range(batch.record_count)]
+        assert len(set(sequences)) == len(sequences)
+        assert all(batch.record_count <= 6 for batch in self.bodies)
+
+
+def test_an_exception_anywhere_harms_no_other_record() -> None:
+    """Ctrl-C at every place where Python may run a handler, while batches are opened, filled, sealed and refused room."""
+    places = 0
+    while True:
+        case, interrupt = Interrupted(), Interrupt(places, accumulator_module, batch_module)
+        for number in range(20):
+            with interrupt.may_come(), suppress(BufferFullError):
+                case.send(number)
+            if number % 7 == 4:
+                case.turn(lambda batch: batch.target == "meters")
+            elif number % 7 == 1:
+                case.turn(lambda _: True)
+        case.check()
+        if not interrupt.came:
+            break
+        places += 1
+    assert places > 250
+
+
+def test_a_send_in_the_middle_of_a_send_is_told_so_and_harms_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal handler or finalizer that runs while its own thread holds the lock would wait for itself."""
+    setup = Setup(records_max=100)
+    filled = [setup.quick(target="other") for _ in range(10)]
+    refused: list[Exception] = []
+
+    def make_handle(batch: Batch, index: int) -> SendHandle:
+        monkeypatch.undo()
+        for call in (
+            setup.append, lambda: setup.accumulator.append_all([("meters", b"x", 65, None)], 3000, []),
+            setup.accumulator.unfinished, lambda: setup.accumulator.refuse(lambda: ClosedError("closed")),
+            lambda: filled[0].add_done_callback(print),
+        ):
+            with pytest.raises(InvalidArgumentError, match="signal handler") as caught:
+                call()
+            refused.append(caught.value)
+        filled.append(setup.quick(b"needs no lock", "other"))
+        return SendHandle(batch, index)
+
+    monkeypatch.setattr(accumulator_module, "SendHandle", make_handle)
+    handle = setup.append(b"outer")
+    assert len(refused) == 5
+    assert {batch.target: bodies_of(batch) for batch in setup.take()} == {
+        "meters": [b"outer"], "other": [*[b"x"] * 10, b"needs no lock"]
+    }
+    assert (handle.index, filled[-1].index) == (0, 10)
+
+
+def test_a_batch_that_is_filled_up_in_the_middle_of_a_send_is_sealed_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = Setup(records_max=10)
+    for _ in range(9):
+        setup.quick(target="other")
+    last: list[SendHandle] = []
+
+    def make_handle(batch: Batch, index: int) -> SendHandle:
+        monkeypatch.undo()
+        last.append(setup.quick(b"last", "other"))
+        return SendHandle(batch, index)
+
+    monkeypatch.setattr(accumulator_module, "SendHandle", make_handle)
+    setup.append()
+    setup.quick(b"next", "other")
+    batches = [bodies_of(batch) for batch in setup.take() if batch.target == "other"]
+    assert batches == [[*[b"x"] * 9, b"last"], [b"next"]]
+    assert last[0].index == 9
+
+
+def test_an_exception_while_the_loop_is_told_is_made_good() -> None:
+    setup = Setup()
+    wake = setup.accumulator.wake
+
+    def raise_once() -> None:
+        setup.accumulator.wake = wake
+        raise KeyboardInterrupt
+
+    setup.accumulator.wake = raise_once
+    with pytest.raises(KeyboardInterrupt):
+        setup.append(b"in")
+    assert setup.wakes > 0
+    assert [bodies_of(batch) for batch in setup.take()] == [[b"in"]]
+
+
+def test_an_exception_while_a_thread_waits_for_room_leaves_the_lock_alone() -> None:
+    setup = Setup(buffer_bytes=100, block_when_full=True)
+    setup.append()
+
+    class Waiting:
+        """A lock whose waiter is interrupted while somebody else has the accumulator's lock."""
+
+        def __init__(self) -> None:
+            self.is_taken = False
+
+        def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+            if self.is_taken:
+                other.start()
+                assert is_held.wait(30)
+                raise KeyboardInterrupt
+            self.is_taken = True
+            return True
+
+        def release(self) -> None:
+            self.is_taken = False
+
+    is_held, is_over = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with setup.accumulator._lock:
+            is_held.set()
+            is_over.wait(30)
+
+    other = threading.Thread(target=hold)
+    setup.accumulator._new_lock = Waiting  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt):
+        setup.append()
+    is_over.set()
+    other.join(30)
+    setup.accumulator.finish(setup.take()[0], STORED)
+    assert setup.accumulator.buffered_bytes == 0
+
+
 # --- waking the loop ------------------------------------------------------------------------------------------------------
 
 
@@ -532,6 +707,40 @@ def test_a_callback_never_blocks_on_a_full_buffer() -> None:
     setup.append()
     with pytest.raises(BufferFullError):
         setup.append(timeout_ms=60_000)
+
+
+@pytest.mark.parametrize("block_when_full", [True, False])
+def test_room_that_a_batch_in_use_was_granted_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, block_when_full: bool
+) -> None:
+    """Most of a full buffer is granted to a batch with a thread that is, at that moment, inside its filler."""
+    setup = Setup(buffer_bytes=4_000, bytes_max=1_000, records_max=100, block_when_full=block_when_full)
+    done: list[SendHandle | BufferFullError] = []
+
+    def send() -> None:
+        try:
+            done.append(setup.append(bytes(200), "other", timeout_ms=60_000))
+        except BufferFullError as error:
+            done.append(error)
+
+    thread = threading.Thread(target=send)
+
+    for _ in range(FILLER_FROM):
+        setup.quick(b"", "roomy")
+    for number in range(3):
+        setup.append(bytes(900), f"large{number}")
+
+    def make_handle(batch: Batch, index: int) -> SendHandle:
+        monkeypatch.undo()
+        thread.start()
+        wait_until(lambda: bool(done) or setup.accumulator.is_pressed)
+        return SendHandle(batch, index)
+
+    monkeypatch.setattr(accumulator_module, "SendHandle", make_handle)
+    setup.quick(b"", "roomy")
+    setup.accumulator.take_sealed()  # what the loop does, and nothing is finished
+    thread.join(30)
+    assert [type(each) for each in done] == [SendHandle]
 
 
 SIZES = st.integers(0, 30) | st.integers(0, 300)

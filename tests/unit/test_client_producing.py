@@ -50,7 +50,8 @@ class Desk:
         self.instance = ClientInstance(loop, [NAMESERVER], Identity("p", "producer", "G"), self.network.rng)
         self.accumulator = Accumulator(
             AccumulatorConfig(7, buffer_bytes, False, records_max, 1 << 16, linger_ms), loop.clock,
-            new_lock=threading.Lock, wake=lambda: loop.call_soon_threadsafe(self.core.wake), may_wait=lambda: True,
+            new_lock=threading.Lock, new_owned_lock=threading.RLock,  # type: ignore[arg-type]
+            wake=lambda: loop.call_soon_threadsafe(self.core.wake), may_wait=lambda: True,
         )
         self.core = ProducerCore(loop, self.accumulator, ProducingConfig(**config), self.instance, self.network.rng)
         self.instance.listener = self.core

@@ -20,11 +20,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any
 
 import msgspec
 
-from zrmq.client.batch import NO_EXTRAS, Batch, Extras, Filler, Lock, SendHandle, Stored, Target
+from zrmq.client.batch import NO_EXTRAS, Batch, Extras, Filler, Lock, OwnedLock, SendHandle, Stored, Target
 from zrmq.clock import Clock
 from zrmq.errors import BufferFullError, InvalidArgumentError, ZrmqError
 from zrmq.logs import get_logger
@@ -33,6 +34,7 @@ RECORD_OVERHEAD_BYTES = 64  # of a record in memory; more than its framing in a 
 ITEM_OVERHEAD_BYTES = 16  # the same for each key and property
 FILLER_FROM = 4  # records in a batch before it gets a filler, whose making costs as much as it saves on some three
 ROOMY_BATCHES = 4  # that fit what is free of the buffer: then a batch is granted all it can use, else record by record
+HELD_UP_MS_MAX = 100  # for a thread inside a filler, which has what may be free of the buffer; it needs microseconds
 
 log = get_logger("producer")
 
@@ -58,20 +60,21 @@ class Accumulator:
     """
 
     def __init__(
-        self, config: AccumulatorConfig, clock: Clock, *, new_lock: Callable[[], Lock], wake: Callable[[], None],
-        may_wait: Callable[[], bool],
+        self, config: AccumulatorConfig, clock: Clock, *, new_lock: Callable[[], Lock],
+        new_owned_lock: Callable[[], OwnedLock], wake: Callable[[], None], may_wait: Callable[[], bool],
     ) -> None:
         self.config = config
         self.clock = clock
         self._new_lock = new_lock
         self.wake = wake
         self.may_wait = may_wait
-        self._lock = new_lock()
+        self._new_owned_lock = new_owned_lock
+        self._lock = new_owned_lock()
         self.body_fillers: dict[Target, Callable[[Any], SendHandle]] = {}  # `send` of the fillers of open batches, for bodies
         self._record_fillers: dict[Target, Callable[[Any], SendHandle]] = {}  # and for body, size and extras
         self._open: dict[Target, Batch] = {}
         self._sealed: deque[Batch] = deque()  # the last ones may still have a filler that could not be stopped
-        self._unfinished: dict[str, set[Batch]] = {}
+        self._unfinished: dict[str, dict[Batch, None]] = {}
         self._buffered_bytes = 0
         self._waiting_for_room: list[Lock] = []
         self._next_sequence = 1  # 0 means none, in `Send.follows`
@@ -103,13 +106,22 @@ class Accumulator:
                     handle = self.filled(end)
                     if handle is not None:
                         return handle
-        with self._lock:
-            handle = self._add(target, body, size_bytes, extras, timeout_ms)
-            if handle.index + 1 >= FILLER_FROM and timeout_ms == self._timeout_ms:
-                self._start_filler(handle.batch)
-        if self._has_news:
-            self._tell(handle.batch)
-        return handle
+        self._check_free()
+        try:
+            with self._lock:
+                handle = self._add(target, body, size_bytes, extras, timeout_ms)
+                if handle is not None and handle.index + 1 >= FILLER_FROM and timeout_ms == self._timeout_ms:
+                    self._start_filler(handle.batch)
+            if handle is not None and self._has_news:
+                self._tell(handle.batch)
+        except BaseException:  # Ctrl-C, perhaps, after it was added: it must not wait for the next send
+            self.wake()
+            raise
+        if handle is not None:
+            return handle
+        handles: list[SendHandle] = []
+        self.append_all([(target, body, size_bytes, extras)], timeout_ms, handles)
+        return handles[0]
 
     def append_all(
         self, records: Iterable[tuple[Target, bytes, int, Extras | None]], timeout_ms: int, handles: list[SendHandle]
@@ -118,21 +130,47 @@ class Accumulator:
 
         `handles` gets the handle of each; of those before it, where one raises.
         """
+        self._check_free()
+        left = iter(records)
+        deadline_ms = None
         try:
-            with self._lock:
-                for target, body, size_bytes, extras in records:
-                    handles.append(self._add(target, body, size_bytes, extras, timeout_ms))
+            while True:
+                count = len(handles)
+                with self._lock:
+                    for record in left:
+                        handle = self._add(*record, timeout_ms)
+                        if handle is None:
+                            left = chain([record], left)
+                            room = self._ask_for_room()
+                            break
+                        handles.append(handle)
+                    else:
+                        return
+                if deadline_ms is None or len(handles) > count:
+                    deadline_ms = self._deadline_ms(timeout_ms)
+                self._wait_for_room(room, deadline_ms)
         finally:
-            if handles:
-                self._tell(*dict.fromkeys(handle.batch for handle in handles))
+            self._tell(*dict.fromkeys(handle.batch for handle in handles))
 
-    def _add(self, target: Target, body: bytes, size_bytes: int, extras: Extras | None, timeout_ms: int) -> SendHandle:
-        """With the lock. The batch is sealed when another record of that size would not fit."""
+    def _add(
+        self, target: Target, body: bytes, size_bytes: int, extras: Extras | None, timeout_ms: int
+    ) -> SendHandle | None:
+        """With the lock. The batch is sealed when another record of that size would not fit. None: there is no room."""
         batch = self._batch_with_room(target, size_bytes, timeout_ms)
+        if batch is None:
+            return None
         index = batch.add(body, size_bytes, extras)
-        if index + 1 >= self._batch_records_max or not self._can_take(batch, size_bytes):
+        if not self._can_take(batch, size_bytes):
             self._seal(batch)
         return SendHandle(batch, index)
+
+    def _check_free(self) -> None:
+        """Raise in a signal handler or finalizer that runs while its own thread holds the lock, and would wait for itself."""
+        if self._lock._is_owned():
+            raise InvalidArgumentError(
+                "This signal handler or finalizer interrupted a send of its own thread, and cannot use the same producer before"
+                " that has returned. Set a flag there, or raise an exception, and send outside."
+            )
 
     def filled(self, end: StopIteration | ValueError) -> SendHandle | None:
         """A filler ended with a record, or before it, or has another thread inside. None: it was not taken; `append` it.
@@ -145,6 +183,8 @@ class Accumulator:
         if handle is None:
             return None
         batch = handle.batch
+        if self._lock._is_owned():  # in a handler that interrupted a send: the next one, or the loop, seals the batch
+            return handle
         with self._lock:
             if self._open.get(batch.target) is batch:
                 self._seal(batch)
@@ -157,7 +197,11 @@ class Accumulator:
             if batch.record_count:
                 batch.encoded()
         self._has_news = False
-        self.wake()
+        try:
+            self.wake()
+        except BaseException:  # Ctrl-C, perhaps, before it had any effect
+            self.wake()
+            raise
 
     # --- fillers ------------------------------------------------------------------------------------------------------
 
@@ -222,46 +266,47 @@ class Accumulator:
 
     # --- open batches -------------------------------------------------------------------------------------------------
 
-    def _batch_with_room(self, target: Target, size_bytes: int, timeout_ms: int) -> Batch:
-        """An open batch for a record of that size. With the lock, which is given up while the buffer is full."""
-        deadline_ms = None
-        while True:
-            batch = self._open.get(target)
-            if batch is not None:
-                is_fit = batch.stop_filler() and batch.timeout_ms == timeout_ms and self._can_take(batch, size_bytes)
-                if is_fit and size_bytes <= batch.room_bytes:
-                    return batch
-                if not is_fit:
-                    self._seal(batch)
-                    batch = None
-            if self._refusal is not None:
-                raise self._refusal()
-            if self._has_room(size_bytes):
-                batch = batch or self._open_batch(target, timeout_ms)
-                self._grant(batch, size_bytes)
+    def _batch_with_room(self, target: Target, size_bytes: int, timeout_ms: int) -> Batch | None:
+        """An open batch for a record of that size. None: the buffer is full. With the lock."""
+        batch = self._open.get(target)
+        if batch is not None:
+            is_fit = batch.stop_filler() and batch.timeout_ms == timeout_ms and self._can_take(batch, size_bytes)
+            if is_fit and size_bytes <= batch.room_bytes:
                 return batch
-            if deadline_ms is None:
-                deadline_ms = self.clock.monotonic_ms() + timeout_ms
-            self._wait_for_room(deadline_ms)
+            if not is_fit:
+                self._seal(batch)
+                batch = None
+        if self._refusal is not None:
+            raise self._refusal()
+        if not self._has_room(size_bytes):
+            return None
+        batch = self._open.get(target) or self._open_batch(target, timeout_ms)
+        self._grant(batch, size_bytes)
+        return batch
 
     def _can_take(self, batch: Batch, size_bytes: int) -> bool:
         """Whether a batch may have another record of that size, the buffer permitting."""
-        return batch.size_bytes - batch.room_bytes + size_bytes <= self._batch_bytes_max
+        used_bytes = batch.size_bytes - batch.room_bytes
+        return len(batch.bodies) < self._batch_records_max and used_bytes + size_bytes <= self._batch_bytes_max
 
     def _open_batch(self, target: Target, timeout_ms: int) -> Batch:
-        batch = self._open[target] = Batch(self, target, self.config.producer_id, self._next_sequence, timeout_ms)
+        batch = Batch(self, target, self.config.producer_id, self._next_sequence, timeout_ms)
+        unfinished = self._unfinished.setdefault(batch.topic, {})
+        # Without a call in between, so without a signal handler that raises: here and there, or nowhere.
         self._next_sequence += self.config.batch_records_max  # ids are known at once, so a batch reserves what it may need
-        self._unfinished.setdefault(batch.topic, set()).add(batch)
+        self._open[target] = batch
+        unfinished[batch] = None
         self._has_news = True
         return batch
 
     def _seal(self, batch: Batch) -> None:
         """No record joins it any more, but for one that is being put in by a thread inside its filler."""
-        del self._open[batch.target]
-        self.body_fillers.pop(batch.target, None)
-        self._record_fillers.pop(batch.target, None)
-        self._sealed.append(batch)
+        target = batch.target
         self._has_news = True
+        del self._open[target]
+        self._sealed += (batch,)  # not `append`: without a call nothing is raised before this, and the batch lost
+        self.body_fillers.pop(target, None)
+        self._record_fillers.pop(target, None)
         if batch.stop_filler():
             self._close(batch)
 
@@ -276,8 +321,10 @@ class Accumulator:
         """Whether a record fits the buffer, if need be after what open batches were granted is taken back."""
         if self._buffered_bytes + size_bytes <= self.config.buffer_bytes:
             return True
-        for batch in self._open.values():
-            if batch.room_bytes and batch.stop_filler():
+        for batch in list(self._open.values()):
+            if not batch.stop_filler():
+                self._seal(batch)  # it returns its room when the thread inside has left
+            elif batch.room_bytes:
                 self._return(batch)
         return not self._buffered_bytes or self._buffered_bytes + size_bytes <= self.config.buffer_bytes
 
@@ -297,24 +344,35 @@ class Accumulator:
         self._buffered_bytes -= batch.room_bytes
         batch.size_bytes -= batch.room_bytes
         batch.room_bytes = 0
+        self._release_room()
 
-    def _wait_for_room(self, deadline_ms: float) -> None:
-        """Wait until something was finished. With the lock, which is given up meanwhile."""
-        left_ms = deadline_ms - self.clock.monotonic_ms()
-        if not self.config.block_when_full or left_ms <= 0 or not self.may_wait():
-            raise BufferFullError(
-                f"{self._buffered_bytes} bytes of messages wait for a broker and the buffer has {self.config.buffer_bytes}; send"
-                " slower, wait for handles, or give the producer a larger buffer_bytes.",
-                buffered_bytes=self._buffered_bytes, buffer_bytes=self.config.buffer_bytes,
-            )
+    def _ask_for_room(self) -> Lock:
+        """What is released once there may be room. With the lock. Raises `BufferFullError` where that is not waited for."""
+        is_held_up = any(batch.filler is not None for batch in self._sealed)
+        if not self.may_wait() or not (self.config.block_when_full or is_held_up):
+            raise self._full_error()
         room = self.lock_for_waiting()
         self._waiting_for_room.append(room)
-        self._lock.release()
-        try:
-            self.wake()  # what is open may be what fills the buffer
-            room.acquire(timeout=left_ms / 1000)
-        finally:
-            self._lock.acquire()
+        return room
+
+    def _deadline_ms(self, timeout_ms: int) -> float:
+        """Until when to wait for room. Who does not block waits for those only who are just leaving a filler."""
+        return self.clock.monotonic_ms() + (timeout_ms if self.config.block_when_full else min(timeout_ms, HELD_UP_MS_MAX))
+
+    def _wait_for_room(self, room: Lock, deadline_ms: float) -> None:
+        """Wait until something was finished, or returned. Without the lock, so that nothing raised meanwhile can upset it."""
+        left_ms = deadline_ms - self.clock.monotonic_ms()
+        if left_ms <= 0:
+            raise self._full_error()
+        self.wake()  # what is open may be what fills the buffer
+        room.acquire(timeout=left_ms / 1000)
+
+    def _full_error(self) -> BufferFullError:
+        return BufferFullError(
+            f"{self._buffered_bytes} bytes of messages wait for a broker and the buffer has {self.config.buffer_bytes}; send"
+            " slower, wait for handles, or give the producer a larger buffer_bytes.",
+            buffered_bytes=self._buffered_bytes, buffer_bytes=self.config.buffer_bytes,
+        )
 
     def lock_for_waiting(self) -> Lock:
         """A lock that is taken: who acquires it waits until somebody releases it. Raises where nobody may wait."""
@@ -331,6 +389,7 @@ class Accumulator:
 
     def add_callback(self, handle: SendHandle, callback: Callable[[SendHandle], None]) -> bool:
         """Have it called when the batch is done. False: it is done already."""
+        self._check_free()
         with self._lock:
             if handle.batch.outcome is not None:
                 return False
@@ -353,11 +412,13 @@ class Accumulator:
 
     def unfinished(self) -> list[Batch]:
         """Every batch that has no outcome yet."""
+        self._check_free()
         with self._lock:
             return [batch for batches in self._unfinished.values() for batch in batches]
 
     def refuse(self, make_error: Callable[[], ZrmqError]) -> None:
         """Take nothing more: `append` raises, also where it waits for room. What is here goes on its way."""
+        self._check_free()
         with self._lock:
             self._refusal = make_error
             for batch in list(self._open.values()):
@@ -366,7 +427,7 @@ class Accumulator:
 
     def abandon_in_child(self, make_error: Callable[[], ZrmqError]) -> None:
         """After a fork, in the child: the lock may be held by a thread that is not here any more."""
-        self._lock = self._new_lock()
+        self._lock = self._new_owned_lock()
         self._open = {}
         self.body_fillers.clear()
         self._record_fillers.clear()
@@ -387,7 +448,7 @@ class Accumulator:
     def adopt(self, batch: Batch) -> None:
         """Have an `encoded_batch` here until it ends, like all others."""
         with self._lock:
-            self._unfinished.setdefault(batch.topic, set()).add(batch)
+            self._unfinished.setdefault(batch.topic, {})[batch] = None
             self._buffered_bytes += batch.size_bytes
 
     def take_sealed(self) -> list[Batch]:
@@ -408,12 +469,16 @@ class Accumulator:
         taken: list[Batch] = []
         while self._sealed:
             batch = self._sealed[0]
-            if batch.filler is not None:
+            if not batch.is_sealed:
                 if not batch.stop_filler():
                     self.wake()
                     break
                 self._close(batch)
-            taken.append(self._sealed.popleft())
+            self._sealed.popleft()
+            if batch.record_count:
+                taken.append(batch)
+            else:
+                self._end(batch, InvalidArgumentError("An exception kept the only record out."))
         return taken
 
     @property
@@ -430,17 +495,20 @@ class Accumulator:
     def finish(self, batch: Batch, outcome: Stored | ZrmqError) -> None:
         """The batch's one outcome: its memory is free, who waits for it goes on, its callbacks are called."""
         with self._lock:
-            assert batch.outcome is None
-            batch.outcome = outcome
+            self._end(batch, outcome)
             callbacks, batch.callbacks = batch.callbacks, []
-            self._buffered_bytes -= batch.size_bytes
-            self._unfinished[batch.topic].discard(batch)
-            self._release_room()
-        batch.records, batch.frame = None, b""
-        for lock in batch.waiters:
-            lock.release()
         for handle, callback in callbacks:
             _call(callback, handle)
+
+    def _end(self, batch: Batch, outcome: Stored | ZrmqError) -> None:
+        assert batch.outcome is None
+        batch.outcome = outcome
+        batch.records, batch.frame = None, b""
+        self._buffered_bytes -= batch.size_bytes
+        del self._unfinished[batch.topic][batch]
+        self._release_room()
+        for lock in batch.waiters:
+            lock.release()
 
     def _release_room(self) -> None:
         for lock in self._waiting_for_room:

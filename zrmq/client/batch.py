@@ -40,6 +40,13 @@ class Lock(Protocol):
     ) -> None: ...
 
 
+class OwnedLock(Lock, Protocol):
+    """A `threading.RLock`, of which we want to know whether the thread has it; that it could take it twice is never used."""
+
+    def _is_owned(self) -> bool:
+        """Whether the calling thread has it. What `threading.Condition` asks of a lock."""
+
+
 class OneWay(msgspec.Struct, frozen=True, gc=False):
     """Target of messages that nobody acknowledges: any queue of the topic, or one."""
 
@@ -60,6 +67,7 @@ class Extras(msgspec.Struct, frozen=True, gc=False):
 
 
 NO_EXTRAS = Extras()
+NO_NAMES: frozenset[str] = frozenset()
 
 
 class Stored(msgspec.Struct, frozen=True, gc=False):
@@ -81,8 +89,9 @@ class Batch:
 
     __slots__ = (
         "accumulator", "attempts", "avoid", "bodies", "callbacks", "deadline_ms", "extras", "filler", "first_born_ms",
-        "first_sequence", "forget", "frame", "last_born_ms", "last_sequence", "opened_ms", "outcome", "producer_id",
-        "record_count", "records", "refusal", "room_bytes", "sent_ms", "size_bytes", "target", "timeout_ms", "waiters",
+        "first_sequence", "forget", "frame", "is_sealed", "last_born_ms", "last_sequence", "opened_ms", "outcome",
+        "producer_id", "record_count", "records", "refusal", "room_bytes", "sent_ms", "size_bytes", "target", "timeout_ms",
+        "waiters",
     )
 
     def __init__(
@@ -101,6 +110,7 @@ class Batch:
         self.size_bytes = 0  # of the buffer that are this batch's, used or not
         self.room_bytes = 0  # the unused ones; while there is a filler it knows better
         self.record_count = 0
+        self.is_sealed = False
         self.outcome: Stored | ZrmqError | None = None
         self.waiters: list[Lock] = []
         self.callbacks: list[tuple[SendHandle, Callable[[SendHandle], None]]] = []
@@ -118,8 +128,8 @@ class Batch:
             if self.extras is None:
                 self.extras = [NO_EXTRAS] * index
             self.extras.append(extras or NO_EXTRAS)
-        self.bodies.append(body)
         self.room_bytes -= size_bytes
+        self.bodies.append(body)
         return index
 
     def stop_filler(self) -> bool:
@@ -136,17 +146,19 @@ class Batch:
 
     def seal(self, now_ms: float) -> None:
         """No record joins it from here on; the time its caller gave it starts to run."""
-        self.records: tuple[list[bytes], list[Extras] | None] | None = (self.bodies, self.extras)
-        self.record_count = len(self.bodies)
-        self.last_sequence = self.first_sequence + self.record_count - 1
-        self.bodies, self.extras = [], None
         self.last_born_ms = self.accumulator.clock.time_ms()
         self.deadline_ms = now_ms + self.timeout_ms
         self.frame = b""
         self.attempts = 0  # that were refused or came to nothing
         self.refusal: ZrmqError | None = None  # the last one: what it ends with if it is not stored in time
-        self.avoid: frozenset[str] = frozenset()  # names of brokers that it left and that may have stored it all the same
+        self.avoid = NO_NAMES  # names of brokers that it left and that may have stored it all the same
         self.sent_ms = 0.0
+        self.record_count = len(self.bodies)
+        self.last_sequence = self.first_sequence + self.record_count - 1
+        # Without a call from here on: an exception of a signal handler comes before, and it is sealed again.
+        self.records: tuple[list[bytes], list[Extras] | None] | None = (self.bodies, self.extras)
+        self.bodies, self.extras = [], None
+        self.is_sealed = True
 
     @property
     def message_count(self) -> int:

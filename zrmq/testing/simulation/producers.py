@@ -34,6 +34,9 @@ class NoLock:
     def release(self) -> None:
         """Nothing to do."""
 
+    def _is_owned(self) -> bool:
+        return False
+
     def __enter__(self) -> bool:
         return True
 
@@ -60,7 +63,9 @@ class VirtualProducer:
             batch_bytes_max=min(plan.segment_bytes // 2, 64 * 1024), linger_ms=plan.linger_ms, compress=rng.random() < 0.2,
             timeout_ms=plan.send_timeout_ms,
         )
-        self.accumulator = Accumulator(config, self.machine.clock, new_lock=NoLock, wake=self._wake, may_wait=lambda: False)
+        self.accumulator = Accumulator(
+            config, self.machine.clock, new_lock=NoLock, new_owned_lock=NoLock, wake=self._wake, may_wait=lambda: False
+        )
         identity = Identity(self.who, "producer", "senders")
         self._instance = ClientInstance(self.machine, world.nameserver_addresses, identity, rng)
         self._core = ProducerCore(self.machine, self.accumulator, ProducingConfig(), self._instance, rng)
