@@ -118,8 +118,8 @@ class Producer:
     topic's queues; or, with `message_group=`, to the one at CRC-32(UTF-8 of the group) modulo the number of queues, in the sorted
     list of the topic's queues. Those of one queue are stored in the order they were sent by a thread.
 
-    A topic's first message waits until the topic is known, or created where brokers create topics by use. A signal handler
-    that interrupted a send of its own thread cannot use the producer (`InvalidArgumentError`): set a flag there, or raise.
+    A topic's first message waits until the topic is known, or created where brokers create topics by use. In a signal handler
+    set a flag, or raise: sending, flushing or closing in the middle of a send of its own thread may raise `InvalidArgumentError`.
 
     Raises `InvalidArgumentError`, `ConfigError`. Connects at once, and goes on trying for as long as it is open.
     """
@@ -157,7 +157,7 @@ class Producer:
         self._topics: set[str] = set()
         self._is_closed = False
         self._forks = fork_count()
-        self._close_lock = threading.Lock()
+        self._close_lock = threading.RLock()  # a signal handler may close while its thread does
         config = AccumulatorConfig(
             rng.getrandbits(64), buffer_bytes, block_when_full, batch_records_max, batch_bytes_max, linger_ms,
             compression is not None, send_timeout_ms,
@@ -277,7 +277,8 @@ class Producer:
             )
 
     def close(self, timeout_ms: int | None = None) -> None:
-        """Take no more messages, flush, and disconnect. Closing twice does nothing; another thread may be sending.
+        """Take no more messages, flush, and disconnect. Closing twice does nothing, or goes on where an exception (Ctrl-C, say)
+        ended the first time; another thread may be sending.
 
         What is not acknowledged after `timeout_ms` (None: as long as the messages' own timeouts last) fails with `ClosedError` on
         its handle and is counted in a log line.
@@ -287,7 +288,7 @@ class Producer:
         if not self._accumulator.may_wait():
             raise InvalidArgumentError("close() waits, and a callback must not; call it in another thread.")
         with self._close_lock:
-            if not self._is_closed:
+            if self in _producers:
                 self._drain(timeout_ms)
                 self._thread.close()
                 _producers.discard(self)
@@ -401,8 +402,8 @@ class Producer:
 
     def _drain(self, timeout_ms: int | None) -> None:
         """Take nothing more, and let out what is here."""
-        self._is_closed = True
         self._accumulator.refuse(closed_error)
+        self._is_closed = True
         try:
             self._accumulator.wake()
             self._wait_for_all(timeout_ms)

@@ -347,12 +347,17 @@ def test_a_thread_inside_a_filler_while_the_producer_closes(monkeypatch: pytest.
     for _ in range(10):
         setup.quick()
 
-    def make_handle(batch: Batch, index: int) -> SendHandle:
-        monkeypatch.undo()
+    def close() -> None:
         setup.accumulator.refuse(lambda: ClosedError("closed"))
         for left in setup.accumulator.unfinished():
             left.forget()
             setup.accumulator.finish(left, ClosedError("closed"))
+
+    def make_handle(batch: Batch, index: int) -> SendHandle:
+        monkeypatch.undo()
+        closing = threading.Thread(target=close)
+        closing.start()
+        closing.join(30)
         return SendHandle(batch, index)
 
     monkeypatch.setattr(accumulator_module, "SendHandle", make_handle)
@@ -536,6 +541,27 @@ def test_a_send_in_the_middle_of_a_send_is_told_so_and_harms_nothing(monkeypatch
         "meters": [b"outer"], "other": [*[b"x"] * 10, b"needs no lock"]
     }
     assert (handle.index, filled[-1].index) == (0, 10)
+
+
+def test_waiting_in_the_middle_of_a_send_for_that_send_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal handler that flushes or closes while its thread is inside a filler: each would wait for the other."""
+    setup = Setup(records_max=100, may_wait=lambda: True)
+    handles = [setup.quick() for _ in range(10)]
+    other = setup.append(target="other")
+
+    def make_handle(batch: Batch, index: int) -> SendHandle:
+        monkeypatch.undo()
+        for call in (handles[0].result, lambda: setup.accumulator.refuse(lambda: ClosedError("closed"))):
+            with pytest.raises(InvalidArgumentError, match="signal handler"):
+                call()
+        with pytest.raises(RequestTimeoutError):
+            other.result(0)
+        return SendHandle(batch, index)
+
+    monkeypatch.setattr(accumulator_module, "SendHandle", make_handle)
+    handles.append(setup.quick())
+    setup.accumulator.refuse(lambda: ClosedError("closed"))
+    assert sum(batch.record_count for batch in setup.take()) == 12
 
 
 def test_a_batch_that_is_filled_up_in_the_middle_of_a_send_is_sealed_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,8 @@ import pytest
 
 import zrmq
 from tests.unit.real_cluster import await_brokers, running_cluster
-from zrmq.client.batch import SendHandle
+from zrmq.client import accumulator as accumulator_module
+from zrmq.client.batch import Batch, SendHandle
 from zrmq.client.link import Identity
 from zrmq.errors import (
     BufferFullError,
@@ -583,6 +584,51 @@ def test_a_closed_producer_sends_nothing(fabric: Fabric) -> None:
                 send(topic, b"x")
         with pytest.raises(ClosedError):
             producer.send_batch(topic, [b"x"])
+
+
+def test_closing_goes_on_where_an_exception_ended_it(fabric: Fabric, monkeypatch: pytest.MonkeyPatch) -> None:
+    producer = fabric.producer()
+    handle = producer.send_async("meters", b"x")
+
+    def interrupt(_: int | None) -> int:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(producer, "_wait_for_all", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        producer.close()
+    producer.close()
+    assert handle.done()
+    with pytest.raises(ClosedError):
+        producer._thread.post(print)
+
+
+def test_a_signal_handler_may_close_while_its_thread_closes(fabric: Fabric, monkeypatch: pytest.MonkeyPatch) -> None:
+    producer = fabric.producer()
+    handle = producer.send_async("meters", b"x")
+
+    def close_within(_: int | None) -> int:
+        monkeypatch.undo()
+        producer.close()
+        return 0
+
+    monkeypatch.setattr(producer, "_wait_for_all", close_within)
+    producer.close()
+    assert handle.done()
+
+
+def test_closing_in_the_middle_of_a_send_changes_nothing(producer: Producer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a signal handler: it raises, and so does the send that it interrupted, most likely, and a `with` closes then."""
+
+    def make_handle(batch: Batch, index: int) -> SendHandle:
+        monkeypatch.undo()
+        with pytest.raises(InvalidArgumentError, match="signal handler"):
+            producer.close()
+        return SendHandle(batch, index)
+
+    producer.send("meters", b"x")
+    monkeypatch.setattr(accumulator_module, "SendHandle", make_handle)
+    assert producer.send_async("meters", b"y").result().topic == "meters"
 
 
 def test_closing_while_others_send_loses_nothing_silently(fabric: Fabric) -> None:

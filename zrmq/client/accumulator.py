@@ -25,7 +25,7 @@ from typing import Any
 
 import msgspec
 
-from zrmq.client.batch import NO_EXTRAS, Batch, Extras, Filler, Lock, OwnedLock, SendHandle, Stored, Target
+from zrmq.client.batch import NO_EXTRAS, Batch, Extras, Filler, Lock, OwnedLock, SendHandle, Stored, Target, interrupted_error
 from zrmq.clock import Clock
 from zrmq.errors import BufferFullError, InvalidArgumentError, ZrmqError
 from zrmq.logs import get_logger
@@ -167,10 +167,7 @@ class Accumulator:
     def _check_free(self) -> None:
         """Raise in a signal handler or finalizer that runs while its own thread holds the lock, and would wait for itself."""
         if self._lock._is_owned():
-            raise InvalidArgumentError(
-                "This signal handler or finalizer interrupted a send of its own thread, and cannot use the same producer before"
-                " that has returned. Set a flag there, or raise an exception, and send outside."
-            )
+            raise interrupted_error()
 
     def filled(self, end: StopIteration | ValueError) -> SendHandle | None:
         """A filler ended with a record, or before it, or has another thread inside. None: it was not taken; `append` it.
@@ -418,7 +415,8 @@ class Accumulator:
 
     def refuse(self, make_error: Callable[[], ZrmqError]) -> None:
         """Take nothing more: `append` raises, also where it waits for room. What is here goes on its way."""
-        self._check_free()
+        for batch in self.unfinished():
+            batch.check_free()
         with self._lock:
             self._refusal = make_error
             for batch in list(self._open.values()):

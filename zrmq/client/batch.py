@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from copy import copy
+from inspect import currentframe
 from math import inf
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -183,11 +184,21 @@ class Batch:
     def wait(self, timeout_ms: float | None) -> bool:
         """Wait until it has an outcome. False: it has none after `timeout_ms` (None: for ever)."""
         if self.outcome is None:
+            self.check_free()
             lock = self.accumulator.lock_for_waiting()
             self.waiters.append(lock)  # before looking again: the outcome is set first, then those here are released
             if self.outcome is None:
                 return self._wait(lock, timeout_ms)
         return True
+
+    def check_free(self) -> None:
+        """Raise in a signal handler or finalizer that interrupted its own thread inside the filler: the batch waits for that."""
+        inside = getattr(self.filler, "gi_frame", None)
+        frame = None if inside is None else currentframe()
+        while frame is not None:
+            if frame is inside:
+                raise interrupted_error()
+            frame = frame.f_back
 
     def _wait(self, lock: Lock, timeout_ms: float | None) -> bool:
         left_ms = inf if timeout_ms is None else max(timeout_ms, 0)
@@ -197,6 +208,14 @@ class Batch:
                 return False
             self.accumulator.wake()  # raises when the loop has ended, so that nobody waits for what will never be
         return True
+
+
+def interrupted_error() -> InvalidArgumentError:
+    """What a call gets that would wait for what it interrupted."""
+    return InvalidArgumentError(
+        "This signal handler or finalizer interrupted a send of its own thread, and cannot use the same producer before that has"
+        " returned. Set a flag there, or raise an exception, and go on outside."
+    )
 
 
 def _nothing() -> None:
