@@ -176,7 +176,7 @@ class Producer:
         self._lanes = Lanes(
             self._core, self._accumulator, rng.getrandbits(64),
             open_lane=partial(_open_lane, self._thread.context, self._identity(LANE_SUFFIX)),
-            post=self._thread.loop.call_soon_threadsafe, new_lock=threading.Lock,
+            post=self._thread.loop.call_soon_threadsafe, new_lock=threading.Lock, new_owned_lock=_owned_lock,
         )
         _producers.add(self)
 

@@ -13,7 +13,15 @@ from tests.unit.test_client_producing import A0, B0, Desk
 from zrmq.client import lanes as lanes_module
 from zrmq.client.batch import Extras
 from zrmq.client.lanes import Lanes
-from zrmq.errors import DiskFullError, PayloadTooLargeError, RequestTimeoutError, UnreachableError, ZrmqError, refused
+from zrmq.errors import (
+    DiskFullError,
+    InvalidArgumentError,
+    PayloadTooLargeError,
+    RequestTimeoutError,
+    UnreachableError,
+    ZrmqError,
+    refused,
+)
 from zrmq.message import MessageQueue, SendReceipt
 from zrmq.protocol.requests import Done, Request
 
@@ -56,7 +64,7 @@ class LaneDesk(Desk):
         self.opened: dict[str, BrokerLane] = {}
         self.lanes = Lanes(
             self.core, self.accumulator, LANE_PRODUCER_ID, open_lane=self.open_lane,
-            post=self.post, new_lock=threading.Lock,
+            post=self.post, new_lock=threading.Lock, new_owned_lock=threading.RLock,  # type: ignore[arg-type]
         )
         self.posted: list[Callable[[], None]] = []
 
@@ -258,6 +266,34 @@ def test_a_broker_that_moved_gets_a_new_lane() -> None:
     assert desk.send_now() is not None
     assert old.is_closed
     assert desk.opened["a"] is not old
+
+
+def test_without_a_socket_there_is_no_lane() -> None:
+    desk = LaneDesk(FakeCluster("a", queue_count=2), "t")
+
+    def open_lane(address: str) -> BrokerLane:
+        raise UnreachableError("Too many open files.")
+
+    desk.lanes._open_lane = open_lane
+    assert desk.send_now() is None
+    desk.lanes._open_lane = desk.open_lane
+    assert desk.send_now() is not None
+
+
+def test_a_send_in_the_middle_of_opening_a_lane_does_without_one() -> None:
+    """A signal handler or finalizer of the thread that opens it would wait for its own lock."""
+    desk = LaneDesk(FakeCluster("a", queue_count=2), "t")
+    within: list[object] = []
+
+    def open_lane(address: str) -> BrokerLane:
+        within.append(desk.send_now())
+        with pytest.raises(InvalidArgumentError, match="signal handler"):
+            desk.lanes.close()
+        return desk.open_lane(address)
+
+    desk.lanes._open_lane = open_lane
+    assert desk.send_now() is not None
+    assert within == [None]
 
 
 def test_closed_lanes_send_nothing_more() -> None:

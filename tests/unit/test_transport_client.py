@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections.abc import Callable, Iterator
 
 import psutil
 import pytest
+import zmq
 
-from zrmq.errors import InvalidArgumentError
+from zrmq.client.link import Identity
+from zrmq.errors import InvalidArgumentError, UnreachableError
 from zrmq.transport.inproc import Watch, directory_of
-from zrmq.transport.options import end_context, make_context
+from zrmq.transport.lane import Lane
+from zrmq.transport.options import Context, Socket, end_context, make_context
 from zrmq.transport.reactor import Reactor
 
 DEADLINE_MS = 20_000
@@ -90,6 +94,31 @@ def test_an_address_libzmq_refuses_leaves_no_socket_open() -> None:
         with pytest.raises(InvalidArgumentError, match="correct the address"):
             connect()
     reactor.close()
+    assert end_context(context)
+
+
+@pytest.mark.parametrize("open_one", [
+    lambda context: Reactor(context).connect("tcp://127.0.0.1:1", Notes()),
+    lambda context: Lane(context, "tcp://127.0.0.1:1", Identity("c", "producer")),
+], ids=["connection", "lane"])
+def test_no_socket_stays_open_when_the_next_cannot_be(
+    open_one: Callable[[Context], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the process has no descriptor left for the monitor."""
+    opened: list[Socket] = []
+    make = zmq.Context.socket
+
+    def make_but_monitors(context: Context, kind: int) -> Socket:
+        if kind == zmq.PAIR:
+            raise zmq.ZMQError(errno.EMFILE)
+        opened.append(make(context, kind))
+        return opened[-1]
+
+    monkeypatch.setattr(zmq.Context, "socket", make_but_monitors)
+    context = make_context()
+    with pytest.raises((zmq.ZMQError, UnreachableError)):
+        open_one(context)
+    assert [each.closed for each in opened] == [True]
     assert end_context(context)
 
 

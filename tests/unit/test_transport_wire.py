@@ -130,6 +130,34 @@ def test_a_peer_lost_in_the_middle_does_not_swallow_the_next_message(
     assert sent == [*[(b"a", True), (b"b", True)][:fails_at], (b"", False)]
 
 
+@pytest.mark.parametrize("at", [0, 1, 2])
+@pytest.mark.parametrize("is_sent", [True, False])
+def test_an_exception_in_the_middle_does_not_swallow_the_next_message(
+    pair: tuple[Socket, Socket], monkeypatch: pytest.MonkeyPatch, at: int, is_sent: bool
+) -> None:
+    """Ctrl-C while a frame is handed over, before or after it is: what arrives of that message is whole, or not its own."""
+    send, left = wire._send, [at]
+
+    def interrupted(socket: Socket, frame: bytes, flags: int, copy: bool) -> object:
+        if left[0] == 0:
+            monkeypatch.undo()
+            if is_sent:
+                send(socket, frame, flags, copy)
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return send(socket, frame, flags, copy)
+
+    monkeypatch.setattr(wire, "_send", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        send_message(pair[0], [b"a", b"b", b"c"])
+    send_message(pair[0], [b"next", b"one"])
+    received: list[list[bytes]] = []
+    while is_readable(pair[1]):
+        received.append(receive_message(pair[1]))
+    assert received[-1] == [b"next", b"one"]
+    assert all(message == [b"a", b"b", b"c"] or message[-1] == b"" for message in received[:-1])
+
+
 def test_a_peer_lost_at_the_last_frame_needs_no_end(pair: tuple[Socket, Socket], monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[bytes] = []
 

@@ -17,15 +17,18 @@ from itertools import count
 from typing import Protocol
 
 from zrmq.client.accumulator import Accumulator
-from zrmq.client.batch import Extras, Lock, SendHandle, columns_of
+from zrmq.client.batch import Extras, Lock, OwnedLock, SendHandle, columns_of, interrupted_error
 from zrmq.client.producing import BROKERS_TROUBLE, FAILOVER_AFTER_MS, ProducerCore
 from zrmq.errors import InvalidFrameError, RequestTimeoutError, UnreachableError, ZrmqError
+from zrmq.logs import get_logger
 from zrmq.message import MessageQueue, SendReceipt, message_id
 from zrmq.protocol.batch import encode_batch
 from zrmq.protocol.requests import AnyReply, Request, Send, Sent
 from zrmq.transport.interface import Frames
 
 GRACE_MS = 500.0  # for what a lane's request takes beyond its timeout
+
+log = get_logger("producer")
 
 
 class Lane(Protocol):
@@ -59,6 +62,7 @@ class Lanes:
         open_lane: Callable[[str], Lane],
         post: Callable[[Callable[[], None]], None],
         new_lock: Callable[[], Lock],
+        new_owned_lock: Callable[[], OwnedLock],
     ) -> None:
         """`open_lane` makes a lane to an address; `post` has something called on the loop's thread."""
         self._core = core
@@ -71,7 +75,7 @@ class Lanes:
         self._sequences = count(1)
         self._turns = count()
         self._slots: dict[str, _Slot] = {}
-        self._slots_lock = new_lock()
+        self._slots_lock = new_owned_lock()
         self._is_closed = False
 
     def send(
@@ -158,6 +162,8 @@ class Lanes:
         return self._make_slot(broker_name, broker.address)
 
     def _make_slot(self, broker_name: str, address: str) -> _Slot | None:
+        if self._slots_lock._is_owned():
+            return None  # a signal handler interrupted this very thread here
         with self._slots_lock:
             old = self._slots.get(broker_name)
             if self._is_closed or (old is not None and old.address == address):
@@ -168,11 +174,17 @@ class Lanes:
                 del self._slots[broker_name]
                 old.lane.close()
                 old.lock.release()
-            slot = self._slots[broker_name] = _Slot(self._new_lock(), address, self._open_lane(address))
+            try:
+                slot = self._slots[broker_name] = _Slot(self._new_lock(), address, self._open_lane(address))
+            except UnreachableError as error:
+                log.warning("lane_not_opened", broker_name=broker_name, reason=error.message)
+                return None
             return slot
 
     def close(self) -> None:
         """Close every lane; one in use first gets its answer, or waits for that as long as a failover takes."""
+        if self._slots_lock._is_owned():
+            raise interrupted_error()
         with self._slots_lock:
             self._is_closed = True
             slots = list(self._slots.values())

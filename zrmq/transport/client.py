@@ -6,6 +6,7 @@ what is sent before it may go to nobody. For inproc there are neither events nor
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import zmq
@@ -15,7 +16,7 @@ from zrmq.transport.address import Address
 from zrmq.transport.inproc import Watch, directory_of
 from zrmq.transport.interface import Connection, ConnectionListener, Frames
 from zrmq.transport.monitor import CONNECTED, DISCONNECTED, Monitor
-from zrmq.transport.options import LINGER_MS, Socket, open_socket
+from zrmq.transport.options import LINGER_MS, Context, Socket, open_socket
 from zrmq.transport.server import BURST_MESSAGES_MAX
 from zrmq.transport.wire import is_readable, receive_message, send_message
 
@@ -49,6 +50,18 @@ def connect_socket(sock: Socket, address: Address) -> None:
         ) from error
 
 
+def connect_dealer(context: Context, address: Address) -> tuple[Socket, Monitor]:
+    """A DEALER over tcp or ipc that begins to connect, and what tells of its connections. What it raises leaves nothing open."""
+    with ExitStack() as undo:
+        sock = open_socket(context, zmq.DEALER)
+        undo.callback(sock.close, 0)
+        monitor = Monitor(context, sock, CONNECTED | DISCONNECTED)
+        undo.callback(monitor.close)
+        connect_socket(sock, address)
+        undo.pop_all()
+    return sock, monitor
+
+
 def try_send(sock: Socket, frames: Frames) -> bool:
     """Send without blocking. False: nobody is connected, or the pipe is full."""
     try:
@@ -66,14 +79,7 @@ class SocketConnection:
         self._listener = listener
         self._is_connected = False
         self._is_closed = False
-        self._socket = open_socket(reactor.context, zmq.DEALER)
-        self._monitor = Monitor(reactor.context, self._socket, CONNECTED | DISCONNECTED)
-        try:
-            connect_socket(self._socket, address)
-        except InvalidArgumentError:
-            self._monitor.close()
-            self._socket.close(0)
-            raise
+        self._socket, self._monitor = connect_dealer(reactor.context, address)
         reactor.watch(self._monitor.socket, self._read_events)
         reactor.watch(self._socket, self._read)
 

@@ -15,7 +15,6 @@ from zrmq.clock import Clock, SystemClock
 from zrmq.errors import (
     ClosedError,
     Code,
-    InvalidArgumentError,
     InvalidFrameError,
     RequestRefusedError,
     RequestTimeoutError,
@@ -27,10 +26,10 @@ from zrmq.logs import get_logger
 from zrmq.protocol.limits import PROTOCOL_VERSION
 from zrmq.protocol.requests import AnyReply, Bye, Failed, Hello, Request, Welcome, check_whole, decode_reply, encode
 from zrmq.transport.address import Address, parse_connect_address
-from zrmq.transport.client import connect_socket, try_send
+from zrmq.transport.client import connect_dealer, connect_socket, try_send
 from zrmq.transport.inproc import directory_of
 from zrmq.transport.interface import Frames
-from zrmq.transport.monitor import CONNECTED, DISCONNECTED, Monitor
+from zrmq.transport.monitor import CONNECTED
 from zrmq.transport.options import Context, Socket, check_fork, fork_count, open_socket
 from zrmq.transport.sessions import PASSING_REFUSALS
 from zrmq.transport.wire import receive_message
@@ -65,7 +64,7 @@ class Lane:
     """
 
     def __init__(self, context: Context, address: str, identity: Who, clock: Clock | None = None) -> None:
-        """Begins to connect. Raises `InvalidArgumentError` for an address that cannot be one."""
+        """Begins to connect. Raises `InvalidArgumentError` for an address that cannot be one, `UnreachableError` without a socket."""
         self.address = address
         self.welcome: Welcome | None = None
         self.undecodable_count = 0
@@ -75,7 +74,10 @@ class Lane:
         self._forks = fork_count()
         self._is_closed = False
         parsed = parse_connect_address(address)
-        self._line: _Line = _InprocLine(context, parsed) if parsed.scheme == "inproc" else _SocketLine(context, parsed)
+        try:
+            self._line: _Line = _InprocLine(context, parsed) if parsed.scheme == "inproc" else _SocketLine(context, parsed)
+        except zmq.ZMQError as error:  # no descriptor left, or the context was ended
+            raise UnreachableError(f"No socket could be opened for {address}: {error.strerror}.", address=address) from error
         self._session = 0  # the connection it was opened on; 0: none is open
         self._session_epoch = 0
         self._number = 0
@@ -278,15 +280,10 @@ class _SocketLine(_Line):
     """Over tcp or ipc, where libzmq connects and its monitor tells."""
 
     def __init__(self, context: Context, address: Address) -> None:
-        super().__init__(open_socket(context, zmq.DEALER))
-        self._monitor = Monitor(context, self.socket, CONNECTED | DISCONNECTED)
+        sock, self._monitor = connect_dealer(context, address)
+        super().__init__(sock)
         self._connections = 0
         self._is_connected = False
-        try:
-            connect_socket(self.socket, address)
-        except InvalidArgumentError:
-            self.close()
-            raise
 
     def look(self) -> int:
         while event := self._monitor.next_event():

@@ -22,8 +22,8 @@ class Monitor:
     def __init__(self, context: Context, watched: Socket, events: int) -> None:
         address = f"inproc://zrmq-monitor-{id(watched)}-{watched.underlying}"
         self._watched = watched
+        self.socket: Socket = context.socket(zmq.PAIR)  # first: it may fail, by EMFILE, and then nothing is to be undone
         watched.monitor(address, events)
-        self.socket: Socket = context.socket(zmq.PAIR)
         self.socket.connect(address)
 
     def next_event(self) -> int:

@@ -36,10 +36,13 @@ def send_message(socket: Socket, frames: Frames) -> None:
         if 0 < index < last:
             _end_message(socket)
         raise
+    except BaseException:  # Ctrl-C in a caller's thread, who knows how far this came: at worst a server refuses an empty frame
+        _end_message(socket)
+        raise
 
 
 def _end_message(socket: Socket) -> None:
-    """The peer left in the middle of a message: libzmq drops frames up to a last one, which must not be the next message's."""
+    """Left in the middle of a message, libzmq drops frames up to a last one, which must not be the next message's."""
     try:
         _send(socket, b"", _LAST, True)
     except zmq.ZMQError as error:
