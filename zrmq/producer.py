@@ -203,7 +203,8 @@ class Producer:
     def send_async(self, topic: str, body: Body | None = None, **options: Unpack[SendOptions]) -> SendHandle:
         """Hand one message over and go on; arguments as for `send`. The handle has the receipt, or the error, later.
 
-        Waits only at a topic's first message and while the buffer is full. Raises what `send` raises before anything is sent.
+        Waits only at a topic's first message, while the buffer is full, and when it is bound to a queue and no broker of the
+        topic is there. Raises what `send` raises before anything is sent.
         """
         # Hot path: a message that is only a body, like some before it. See `Accumulator.append`. Keyword-only parameters would
         # cost another fifth: Python looks each one's default up in a dict.
@@ -236,7 +237,10 @@ class Producer:
         if isinstance(records, str | bytes | bytearray | memoryview | Record):
             raise InvalidArgumentError("send_batch() takes a list of records; for one message use send().")
         messages = [outgoing_record(record, message_group) for record in records]
-        left_ms = self._ready(topic, timeout_ms)
+        is_bound = not (message_group is None and queue is None and selector is None) or any(
+            extras is not None and extras.message_group is not None for _, _, extras in messages
+        )
+        left_ms = self._ready(topic, timeout_ms, is_bound)
         if not self._accumulator.may_wait():
             raise InvalidArgumentError("send_batch() waits, and a callback must not; use send_async() there.")
         bound = self._target(topic, message_group, queue, selector)
@@ -320,29 +324,29 @@ class Producer:
             name = next(iter(unknown))
             raise InvalidArgumentError(f"A send has no option {name}; {suggestion(name, SendOptions.__annotations__)}", name=name)
         data, size_bytes, extras = outgoing(body, value, tag, keys, properties, message_group)
-        left_ms = self._ready(topic, timeout_ms)
         is_bound = queue is not None or selector is not None or message_group is not None
+        left_ms = self._ready(topic, timeout_ms, is_bound)
         target = self._target(topic, message_group, queue, selector) if is_bound else topic
         return target, data, size_bytes, extras, left_ms
 
-    def _ready(self, topic: str, timeout_ms: int | None) -> int:
-        """How much of the time is left once the topic is known."""
+    def _ready(self, topic: str, timeout_ms: int | None, is_bound: bool) -> int:
+        """How much of the time is left once the topic is known and, for a message bound to a queue, has queues."""
         if timeout_ms is None:
             timeout_ms = self._timeout_ms
         else:
             _check_number("timeout_ms", timeout_ms, 1, SEND_TIMEOUT_MS_MAX)
-        if isinstance(topic, str) and topic in self._topics:
+        if isinstance(topic, str) and topic in self._topics and not (is_bound and not self._core.queues(topic)):
             return timeout_ms
         return self._prepare(topic, timeout_ms)
 
     def _prepare(self, topic: str, timeout_ms: int) -> int:
-        """A topic's first message waits for its route."""
+        """A topic's first message waits for its route; one that is bound to a queue, until there are some again."""
         check_topic(topic)
         if self._is_closed:
             raise closed_error()
         if not self._accumulator.may_wait():
             raise InvalidArgumentError(
-                f"The first message to topic {topic!r} waits for its route, and a callback must not; send one elsewhere before.",
+                f"A message to topic {topic!r} waits for the topic's route, and a callback must not; send one elsewhere before.",
                 topic=topic,
             )
         now_ms = self._accumulator.clock.monotonic_ms

@@ -10,6 +10,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from zrmq.errors import (
     ForkedClientError,
     InvalidArgumentError,
     PayloadTooLargeError,
+    RequestRefusedError,
     RequestTimeoutError,
     TopicNotFoundError,
     UnreachableError,
@@ -426,6 +428,42 @@ def test_brokers_that_are_all_down_are_named(nameserver: str, broker: BrokerProc
             assert caught.value.facts["brokers"] == {"broker-a": broker.address}
         producer.send_oneway("meters", b"lost")
         broker.start()
+
+
+def send_batch_of_one(producer: Producer, topic: str, body: bytes, **options: Any) -> object:
+    return producer.send_batch(topic, [body], **options)
+
+
+@pytest.mark.parametrize("send", [Producer.send, Producer.send_async, send_batch_of_one])
+def test_a_message_group_waits_for_a_broker_that_was_ended_in_order(
+    tmp_path: Path, nameserver: str, send: Callable[..., Any]
+) -> None:
+    """It has left the routes at once, so the topic has no queue at all until it is back."""
+    options: dict[str, Any] = {"nameservers": nameserver, "broker_port": 0, "ingest_port": 0}
+    with Producer(nameservers=nameserver, send_timeout_ms=30_000) as producer:
+        with zrmq.Broker(tmp_path / "data", **options):
+            await_brokers(nameserver, 1)
+            producer.send("meters", b"before", message_group="dev-7")
+        wait_until(lambda: not producer._core.queues("meters"))
+        with pytest.raises(UnreachableError, match="knows no broker; start one"):
+            send(producer, "meters", b"too early", message_group="dev-7", timeout_ms=1)
+        with ThreadPoolExecutor(1) as pool:
+            sent = pool.submit(send, producer, "meters", b"after", message_group="dev-7")
+            with zrmq.Broker(tmp_path / "data", **options):
+                sent.result()
+                producer.flush()
+                assert bodies(producer, "meters") == [b"before", b"after"]
+
+
+@pytest.mark.parametrize("group", [None, "dev-7"])
+def test_a_topic_that_takes_no_messages_says_so_at_once(fabric: Fabric, group: str | None) -> None:
+    with fabric.producer(send_timeout_ms=60_000) as producer:
+        producer.send("meters", b"before")
+        fabric.admin().update_topic("meters", permission=4)
+        wait_until(lambda: producer._core.route is not None and not producer._core.route.writable_queues("meters"))
+        with pytest.raises(RequestRefusedError, match="takes no messages") as caught:
+            producer.send("meters", b"after", message_group=group)
+        assert caught.value.code is Code.FORBIDDEN
 
 
 def test_a_killed_broker_that_comes_back_has_everything_once_and_in_order(nameserver: str, broker: BrokerProcess) -> None:

@@ -339,6 +339,13 @@ class ProducerCore:
             if not batch.avoid:
                 break  # no queue for this one, so none for those behind it
         topic.ready.extendleft(reversed(left))
+        if left and self._is_read_only(topic.name):
+            while topic.ready:
+                self._finish(topic.ready.popleft(), _read_only_error(topic.name))
+
+    def _is_read_only(self, topic: str) -> bool:
+        """Whether no queue of the topic takes messages, by what its brokers have registered."""
+        return self.route is not None and bool(self.route.queues(topic)) and not self.route.writable_queues(topic)
 
     def _choose(self, topic: _Topic, batch: Batch, now_ms: float) -> MessageQueue | None:
         """The next queue in turn that has room, at a broker that is not to be avoided if there is one."""
@@ -594,6 +601,13 @@ class ProducerCore:
             " network; the message was not stored.",
             topic=batch.topic, brokers=brokers, timeout_ms=batch.timeout_ms,
         )
+
+
+def _read_only_error(topic: str) -> RequestRefusedError:
+    return RequestRefusedError(
+        f"Topic {topic!r} takes no messages; 'zrmq topic update {topic} --permission rw' lets it again.",
+        code=Code.FORBIDDEN, topic=topic,
+    )
 
 
 def closed_error() -> ClosedError:

@@ -64,7 +64,7 @@ class Lane:
     """
 
     def __init__(self, context: Context, address: str, identity: Who, clock: Clock | None = None) -> None:
-        """Begins to connect. Raises `InvalidArgumentError` for an address that cannot be one, `UnreachableError` without a socket."""
+        """Begins to connect. Raises `InvalidArgumentError` for an address that cannot be one, else `UnreachableError`."""
         self.address = address
         self.welcome: Welcome | None = None
         self.undecodable_count = 0
