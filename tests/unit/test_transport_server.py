@@ -277,6 +277,23 @@ def test_what_a_peer_that_is_gone_did_not_read_is_forgotten(reactor: Reactor) ->
     assert was_full == [True]
 
 
+def test_what_a_server_does_not_read_waits_with_its_client(reactor: Reactor) -> None:
+    received: list[int] = []
+    endpoint = reactor.listen("tcp://127.0.0.1:0", lambda peer, frames: received.append(len(frames[1])))
+    own = zmq.Context()
+    dealer = own.socket(zmq.DEALER)
+    dealer.set(zmq.SNDHWM, 1)
+    dealer.connect(endpoint.address)
+    size, sent = 500_000, 0
+    while sent < 400 and dealer.poll(500, zmq.POLLOUT):
+        dealer.send_multipart([b"header", bytes(size)])
+        sent += 1
+    assert 0 < sent < 200
+    run_until(reactor, lambda: len(received) == sent)
+    assert received == [size] * sent
+    own.destroy(linger=0)
+
+
 # --- hostile bytes ------------------------------------------------------------------------------------------------------
 
 

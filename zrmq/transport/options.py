@@ -18,8 +18,9 @@ from zrmq.protocol.limits import MESSAGE_BYTES_MAX
 
 LIBZMQ_VERSION_MIN = (4, 3, 5)  # older ones crash on hostile bytes (CVE-2019-6250 and others)
 HWM_MESSAGES = 10_000  # a backstop; memory is bounded by our own credit
-# One-way batches have no credit, and each may have megabytes: here the mark is what bounds them.
-ONE_WAY_HWM_MESSAGES = 64
+# Of one client, and not read yet: each may have megabytes, and who has no credit, or keeps to none, sends as many as it likes.
+# Here the mark is what bounds them; what is beyond waits with the client.
+UNREAD_REQUESTS_MAX = 64
 HEARTBEAT_INTERVAL_MS = 3_000
 HEARTBEAT_TIMEOUT_MS = 9_000
 HANDSHAKE_TIMEOUT_MS = 5_000
@@ -75,11 +76,11 @@ def open_socket(context: Context, kind: int) -> Socket:
     """A socket with all settings made, to be bound or connected. Close it with `close(LINGER_MS.get(kind, 0))`."""
     socket: Socket = context.socket(kind)
     reconnect_ms = Random().randint(RECONNECT_MS_MIN, RECONNECT_MS_MAX)
-    hwm_messages = ONE_WAY_HWM_MESSAGES if kind in (zmq.PUSH, zmq.PULL) else HWM_MESSAGES
+    hwm_messages = UNREAD_REQUESTS_MAX if kind in (zmq.PUSH, zmq.PULL) else HWM_MESSAGES
     for option, value in {
         zmq.LINGER: LINGER_MS.get(kind, 0),
         zmq.SNDHWM: hwm_messages,
-        zmq.RCVHWM: hwm_messages,
+        zmq.RCVHWM: UNREAD_REQUESTS_MAX if kind == zmq.ROUTER else hwm_messages,
         zmq.MAXMSGSIZE: MESSAGE_BYTES_MAX,
         zmq.HEARTBEAT_IVL: HEARTBEAT_INTERVAL_MS,
         zmq.HEARTBEAT_TIMEOUT: HEARTBEAT_TIMEOUT_MS,
