@@ -845,7 +845,7 @@ def test_a_listener_can_be_called(subscribe: Callable[[Any], None]) -> None:
     ("allocation", "averagely", "allocation='averagely' is no strategy; give one such as AllocateAveragely"),
     ("consume_from", ConsumeFrom.TIMESTAMP, "names no time; give the time itself"),
     ("consume_from", -5, "-5 is no time"),
-    ("consume_from", "earliest?", "'earliest\\?' is no time; give a datetime, or milliseconds"),
+    ("consume_from", "earliest?", "is 'earliest\\?'; use 'earliest', 'latest', or a time"),
     ("instance_name", "", "instance name must be text and not blank"),
     ("instance_name", "x" * 256, "instance name has 256 characters; use at most 255"),
     ("message_model", "sharing", "message_model is 'sharing'; use one of clustering, broadcasting"),

@@ -262,7 +262,9 @@ def _check_model(given: MessageModel | str) -> MessageModel:
 def _start_point(given: ConsumeFrom | When | str) -> tuple[ConsumeFrom, int]:
     if isinstance(given, str) and given in (ConsumeFrom.LATEST, ConsumeFrom.EARLIEST):
         return ConsumeFrom(given), 0
-    if given is ConsumeFrom.TIMESTAMP:
+    if isinstance(given, str) and given != ConsumeFrom.TIMESTAMP:
+        raise InvalidArgumentError(f"consume_from is {given!r}; use 'earliest', 'latest', or a time: a datetime or milliseconds.")
+    if given == ConsumeFrom.TIMESTAMP:
         raise InvalidArgumentError("consume_from=TIMESTAMP names no time; give the time itself, a datetime or milliseconds.")
     return ConsumeFrom.TIMESTAMP, time_ms(given)  # type: ignore[arg-type]  # what is no time is refused there
 
