@@ -390,17 +390,31 @@ class PullConsumer(Consumer):
         engine, cursor = self._ready()
         if self._auto_commit:
             cursor.finish()
-        messages = cursor.take_rest(max_messages)
-        wait_ms = 0.0 if messages else float(timeout_ms)
-        while (left := max_messages - len(messages)) > 0:
+        rest = cursor.take_rest(max_messages)
+        if rest:
+            return rest
+        units: list[Unit] = []
+        try:
+            messages = self._take(engine, units, max_messages, float(timeout_ms))
+            if not messages and engine.inbox.is_closed:
+                raise engine.inbox.failure or ClosedError("The consumer was closed during poll().")
+            cursor.give(units)
+        except BaseException:  # Ctrl-C, perhaps: what is not returned was not given, and comes again
+            engine.inbox.recover(units)
+            raise
+        return messages
+
+    @staticmethod
+    def _take(engine: Engine, units: list[Unit], messages_max: int, wait_ms: float) -> list[Message]:
+        """The messages of units, to which `units` are added."""
+        messages: list[Message] = []
+        while (left := messages_max - len(messages)) > 0:
             unit = engine.inbox.take(wait_ms, partial(_size, left))
             if unit is None:
                 break
-            cursor.give(unit)
+            units += (unit,)  # not `append`: without a call nothing is raised before it is noted
             messages = messages + unit.messages if messages else unit.messages
             wait_ms = 0.0
-        if not messages and engine.inbox.is_closed:
-            raise engine.inbox.failure or ClosedError("The consumer was closed during poll().")
         return messages
 
     def __iter__(self) -> Iterator[Message]:
@@ -410,19 +424,24 @@ class PullConsumer(Consumer):
         """
         engine, cursor = self._ready()
         while True:
-            rest, is_whole = cursor.rest, True
+            queue, rest, is_whole = cursor.queue, cursor.rest, True
             for cursor.index, message in rest:
-                if cursor.is_void():
+                if queue is None or queue.is_draining or queue.is_dropped:  # without a call: no Ctrl-C before it is given
                     is_whole = False
                     break
                 yield message
             cursor.leave_unit(is_whole=is_whole)
             if self._auto_commit:
                 cursor.finish()
-            unit = engine.inbox.take(None, partial(_size, ITERATION_MESSAGES))
-            if unit is None:
-                break
-            cursor.enter_unit(unit)
+            unit = None
+            try:
+                unit = engine.inbox.take(None, partial(_size, ITERATION_MESSAGES))
+                if unit is None:
+                    break
+                cursor.enter_unit(unit)
+            except BaseException:  # as in a poll
+                engine.inbox.recover([] if unit is None else [unit])
+                raise
         if engine.inbox.failure is not None:
             raise engine.inbox.failure
 

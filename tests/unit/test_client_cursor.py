@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from tests.unit.test_client_inbox import Desk, offsets
+import zrmq.consumer as consumer_module
+from tests.unit.interrupts import Interrupt
+from tests.unit.test_client_inbox import Q0, Q1, Desk, offsets
+from zrmq.client import cursor as cursor_module
+from zrmq.client import inbox as inbox_module
+from zrmq.client import process_queue as process_queue_module
 from zrmq.client.cursor import Cursor
 from zrmq.client.process_queue import ProcessQueue, Unit
+from zrmq.consumer import PullConsumer
 
 
 @pytest.fixture
@@ -43,11 +51,64 @@ def begin(desk: Desk, count: int = 5) -> tuple[ProcessQueue, Cursor, Unit]:
 def test_polled_units_are_finished_by_the_next_poll(desk: Desk) -> None:
     queue, cursor = desk.queue(), Cursor(desk.inbox)
     desk.put(queue, 5)
-    cursor.give(desk.taken(3))
+    cursor.give([desk.taken(3)])
     cursor.settle()
     assert queue.commit_offset == 0
     cursor.finish()
     assert (queue.commit_offset, queue.in_flight) == (3, 0)
+
+
+class InterruptedReader:
+    """A pull consumer's calls without its engine; the loop's side pulls what was forgotten again."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+        self.queues = [desk.queue(Q0), desk.queue(Q1)]
+        self.cursor = Cursor(desk.inbox)
+        self.consumer = PullConsumer("G")
+        engine: Any = SimpleNamespace(inbox=desk.inbox)
+        self.consumer._ready = lambda: (engine, self.cursor)  # type: ignore[method-assign]
+        self.given: list[tuple[int, int]] = []
+
+    def turn(self) -> None:
+        for queue in self.queues:
+            while queue.pull_offset < 6:
+                self.desk.put(queue, *[1] * min(2, 6 - queue.pull_offset))
+
+    def poll(self) -> None:
+        for message in self.consumer.poll(3, timeout_ms=0):
+            self.given.append((message.queue.queue_id, message.queue_offset))
+
+    def iterate(self) -> None:
+        for message in self.consumer:
+            self.given.append((message.queue.queue_id, message.queue_offset))
+            if message.queue_offset % 3 == 2:
+                break
+
+
+@pytest.mark.parametrize("step", [InterruptedReader.poll, InterruptedReader.iterate])
+def test_what_an_exception_kept_from_the_caller_comes_again(step: Callable[[InterruptedReader], None]) -> None:
+    """Ctrl-C at every place where Python may run a handler: what is finished was given, and what is left is not forgotten."""
+    places = 0
+    while True:
+        reader = InterruptedReader(Desk())
+        interrupt = Interrupt(places, consumer_module, cursor_module, inbox_module, process_queue_module)
+        for _ in range(2):
+            reader.turn()
+            with interrupt.may_come():
+                step(reader)
+        for _ in range(8):
+            reader.turn()
+            reader.poll()
+        reader.cursor.finish_given()
+        for queue in reader.queues:
+            offsets = [offset for queue_id, offset in reader.given if queue_id == queue.queue.queue_id]
+            assert offsets == list(range(6)), places
+            assert (queue.commit_offset, queue.in_flight) == (6, 0)
+        if not interrupt.came:
+            break
+        places += 1
+    assert places > 100
 
 
 def test_an_iteration_finishes_what_lies_before_the_last_given(desk: Desk) -> None:
@@ -158,7 +219,7 @@ class Caller(RuleBasedStateMachine):
         self.cursor.finish()
         got = [message.queue_offset for message in self.cursor.take_rest(messages_max)]
         while len(got) < messages_max and (unit := self.desk.take(messages_max - len(got))) is not None:
-            self.cursor.give(unit)
+            self.cursor.give([unit])
             got += offsets(unit)
         assert len(got) <= messages_max
         self.given += got

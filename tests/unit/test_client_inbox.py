@@ -39,7 +39,7 @@ class Desk:
         """One chunk with batches of these sizes, where the queue goes on."""
         frames, at = [], queue.pull_offset
         for count in counts:
-            frames.append(stored_batch(at, count))
+            frames.append(stored_batch(at, count, queue_id=queue.queue.queue_id))
             at += count
         return self.inbox.put(queue, Chunk(frames, queue.pull_offset, at))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from zrmq.client.inbox import Inbox
 from zrmq.client.process_queue import ProcessQueue, Unit
@@ -25,15 +25,20 @@ class Cursor:
 
     # --- giving -------------------------------------------------------------------------------------------------------
 
-    def give(self, unit: Unit) -> None:
-        """All of the unit was given at once."""
-        self._given[unit.process_queue] = unit.next_offset
+    def give(self, units: Iterable[Unit]) -> None:
+        """All of the units were given at once."""
+        self._given = self._given | {unit.process_queue: unit.next_offset for unit in units}
 
     def enter_unit(self, unit: Unit) -> None:
         """From here on its messages are given one by one."""
         self.index = 0  # before the unit changes: `settle` may look in between, and must see too little rather than too much
         self.rest = enumerate(unit.messages)
         self._unit = unit
+
+    @property
+    def queue(self) -> ProcessQueue | None:
+        """What the unit is of."""
+        return None if self._unit is None else self._unit.process_queue
 
     def is_void(self) -> bool:
         """Whether what is left of the unit is not to be given any more, because its queue goes to somebody else."""

@@ -61,6 +61,7 @@ class Inbox:
         self._wake = wake
         self._in_order = in_order
         self._is_woken = False
+        self._scheduled: dict[ProcessQueue, None] = {}  # a caller has them, or will find them in the ready queue
 
     # --- the loop's side ----------------------------------------------------------------------------------------------
 
@@ -138,6 +139,17 @@ class Inbox:
             if deadline_ms is not None:
                 left_ms = max(deadline_ms - self._now_ms(), 0.0)
 
+    def recover(self, units: Sequence[Unit]) -> None:
+        """An exception (Ctrl-C, say) ended a `take`, or came before its caller gave these units, in their order, to anybody: they
+        come again. For the only caller of an inbox."""
+        for unit in reversed(units):
+            self._take_back(unit.process_queue, unit.offset, 1)
+        with self._lock:
+            for queue in self._scheduled:  # one may have been lost on its way here: better in line twice than not at all
+                self._ready.put(queue)
+            if self.is_closed:
+                self._ready.put(None)
+
     def done(self, unit: Unit, failed: Sequence[Unit] = (), stop_offset: int | None = None) -> None:
         """The caller is through with a unit. `failed` parts of it rest until they are put back; what lies from `stop_offset` on
         was not touched and stays unfinished."""
@@ -175,8 +187,22 @@ class Inbox:
             return None
         if isinstance(item, Unit):
             return self._rouse(item)
-        self._open(item)
-        return self._cut(item, size)
+        offset, in_flight = item.position, item.in_flight
+        try:
+            self._open(item)
+            return self._cut(item, size)
+        except BaseException:  # Ctrl-C, perhaps: nobody has what it was about to hand out
+            self._take_back(item, offset, item.in_flight - in_flight)
+            raise
+
+    def _take_back(self, queue: ProcessQueue, offset: int, units: int) -> None:
+        """So many units, of all that was handed out from the offset on, were never given. For the queue's only caller."""
+        with self._lock:
+            if queue.is_dropped:
+                return
+            queue.go_back(offset)
+            queue.in_flight -= units
+            self._wake_if(True)
 
     def _rouse(self, unit: Unit) -> Unit | None:
         queue = unit.process_queue
@@ -203,7 +229,7 @@ class Inbox:
         messages_max = size(queue)
         with self._lock:
             if not self._may_hand_out(queue):
-                queue.is_scheduled = False
+                self._scheduled.pop(queue, None)
                 return None
             unit = queue.cut(messages_max)
             if unit is None or not self._in_order:
@@ -220,13 +246,13 @@ class Inbox:
         return False
 
     def _schedule(self, queue: ProcessQueue) -> None:
-        if not queue.is_scheduled and queue.has_more:
-            queue.is_scheduled = True
+        if queue not in self._scheduled and queue.has_more:
+            self._scheduled[queue] = None
             self._ready.put(queue)
 
     def _put_in_line(self, queue: ProcessQueue) -> None:
         """Behind the others, if it has more."""
-        queue.is_scheduled = False
+        self._scheduled.pop(queue, None)
         self._schedule(queue)
 
     def _wake_if(self, is_wanted: bool) -> None:

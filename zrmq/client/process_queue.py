@@ -63,7 +63,10 @@ class Account(msgspec.Struct):
 
 
 class Unfinished:
-    """Ranges of offsets that were handed out and are not finished, in order; neighbours are one range."""
+    """Ranges of offsets that were handed out and are not finished, in order; neighbours are one range.
+
+    Both lists are changed without a call in between, so that no signal handler can raise there.
+    """
 
     __slots__ = ("_ends", "_starts")
 
@@ -84,8 +87,8 @@ class Unfinished:
         if self._ends and self._ends[-1] == offset:
             self._ends[-1] = next_offset
         elif offset < next_offset:
-            self._starts.append(offset)
-            self._ends.append(next_offset)
+            self._starts += (offset,)
+            self._ends += (next_offset,)
 
     def remove(self, offset: int, next_offset: int) -> None:
         """Finish what is unfinished in a range."""
@@ -96,10 +99,11 @@ class Unfinished:
         last = bisect_left(starts, next_offset)
         if first >= last or offset >= next_offset:
             return
-        left = [(starts[first], offset)] if starts[first] < offset else []
-        right = [(next_offset, ends[last - 1])] if next_offset < ends[last - 1] else []
-        starts[first:last] = [start for start, _ in left + right]
-        ends[first:last] = [end for _, end in left + right]
+        has_left, has_right = starts[first] < offset, next_offset < ends[last - 1]
+        left_starts = [starts[first]] * has_left + [next_offset] * has_right
+        left_ends = [offset] * has_left + [ends[last - 1]] * has_right
+        starts[first:last] = left_starts
+        ends[first:last] = left_ends
 
 
 def _body_bytes(unit: Unit) -> int:
@@ -117,7 +121,8 @@ class ProcessQueue:
     A queue that is acquired again or read from elsewhere (`seek`) gets a new one; this one is then `is_dropped`, and what the
     caller still has of it counts for nothing.
 
-    Invariants: `commit_offset <= position <= pull_offset`; none of them goes back, but `pull_offset` by `forget`.
+    Invariants: `commit_offset <= position <= pull_offset`; none of them goes back, but `pull_offset` by `forget` and
+    `position` by `go_back`.
     """
 
     def __init__(
@@ -140,7 +145,6 @@ class ProcessQueue:
         self.held_bytes = 0  # of what is pulled and closed, or rests
         self.held_messages = 0
         self.damaged_offset = -1  # where a chunk did not check out and is pulled once more
-        self.is_scheduled = False  # a caller has it, or will find it in the inbox
         self.parked: list[Unit] = []  # resting units whose time came during a pause
         self.is_paused = False
         self.is_draining = False  # to be given back as soon as nothing is in flight
@@ -200,6 +204,13 @@ class ProcessQueue:
         self._open, self._at, self._opening = [], 0, None
         self._forget_behind(self.position)
         self._next_offset = self.position
+
+    def go_back(self, offset: int) -> None:
+        """What was handed out from the offset on was never given to anybody; it is pulled again."""
+        if offset < self.position:
+            self._unfinished.remove(offset, self.position)
+            self.position = offset
+        self.forget()
 
     def forget_resting(self) -> None:
         """Throw away what failed; it stays unfinished, for whoever reads the queue next."""
