@@ -198,10 +198,10 @@ def lose_commits_in_replay(patch: Patch) -> None:
     fold = recovery.Replay._fold_event
     decode = recovery.decode_event
 
-    def forgetful(self: Any, found: Any, header: Any) -> None:
-        payload = memoryview(found.block)[found.at + 40 : found.at + header.length]
+    def forgetful(self: Any, found: Any) -> None:
+        payload = memoryview(found.block)[found.at + 40 : found.at + found.header.length]
         if not isinstance(decode(payload), OffsetsCommitted):
-            fold(self, found, header)
+            fold(self, found)
 
     patch.setattr(recovery.Replay, "_fold_event", forgetful)
 

@@ -116,5 +116,5 @@ def test_facts_travel_as_plain_values() -> None:
     error = StoreFailedError("No.", path=Path("/data"), size_bytes=5, share=0.5, known=None, is_full=True, names=("a", "b"))
     assert failed(3, error) == Failed(
         3, Code.STORE_FAILED, "No.",
-        {"path": "/data", "size_bytes": 5, "share": 0.5, "known": None, "is_full": True, "names": "('a', 'b')"},
+        {"path": "/data", "size_bytes": 5, "share": 0.5, "known": None, "is_full": True, "names": ["a", "b"]},
     )
