@@ -489,6 +489,7 @@ def _drain_all() -> None:
 def _forget_in_child() -> None:
     for producer in list(_producers):
         producer._accumulator.abandon_in_child(_forked_error)
+    _producers.clear()  # there is nothing to drain at its exit
 
 
 atexit.register(_drain_all)

@@ -792,6 +792,24 @@ def test_a_program_that_just_ends_has_sent_everything(tmp_path: Path) -> None:
         assert len(bodies(producer, "meters")) == 5_001
 
 
+FORKING = """
+import os, sys, zrmq
+producer = zrmq.Producer(nameservers=sys.argv[1])
+producer.send("meters", b"x")
+child = os.fork()
+if child == 0:
+    sys.exit()
+os.waitpid(child, 0)
+producer.close()
+"""
+
+
+def test_a_forked_child_ends_without_a_word(tmp_path: Path) -> None:
+    with running_cluster(tmp_path) as nameservers:
+        done = subprocess.run([sys.executable, "-c", FORKING, nameservers], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_codes_of_errors_are_those_of_the_protocol(producer: Producer) -> None:
     with pytest.raises(InvalidArgumentError) as caught:
         producer.send("a/b", b"x")
