@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Self, overload
 
 from zrmq.client.allocation import AllocateAveragely, Strategy
@@ -114,7 +115,8 @@ class PushConsumer(Consumer):
         self._concurrency = check_count("concurrency", concurrency, 1, CONCURRENCY_MAX)
         self._listeners: dict[str, tuple[Listener, Pace]] = {}
         self._workers: list[threading.Thread] = []
-        self._ended = threading.Event()
+        # No Event, whose lock a signal handler would wait for that runs while its own thread begins to wait.
+        self._ended: SimpleQueue[None] = SimpleQueue()
 
     @overload
     def subscribe(self, topic: str, expression: str = "*") -> Callable[[Listener], Listener]: ...
@@ -161,10 +163,11 @@ class PushConsumer(Consumer):
         Signals end it when it is called in the main thread; from the first one on they mean again what they meant before. Raises
         as `start`, also when the group refuses this consumer later; and what a listener ended the program with.
         """
-        with _until_signal(self._ended.set):
+        with _until_signal(partial(self._ended.put, None)):
             if self._engine is None:
                 self.start()
-            self._ended.wait()
+            self._ended.get()
+            self._ended.put(None)  # for other calls of this, now or later
         self.close()
         if self.failure is not None:
             raise self.failure
@@ -175,7 +178,7 @@ class PushConsumer(Consumer):
         A listener that takes longer than `timeout_ms` is left alone, and its message comes again. Called by a listener it returns
         at once, and the consumer closes when that listener has returned.
         """
-        self._ended.set()
+        self._ended.put(None)
         if threading.current_thread() in self._workers:
             threading.Thread(target=self._close, args=(timeout_ms,), name="zrmq-consumer-close").start()
         else:
@@ -224,7 +227,7 @@ class PushConsumer(Consumer):
             log.error("listener_ended_consumer", group=self.group, error=repr(error))
             engine.inbox.close(error)
         finally:
-            self._ended.set()
+            self._ended.put(None)
 
     def _unit_size(self, queue: ProcessQueue) -> int:
         return self._listeners[queue.queue.topic][1].messages

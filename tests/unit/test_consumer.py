@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -417,6 +418,46 @@ def test_run_ends_with_close_and_in_any_thread(consumers: Callable[..., Any], na
     until(lambda: consumer._engine is not None)
     consumer.close()
     runner.join()
+
+
+def test_a_signal_may_come_just_when_run_begins_to_wait(consumers: Callable[..., Any], name: str) -> None:
+    consumer = consumers(zrmq.PushConsumer, name)
+    consumer.subscribe(name, "*", print)
+    consumer.start()
+
+    def profile(frame: FrameType, event: str, called: Any) -> None:
+        is_wait = event == "call" and frame.f_code is threading.Condition.wait.__code__
+        if is_wait or (event == "c_call" and called.__name__ == "get"):
+            sys.setprofile(None)
+            signal.raise_signal(signal.SIGTERM)
+
+    sys.setprofile(profile)
+    try:
+        consumer.run()
+    finally:
+        sys.setprofile(None)
+    with pytest.raises(ClosedError):
+        consumer.assigned()
+
+
+def test_a_close_that_an_exception_ends_gives_the_queues_back(
+    consumers: Callable[..., Any], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while it waits for a listener: with its thread alive, the leases would be too."""
+    consumer = consumers(zrmq.PushConsumer, name)
+    consumer.subscribe(name, "*", print)
+    consumer.start()
+
+    def interrupt(*given: object) -> None:
+        monkeypatch.undo()
+        consumer.close()  # as a handler may that interrupts a close
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(consumer, "_await_workers", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        consumer.close()
+    with pytest.raises(ClosedError):
+        consumer._thread.post(print)
 
 
 def test_run_raises_what_the_group_refuses(consumers: Callable[..., Any], name: str) -> None:

@@ -85,7 +85,7 @@ class Consumer:
         self._thread: ClientThread | None = None
         self._engine: Engine | None = None
         self._is_closed = False
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may close while its thread does
 
     @property
     def failure(self) -> BaseException | None:
@@ -180,12 +180,14 @@ class Consumer:
             deadline_ms = engine.loop.clock.monotonic_ms() + timeout_ms
             engine.inbox.close()
             engine.started.set()  # whoever waits for the start need not any more
-            with suppress(ClosedError):  # the interpreter's exit has ended the thread, with its last step
-                thread.call(engine.core.stop)
-                self._await_workers(engine, deadline_ms)
-                left_ms = max(deadline_ms - engine.loop.clock.monotonic_ms(), LAST_COMMIT_MS)
-                self._commit_last(engine, thread, int(left_ms))
-            thread.close()
+            try:
+                with suppress(ClosedError):  # the interpreter's exit has ended the thread, with its last step
+                    thread.call(engine.core.stop)
+                    self._await_workers(engine, deadline_ms)
+                    left_ms = max(deadline_ms - engine.loop.clock.monotonic_ms(), LAST_COMMIT_MS)
+                    self._commit_last(engine, thread, int(left_ms))
+            finally:  # after Ctrl-C too: while the thread lives, so do the leases
+                thread.close()
 
     def _await_workers(self, engine: Engine, deadline_ms: float) -> None:
         """For doors that have some."""
