@@ -12,6 +12,7 @@ import zmq
 
 from zrmq.client.link import Identity
 from zrmq.errors import InvalidArgumentError, UnreachableError
+from zrmq.transport import client
 from zrmq.transport.inproc import Watch, directory_of
 from zrmq.transport.lane import Lane
 from zrmq.transport.options import Context, Socket, end_context, make_context
@@ -97,14 +98,35 @@ def test_an_address_libzmq_refuses_leaves_no_socket_open() -> None:
     assert end_context(context)
 
 
-@pytest.mark.parametrize("open_one", [
-    lambda context: Reactor(context).connect("tcp://127.0.0.1:1", Notes()),
-    lambda context: Lane(context, "tcp://127.0.0.1:1", Identity("c", "producer")),
-], ids=["connection", "lane"])
-def test_no_socket_stays_open_when_the_next_cannot_be(
-    open_one: Callable[[Context], object], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As when the process has no descriptor left for the monitor."""
+def test_a_connection_without_a_descriptor_is_tried_again(reactor: Reactor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "REOPEN_MS", 1.0)
+    endpoint, notes, opened = reactor.listen("tcp://127.0.0.1:0", ignore), Notes(), refuse_monitors(monkeypatch)
+    connection = reactor.connect(endpoint.address, notes)
+    assert not connection.send([b"x"])
+    assert [each.closed for each in opened] == [True]
+    monkeypatch.undo()
+    run_until(reactor, lambda: notes.events == ["connected"])
+
+
+def test_a_connection_may_be_closed_before_it_has_a_socket(reactor: Reactor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "REOPEN_MS", 1.0)
+    opened = refuse_monitors(monkeypatch)
+    reactor.connect("tcp://127.0.0.1:1", Notes()).close()
+    reactor.call_later(2, reactor.stop)
+    reactor.run()
+    assert len(opened) == 1
+
+
+def test_a_lane_without_a_descriptor_leaves_no_socket_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    context, opened = make_context(), refuse_monitors(monkeypatch)
+    with pytest.raises(UnreachableError, match="No socket"):
+        Lane(context, "tcp://127.0.0.1:1", Identity("c", "producer"))
+    assert [each.closed for each in opened] == [True]
+    assert end_context(context)
+
+
+def refuse_monitors(monkeypatch: pytest.MonkeyPatch) -> list[Socket]:
+    """As when the process has a descriptor left for the first socket and none for its monitor. Returns those opened."""
     opened: list[Socket] = []
     make = zmq.Context.socket
 
@@ -115,11 +137,7 @@ def test_no_socket_stays_open_when_the_next_cannot_be(
         return opened[-1]
 
     monkeypatch.setattr(zmq.Context, "socket", make_but_monitors)
-    context = make_context()
-    with pytest.raises((zmq.ZMQError, UnreachableError)):
-        open_one(context)
-    assert [each.closed for each in opened] == [True]
-    assert end_context(context)
+    return opened
 
 
 def test_many_connections_open_and_close_without_leaking_descriptors(reactor: Reactor) -> None:

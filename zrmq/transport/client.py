@@ -7,11 +7,13 @@ what is sent before it may go to nobody. For inproc there are neither events nor
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING
 
 import zmq
 
 from zrmq.errors import InvalidArgumentError
+from zrmq.logs import get_logger
 from zrmq.transport.address import Address
 from zrmq.transport.inproc import Watch, directory_of
 from zrmq.transport.interface import Connection, ConnectionListener, Frames
@@ -22,6 +24,10 @@ from zrmq.transport.wire import is_readable, receive_message, send_message
 
 if TYPE_CHECKING:
     from zrmq.transport.reactor import Reactor
+
+REOPEN_MS = 1_000.0  # before another try to open a socket
+
+log = get_logger("transport")
 
 _WRONG_THREAD = "a connection is used from the loop's thread; use call_soon_threadsafe"
 
@@ -72,40 +78,59 @@ def try_send(sock: Socket, frames: Frames) -> bool:
 
 
 class SocketConnection:
-    """A DEALER over tcp or ipc. Implements `zrmq.transport.interface.Connection`; loop thread only."""
+    """A DEALER over tcp or ipc. Implements `zrmq.transport.interface.Connection`; loop thread only.
+
+    A process without descriptors is one more reason why nothing is connected yet: it goes on trying.
+    """
 
     def __init__(self, reactor: Reactor, address: Address, listener: ConnectionListener) -> None:
         self._reactor = reactor
+        self._address = address
         self._listener = listener
         self._is_connected = False
         self._is_closed = False
-        self._socket, self._monitor = connect_dealer(reactor.context, address)
-        reactor.watch(self._monitor.socket, self._read_events)
-        reactor.watch(self._socket, self._read)
+        self._ends: tuple[Socket, Monitor] | None = None
+        self._open()
 
     def send(self, frames: Frames) -> bool:
         assert self._reactor.is_owner(), _WRONG_THREAD
-        return self._is_connected and try_send(self._socket, frames)
+        return self._is_connected and self._ends is not None and try_send(self._ends[0], frames)
 
     def close(self) -> None:
         if self._is_closed:
             return
         self._is_closed = True
         self._is_connected = False
-        self._reactor.unwatch(self._monitor.socket)
-        self._reactor.unwatch(self._socket)
         self._reactor.closed(self)
-        self._monitor.close()
-        self._socket.close(0)
+        if self._ends is not None:
+            sock, monitor = self._ends
+            self._reactor.unwatch(monitor.socket)
+            self._reactor.unwatch(sock)
+            monitor.close()
+            sock.close(0)
 
-    def _read(self) -> None:
+    def _open(self) -> None:
+        if self._is_closed:
+            return
+        try:
+            sock, monitor = self._ends = connect_dealer(self._reactor.context, self._address)
+        except zmq.ContextTerminated:
+            raise
+        except zmq.ZMQError as error:
+            log.warning("socket_not_opened", address=str(self._address), reason=error.strerror, retry_ms=REOPEN_MS)
+            self._reactor.call_later(REOPEN_MS, self._open)
+            return
+        self._reactor.watch(monitor.socket, partial(self._read_events, monitor))
+        self._reactor.watch(sock, partial(self._read, sock))
+
+    def _read(self, sock: Socket) -> None:
         for _ in range(BURST_MESSAGES_MAX):
-            if self._is_closed or not is_readable(self._socket):
+            if self._is_closed or not is_readable(sock):
                 return
-            self._listener.on_frames(receive_message(self._socket))
+            self._listener.on_frames(receive_message(sock))
 
-    def _read_events(self) -> None:
-        while not self._is_closed and (event := self._monitor.next_event()):
+    def _read_events(self, monitor: Monitor) -> None:
+        while not self._is_closed and (event := monitor.next_event()):
             if self._is_connected:  # what it brought and is still unread is gone with it: IMMEDIATE drops it
                 self._is_connected = False
                 self._listener.on_disconnected()
