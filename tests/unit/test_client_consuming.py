@@ -1316,6 +1316,24 @@ def test_pausing_everything_holds_for_queues_that_come_later(cluster: ReadingClu
     assert first.take() is not None
 
 
+def test_pausing_everything_while_a_queue_is_given_back(cluster: ReadingCluster) -> None:
+    first = cluster.started("one")
+    cluster.run_until(lambda: first.queues == [Q0, Q1])
+    cluster.broker.store("meters", 1, 5)
+    wait_for_messages(cluster, first)
+    unit = first.take(2)
+    assert unit is not None
+    cluster.started("two")
+    cluster.run_until(lambda: first.core.queues() == [Q0])
+    first.core.pause_all(True)
+    cluster.broker.store("meters", 0, 1)
+    cluster.run_for(100)
+    assert first.take() is None
+    first.core.pause_all(False)
+    cluster.run_for(100)
+    assert first.take() is not None
+
+
 def test_seek_and_pause_of_a_queue_that_is_not_ours(cluster: ReadingCluster) -> None:
     member = cluster.started("one")
     elsewhere = MessageQueue("doors", "broker-a", 3)

@@ -449,9 +449,9 @@ class ConsumerCore:
             self.reader.pause(reading, is_paused)
 
     def pause_all(self, is_paused: bool) -> None:
-        """Pause or resume everything, queues that are claimed later too."""
+        """Pause or resume everything, queues that are claimed later too; what is being given back stands still anyway."""
         self._is_paused = is_paused
-        self.pause(list(self.reader.readings), is_paused)
+        self.pause(self.queues(), is_paused)
 
     def ask(self, broker_name: str, kind: type[Request], *fields: object, timeout_ms: int, on_reply: OnReply) -> None:
         """Ask a broker something. `UnreachableError` when the route does not have it."""
