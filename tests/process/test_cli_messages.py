@@ -43,6 +43,7 @@ def test_a_tail_prints_as_messages_come_and_ends_with_ctrl_c(environment: dict[s
     with tail:
         assert tail.stdout is not None
         assert tail.stderr is not None
+        assert tail.stderr.readline() == b"live does not exist yet; waiting for it (Ctrl-C ends that).\n"
         for number in range(3):
             sent = subprocess.run(command("send", "live", str(number)), env=environment, capture_output=True)
             assert sent.returncode == 0, sent.stderr
