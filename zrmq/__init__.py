@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from zrmq.client.allocation import AllocateByConfig as AllocateByConfig
     from zrmq.client.allocation import AllocateConsistentHash as AllocateConsistentHash
     from zrmq.client.allocation import AllocateMachineRoomNearby as AllocateMachineRoomNearby
+    from zrmq.client.batch import SendHandle as SendHandle
     from zrmq.consumer import PullConsumer as PullConsumer
     from zrmq.consumer import PushConsumer as PushConsumer
     from zrmq.errors import AddressInUseError as AddressInUseError
@@ -59,6 +60,8 @@ if TYPE_CHECKING:
     from zrmq.message import SendReceipt as SendReceipt
     from zrmq.nameserver import NameServer as NameServer
     from zrmq.producer import Producer as Producer
+    from zrmq.producer import Receipts as Receipts
+    from zrmq.producer import SendOptions as SendOptions
 
 __version__ = "0.1.0"
 
@@ -67,6 +70,7 @@ _NAMES = {
     "zrmq.client.allocation": (
         "AllocateAveragely", "AllocateByCircle", "AllocateByConfig", "AllocateConsistentHash", "AllocateMachineRoomNearby",
     ),
+    "zrmq.client.batch": ("SendHandle",),
     "zrmq.consumer": ("PullConsumer", "PushConsumer"),
     "zrmq.errors": (
         "AddressInUseError", "BufferFullError", "ClosedError", "Code", "ConfigError", "ConsumerGroupNotFoundError",
@@ -78,7 +82,7 @@ _NAMES = {
     "zrmq.fabric": ("Fabric", "connect", "embedded"),
     "zrmq.message": ("ConsumeFrom", "FlushMode", "Message", "MessageModel", "MessageQueue", "Record", "SendReceipt"),
     "zrmq.nameserver": ("NameServer",),
-    "zrmq.producer": ("Producer",),
+    "zrmq.producer": ("Producer", "Receipts", "SendOptions"),
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names}
 

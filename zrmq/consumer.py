@@ -50,6 +50,7 @@ from zrmq.logs import get_logger
 from zrmq.message import ConsumeFrom, Message, MessageModel, MessageQueue
 from zrmq.protocol.limits import check_group, check_topic
 from zrmq.protocol.requests import OFFSET_EARLIEST, OFFSET_LATEST, Offsets, QueryCommitted
+from zrmq.protocol.tags import canonical_expression
 from zrmq.transport.options import check_fork
 
 if TYPE_CHECKING:
@@ -132,6 +133,10 @@ class PushConsumer(Consumer):
         Without a listener it decorates one. Before the start, and once for a topic. All members of a group must subscribe alike.
         Raises `InvalidArgumentError`.
         """
+        check_topic(topic)
+        if callable(expression):
+            raise InvalidArgumentError(f"The filter of {topic!r} is a function; a listener comes third: subscribe(t, '*', f).")
+        canonical_expression(expression)
         if listener is None:
             return partial(self._decorate, topic, expression)
         self._decorate(topic, expression, listener)

@@ -231,8 +231,10 @@ class Producer:
     ) -> Receipts:
         """Send many messages of one topic and wait until all are stored. A `Record` has a tag, keys, properties, a message group.
 
-        All records are checked before the first is sent. They share batches, so some may be stored and others not: the error
-        raised then is that of the first that failed, and its `facts["failed_indexes"]` has all of them. Raises as `send`.
+        All records are checked before the first is sent. They share batches, and a batch goes to one queue. Some may be stored
+        and others not: the error raised then is that of the first that failed, and its `facts["failed_indexes"]` has all of
+        them. One raised while they are handed over (`BufferFullError`) says in `facts["handed_over"]` how many are on their way.
+        Raises as `send`.
         """
         if isinstance(records, str | bytes | bytearray | memoryview | Record):
             raise InvalidArgumentError("send_batch() takes a list of records; for one message use send().")
@@ -254,7 +256,9 @@ class Producer:
         try:
             self._accumulator.append_all(addressed, left_ms, handles)
         except ZrmqError as error:
-            error.facts["handed_over"] = len(handles)
+            if handles:
+                error.facts["handed_over"] = len(handles)
+                error.message += f" The first {len(handles)} of {len(addressed)} records were handed over; do not repeat those."
             raise
         return _settled(handles)
 

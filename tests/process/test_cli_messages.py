@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -67,6 +68,42 @@ def test_a_reader_that_has_enough(environment: dict[str, str]) -> None:
         tail.stdout.close()
         assert tail.wait() == 1
         assert tail.stderr.read() == b""
+
+
+def test_lines_are_sent_though_nobody_reads_the_receipts(environment: dict[str, str]) -> None:
+    send = subprocess.Popen(
+        command("send", "unread", "-", "--json"), env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    with send:
+        assert send.stdin is not None
+        assert send.stdout is not None
+        assert send.stderr is not None
+        send.stdout.close()
+        send.stdin.write(b"".join(b"%d\n" % number for number in range(20_000)))
+        send.stdin.close()
+        assert send.stderr.read() == b"stored 20000 messages in unread\n"
+        assert send.wait() == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "redirection", "code", "told"),
+    [
+        ("topic list", ">/dev/full", 1, b"The output cannot be used: No space left on device. Use another place."),
+        ("topic list", ">&-", 0, b""),
+        ("send made x", ">&-", 0, b""),
+        ("send made -", "<&-", 2, b"There is no stdin to read lines from; give it, or the body itself."),
+        ("demo --data /proc/none", "", 1, b"/proc/none cannot be used: No such file or directory. Use another place."),
+    ],
+)
+def test_streams_that_are_closed_or_full(
+    environment: dict[str, str], words: str, redirection: str, code: int, told: bytes
+) -> None:
+    done = subprocess.run(
+        ["sh", "-c", f"{shlex.join(command(*words.split()))} {redirection}"], env=environment, capture_output=True
+    )
+    assert (done.returncode, told in done.stderr) == (code, True), done.stderr
+    assert b"nobody thought of" not in done.stderr
 
 
 def test_a_body_from_the_command_line_may_be_any_bytes(environment: dict[str, str]) -> None:

@@ -876,6 +876,16 @@ def test_a_listener_can_be_called(subscribe: Callable[[Any], None]) -> None:
         subscribe(on_message)
 
 
+def test_what_is_subscribed_wrongly_is_refused_at_once() -> None:
+    consumer = zrmq.PushConsumer("reports")
+    with pytest.raises(InvalidArgumentError, match=r"a listener comes third: subscribe\(t, '\*', f\)"):
+        consumer.subscribe("meters", print)  # type: ignore[call-overload]
+    with pytest.raises(InvalidArgumentError, match="A topic needs a name"):
+        consumer.subscribe(print)  # type: ignore[call-overload]
+    with pytest.raises(InvalidArgumentError, match="expression"):
+        consumer.subscribe("meters", "a || ")
+
+
 @pytest.mark.parametrize(("option", "value", "reason"), [
     ("concurrency", 0, "concurrency is 0; give a whole number from 1 to 1024"),
     ("concurrency", 1_025, "concurrency is 1025"),

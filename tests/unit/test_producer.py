@@ -528,6 +528,15 @@ def test_a_full_buffer_raises_at_once_when_it_may_not_block(fabric: Fabric) -> N
     producer.close(timeout_ms=0)
 
 
+def test_a_batch_that_meets_a_full_buffer_says_what_is_on_its_way(fabric: Fabric) -> None:
+    with fabric.producer(buffer_bytes=10_000, block_when_full=False) as producer:
+        producer.send("meters", b"before")
+        with pytest.raises(BufferFullError, match="of 200 records were handed over; do not repeat those") as caught:
+            producer.send_batch("meters", [bytes(100)] * 200)
+        producer.flush()
+        assert len(bodies(producer, "meters")) == 1 + caught.value.facts["handed_over"]
+
+
 def test_a_full_buffer_blocks_as_long_as_the_message_may_take(fabric: Fabric) -> None:
     producer = fabric.producer(buffer_bytes=10_000, send_timeout_ms=60_000)
     producer.send("meters", b"x")

@@ -27,10 +27,12 @@ class Invocation:
 
 def run_command(command: Callable[[], Any], invocation: Invocation) -> int:
     """Run the command and return the exit code. Whatever it raises is told on stderr, in one sentence."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by `>&-`: nobody wants to hear
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - until the process ends
     try:
         code = command()
-        if sys.stdout is not None:  # `>&-` closes it
-            sys.stdout.flush()
+        sys.stdout.flush()
         return code if isinstance(code, int) else EXIT_FAILED if invocation.is_partial else EXIT_DONE
     except click.exceptions.Exit as error:
         return error.exit_code
@@ -72,8 +74,7 @@ def _end_error(error: Exception, invocation: Invocation) -> int:
 
 def _drop_output() -> int:
     """Whoever read our output has left (`zrmq tail | head`), or there is no room for it. stdout must not try again at exit."""
-    if sys.stdout is not None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return EXIT_FAILED
 
 

@@ -12,6 +12,7 @@ import msgspec
 
 from zrmq.cli.options import client_options, examples
 from zrmq.cli.printing import print_json
+from zrmq.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from zrmq.message import SendReceipt
@@ -60,12 +61,18 @@ def send(topic: str, body: str, timeout_ms: int, nameservers: str | None, as_jso
 
 def send_stdin(producer: Producer, topic: str, parts: dict[str, Any], as_json: bool) -> None:
     """Send the lines of stdin, and say how many are stored, also when one of them fails."""
+    if sys.stdin is None:
+        raise InvalidArgumentError("There is no stdin to read lines from; give it, or the body itself.")
     count = 0
+    receipts = send_lines(producer, topic, sys.stdin.buffer, parts)
     try:
-        for receipt in send_lines(producer, topic, sys.stdin.buffer, parts):
+        for receipt in receipts:
             count += 1
             if as_json:
                 print_receipt(receipt, as_json)
+    except BrokenPipeError:  # nobody reads the receipts any more; the lines are sent all the same
+        count += sum(1 for _ in receipts)
+        raise
     finally:
         click.echo(f"stored {count} messages in {topic}", err=as_json)
 

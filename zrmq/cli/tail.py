@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import signal
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime
@@ -50,6 +51,7 @@ def tail(
     """Print the messages of TOPIC as they come, until Ctrl-C."""
     import zrmq
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a group's queues are given back
     wanted = parse_expression(expression)
     with open_admin(nameservers, timeout_ms) as admin, suppress(KeyboardInterrupt):  # Ctrl-C is how a tail ends
         ends = find_ends(admin, topic) if until_end else None

@@ -232,7 +232,8 @@ class Membership:
 
     def _refused(self, seat: Seat, error: ZrmqError) -> None:
         if error.code in PASSING or self._may_be_a_ghost(seat, error):
-            log.warning("join_refused", group=self._joining.group, address=seat.link.address, reason=error.message)
+            if not seat.refusal_count:  # once for all that may follow
+                log.warning("join_refused", group=self._joining.group, address=seat.link.address, reason=error.message)
             seat.refusal_count += 1
             self._loop.call_later(RETRY_MS * self._rng.uniform(0.8, 1.2), self._advance)
         else:
