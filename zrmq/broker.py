@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,10 @@ class BrokerRole:
         """Open the store, listen, register. Raises `FolderLockedError`, `FolderUnusableError`, `AddressInUseError`."""
         config = self._config
         self._loop = loop
+        luck = copy(self._rng)  # which goes on as if a folder had not been made: what a seed once found it still finds
         self.store = Store.open(
             Path(config.data).absolute(), files=self._files, clock=loop.clock, config=config.store,
-            broker_name=config.broker_name, cluster=config.cluster,
+            broker_name=config.broker_name, cluster=config.cluster, new_store_id=f"{luck.getrandbits(64):016x}",
         )
         try:
             self._open_core(loop)
@@ -147,7 +149,7 @@ class BrokerRole:
         config = self._config
         return BrokerInfo(
             config.cluster, config.broker_name, config.broker_id, "MASTER", self.store.boot,
-            self._advertised(self.address), self._advertised(self._ingest.address),
+            self._advertised(self.address), self._advertised(self._ingest.address), store_id=self.store.store_id,
         )
 
     def _advertised(self, address: str) -> str:

@@ -25,7 +25,7 @@ from zrmq.protocol.requests import (
 NOW_MS = 1_795_000_000_123
 
 TOPIC = TopicConfig("meters", 8, 6, FlushMode.ASYNC, 86_400_000, 1 << 30)
-BROKER = BrokerInfo("edge", "broker-a", 0, "MASTER", 3, "tcp://127.0.0.1:10911", "tcp://127.0.0.1:10912", True)
+BROKER = BrokerInfo("edge", "broker-a", 0, "MASTER", 3, "tcp://127.0.0.1:10911", "tcp://127.0.0.1:10912", True, "0123456789ab")
 ROUTE = TopicRoute("meters", "broker-a", 8, 6)
 GROUP = GroupInfo(
     "reports", MessageModel.CLUSTERING, [Subscription("meters", "hall || kitchen")], [MemberInfo("c-1", "box", 250)],

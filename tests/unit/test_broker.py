@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import pytest
 
 import zrmq
 from tests.unit.real_cluster import await_brokers
+from zrmq.client.admin import Admin
 from zrmq.errors import AddressInUseError, ClosedError, ConfigError, FolderLockedError, FolderUnusableError
 
 
@@ -62,6 +63,27 @@ def test_a_folder_of_another_broker_is_refused(tmp_path: Path, nameserver: str) 
         pass
     with pytest.raises(FolderUnusableError, match="broker-a"):
         make(tmp_path / "data", nameserver, broker_name="broker-b").start()
+
+
+def test_a_second_broker_of_that_name_takes_nothing_from_the_first(tmp_path: Path, nameserver: str) -> None:
+    """Two that were both started without a name; the second one's folder has even been opened more often."""
+    for _ in range(2):
+        with make(tmp_path / "two", nameserver):
+            pass
+    with make(tmp_path / "one", nameserver) as first:
+        await_brokers(nameserver, 1)
+        with Admin(nameserver) as admin:
+            second = make(tmp_path / "two", nameserver)
+            second.start()
+            wait_until(lambda: bool(second._role._registration._displaced))
+            assert [broker.address for broker in admin.cluster()] == [first.address]
+            second.stop()
+            assert [broker.address for broker in admin.cluster()] == [first.address]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        pass  # the test's own time bound ends what never happens
 
 
 def test_a_file_is_no_folder(tmp_path: Path, nameserver: str) -> None:

@@ -100,6 +100,28 @@ def test_a_stale_epoch_is_refused_and_changes_nothing(table: RouteTable) -> None
     assert table.answer(ALL_TOPICS).topics == topics("a", meters=4)
 
 
+def test_a_live_broker_keeps_its_name_from_one_with_other_data(table: RouteTable) -> None:
+    """Whatever the epochs, which count the starts of different folders."""
+    register(table, info(epoch=3, store_id="one"), meters=4)
+    changes = table.changes
+    for epoch in (1, 3, 9):
+        with pytest.raises(RequestRefusedError, match="with other data than the one at tcp://other:1") as caught:
+            register(table, info(epoch=epoch, store_id="two", address="tcp://other:1"), meters=9)
+        assert caught.value.code is Code.FORBIDDEN
+    assert table.changes == changes
+    assert register(table, info(epoch=4, store_id="one", address="tcp://other:1")), "the same data, started again elsewhere"
+
+
+def test_a_silent_broker_s_name_may_go_to_a_new_folder(table: RouteTable) -> None:
+    register(table, info(epoch=3, store_id="one"), version=5, meters=4)
+    run_to(table, 0.0, 3_500.0)
+    new = info(epoch=1, store_id="two")
+    assert register(table, new, version=5, now_ms=3_600.0), "its table is asked for, whatever its version"
+    register(table, new, version=5, now_ms=3_700.0, alarms=1)
+    with pytest.raises(RequestRefusedError, match="with other data"):
+        register(table, info(epoch=4, store_id="one", address="tcp://other:1"), now_ms=3_800.0)
+
+
 def test_a_second_broker_of_the_same_name_and_epoch_is_refused(table: RouteTable) -> None:
     register(table, info(epoch=1))
     with pytest.raises(RequestRefusedError, match="give each broker a name of its own") as caught:

@@ -26,15 +26,16 @@ def disk(seed: int = 0) -> FaultyFiles:
 @pytest.mark.parametrize("name", ["broker-a", 'with "quotes" and \\', "ünïcode 🚀", "tab\tand newline\n"])
 def test_the_first_one_has_it(name: str) -> None:
     files = disk()
-    claim(files, FOLDER, name, "cluster")
-    claim(files, FOLDER, name, "cluster")
+    claim(files, FOLDER, name, "cluster", "id-1")
+    claim(files, FOLDER, name, "cluster", "id-1")
     said = tomllib.loads(read_file(files, FILE).decode())
-    assert said == {"format_version": 1, "broker_name": name, "cluster": "cluster"}
+    assert said == {"format_version": 1, "broker_name": name, "cluster": "cluster", "store_id": "id-1"}
+    assert claim(files, FOLDER, name, "cluster", "id-2") == "id-1"
     with pytest.raises(FolderUnusableError, match=r"Give this broker a folder of its own") as caught:
-        claim(files, FOLDER, "somebody else", "cluster")
+        claim(files, FOLDER, "somebody else", "cluster", "id-1")
     assert caught.value.facts == {"folder": "/data", "broker_name": name, "cluster": "cluster"}
     with pytest.raises(FolderUnusableError):
-        claim(files, FOLDER, name, "another cluster")
+        claim(files, FOLDER, name, "another cluster", "id-1")
 
 
 def test_it_is_there_whole_or_not_at_all() -> None:
@@ -42,11 +43,11 @@ def test_it_is_there_whole_or_not_at_all() -> None:
         files = disk(seed)
         files.cut_power_after(seed % 6)
         with suppress(PowerCut):
-            claim(files, FOLDER, "broker-a", "cluster")
+            claim(files, FOLDER, "broker-a", "cluster", "id-1")
         files.crash()
-        claim(files, FOLDER, "broker-a", "cluster")
+        claim(files, FOLDER, "broker-a", "cluster", "id-1")
         with pytest.raises(FolderUnusableError, match="holds the data of"):
-            claim(files, FOLDER, "broker-b", "cluster")
+            claim(files, FOLDER, "broker-b", "cluster", "id-1")
 
 
 @pytest.mark.parametrize("content", [b"", b"format_version = 2\n", b"format_version = 'x'\n", b"broker_name = 'broker-a'\n"])
@@ -54,7 +55,7 @@ def test_other_formats_are_refused(content: bytes) -> None:
     files = disk()
     replace_file(files, FILE, content)
     with pytest.raises(FolderUnusableError, match="reads up to 1. Upgrade"):
-        claim(files, FOLDER, "broker-a", "cluster")
+        claim(files, FOLDER, "broker-a", "cluster", "id-1")
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"= = =", b"broker_name = 'a"])
@@ -62,7 +63,7 @@ def test_a_spoiled_file_is_not_overwritten(content: bytes) -> None:
     files = disk()
     replace_file(files, FILE, content)
     with pytest.raises(FolderUnusableError, match="bring it back, or delete it if you know"):
-        claim(files, FOLDER, "broker-a", "cluster")
+        claim(files, FOLDER, "broker-a", "cluster", "id-1")
     assert read_file(files, FILE) == content
 
 
@@ -70,4 +71,4 @@ def test_a_file_without_a_name_is_nobodys() -> None:
     files = disk()
     replace_file(files, FILE, b"format_version = 1\n")
     with pytest.raises(FolderUnusableError, match="broker None"):
-        claim(files, FOLDER, "broker-a", "cluster")
+        claim(files, FOLDER, "broker-a", "cluster", "id-1")

@@ -81,6 +81,7 @@ class BrokerInfo(msgspec.Struct, array_like=True, frozen=True):
     address: Name  # of the ROUTER, as clients reach it
     ingest_address: Name  # of the PULL for one-way sends; empty: none
     suspect: bool = False  # set by the NameServer: silent for more than 3 s
+    store_id: Name = ""  # of its data folder: another broker of that name, with other data, is told from this one by it
 
 
 class TopicRoute(msgspec.Struct, array_like=True, frozen=True):

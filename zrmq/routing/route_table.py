@@ -80,7 +80,7 @@ class RouteTable:
             known = self._registrations[key] = _Registration(info, {}, None, now_ms)
             self.changes += 1
         elif known.info != info:
-            if known.info.epoch != info.epoch:
+            if (known.info.epoch, known.info.store_id) != (info.epoch, info.store_id):
                 known.topics_version = None
             known.info = info
             self.changes += 1
@@ -106,6 +106,14 @@ class RouteTable:
                     Code.TOO_MANY_REQUESTS,
                     f"The NameServer knows {BROKERS_MAX} brokers, its limit; stop some or use another NameServer.",
                     {"brokers_max": BROKERS_MAX},
+                )
+        elif info.store_id != known.info.store_id:
+            if not known.info.suspect:
+                raise refused(
+                    Code.FORBIDDEN,
+                    f"Broker {info.broker_name}/{info.broker_id} is registered at {known.info.address}, with other data than the"
+                    f" one at {info.address}; stop one of them, or give it a broker_name of its own.",
+                    {"broker_name": info.broker_name, "broker_id": info.broker_id, "address": known.info.address},
                 )
         elif info.epoch < known.info.epoch:
             raise _stale(known.info, info.epoch)

@@ -12,8 +12,8 @@ from zrmq.files import Files, read_file, replace_file
 FOLDER_FORMAT_VERSION = 1
 
 
-def claim(files: Files, folder: Path, broker_name: str, cluster: str) -> None:
-    """Make the folder this broker's, or make sure that it is.
+def claim(files: Files, folder: Path, broker_name: str, cluster: str, new_store_id: str) -> str:
+    """Make the folder this broker's, or make sure that it is. Returns the folder's store id: `new_store_id` if it was new.
 
     Raises `FolderUnusableError` for another broker's, one of a newer format, or a file that is not what was written; `OSError`.
     """
@@ -22,8 +22,8 @@ def claim(files: Files, folder: Path, broker_name: str, cluster: str) -> None:
         text = read_file(files, path).decode()
         said = tomllib.loads(text)
     except FileNotFoundError:
-        replace_file(files, path, _text(broker_name, cluster).encode())
-        return
+        replace_file(files, path, _text(broker_name, cluster, new_store_id).encode())
+        return new_store_id
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise FolderUnusableError(
             f"{path} cannot be read: {error}. It says whose data this is: bring it back, or delete it if you know.",
@@ -42,13 +42,15 @@ def claim(files: Files, folder: Path, broker_name: str, cluster: str) -> None:
             " Give this broker a folder of its own, or start it under that name.",
             folder=str(folder), broker_name=owner, cluster=its_cluster,
         )
+    return str(said.get("store_id", ""))
 
 
-def _text(broker_name: str, cluster: str) -> str:
-    name, its_cluster = (json.dumps(text, ensure_ascii=False) for text in (broker_name, cluster))
+def _text(broker_name: str, cluster: str, store_id: str) -> str:
+    name, its_cluster, its_id = (json.dumps(text, ensure_ascii=False) for text in (broker_name, cluster, store_id))
     return (
         "# Whose data this folder holds. Written once by zrmq; not to be edited.\n"
         f"format_version = {FOLDER_FORMAT_VERSION}\n"
         f"broker_name = {name}\n"
         f"cluster = {its_cluster}\n"
+        f"store_id = {its_id}\n"
     )

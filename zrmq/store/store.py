@@ -75,6 +75,7 @@ class Store:
         """Not for callers: see `open`."""
         self.failure: StoreFailedError | None = None  # set once the disk has refused
         self.needs_flush = False  # something waits for a flush: a batch of a sync topic, an event, a checkpoint
+        self.store_id = ""  # the folder's, for ever
         self.damage: list[Damage] = []  # stretches of the log found not to check out
         self._folder = folder
         self._files = files
@@ -105,9 +106,12 @@ class Store:
 
     @classmethod
     def open(
-        cls, folder: Path, *, files: Files, clock: Clock, config: StoreConfig, broker_name: str, cluster: str
+        cls, folder: Path, *, files: Files, clock: Clock, config: StoreConfig, broker_name: str, cluster: str,
+        new_store_id: str = "",
     ) -> Store:
         """Open the folder, made if it is missing, and bring log and views to where the last run left them.
+
+        `new_store_id`, drawn at random, tells a folder that is made now from all others.
 
         Raises `FolderLockedError`; `FolderUnusableError` when it is another broker's, of a newer version, incomplete, or cannot
         be read and written; `DiskFullError` when there is not even room to say that the broker has started.
@@ -120,7 +124,7 @@ class Store:
             raise _unusable(folder, error) from error
         store = cls(folder, files, clock, config, folder_lock)
         try:
-            claim(files, folder, broker_name, cluster)
+            store.store_id = claim(files, folder, broker_name, cluster, new_store_id)
             store._start()
         except (OSError, sqlite3.Error) as error:
             store._release()
