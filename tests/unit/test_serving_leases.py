@@ -240,6 +240,15 @@ def test_a_holder_whose_welcome_got_lost_still_goes_by_the_longer_timeout(desk: 
     assert silent_until_taken(desk, b, b.post(AcquireLease, "meters", 0, timeout_ms=90_000)) >= 9_500
 
 
+def test_who_says_that_it_leaves_is_believed_at_once_after_a_restart_with_a_shorter_timeout(desk: BrokerDesk) -> None:
+    member(desk, "a").acquire("meters", 0)
+    desk.restart(session_timeout_ms=1_000)
+    a, b = member(desk, "a", epoch=2), member(desk, "b")
+    number = b.post(AcquireLease, "meters", 0, timeout_ms=90_000)
+    a.ask(LeaveGroup)
+    assert isinstance(b.reply(number), Leased)
+
+
 def test_a_longer_session_timeout_is_on_the_disk_before_anybody_is_told(desk: BrokerDesk) -> None:
     member(desk, "a").acquire("meters", 0)
     desk.restart(session_timeout_ms=30_000)

@@ -6,7 +6,8 @@ import pytest
 
 from tests.unit.broker_desk import BrokerDesk, DeskClient
 from zrmq.errors import Code
-from zrmq.protocol.requests import Bye, DeleteTopic, Failed, Heartbeat, Pull, Pulled, PullStatus
+from zrmq.message import ConsumeFrom
+from zrmq.protocol.requests import Bye, DeleteTopic, Failed, Heartbeat, Pull, Pulled, PullStatus, ReleaseLease
 from zrmq.protocol.tags import filter_mask
 from zrmq.serving import pulling
 
@@ -182,14 +183,44 @@ def test_a_client_that_does_not_read_is_told_nothing_rather_than_data(desk: Brok
     """A pull that may not wait, one whose wait ends, and one that a newer one replaces: each is answered, in few bytes."""
     client.send("meters", 0, [b"a", b"b"])
     desk.not_reading.add(client.peer)
-    replaced, waits, cannot_wait = (client.post(Pull, "meters", 0, 1, 1000, wait_ms) for wait_ms in (10_000, 2_000, 0))
-    nothing = [Pulled(number, PullStatus.NOTHING, 1, 0, 2) for number in (replaced, waits, cannot_wait)]
-    assert [client.reply(number) for number in (replaced, waits, cannot_wait)] == [nothing[0], None, nothing[2]]
+    client.send("meters", 1, [b"a", b"b"])
+    pulls = (1, 0), (0, 10_000), (0, 2_000)
+    numbers = [client.post(Pull, "meters", queue_id, 1, 1000, wait_ms) for queue_id, wait_ms in pulls]
+    cannot_wait, replaced, waits = numbers
+    nothing = {number: Pulled(number, PullStatus.NOTHING, 1, 0, 2) for number in numbers}
+    assert [client.reply(number) for number in numbers] == [nothing[cannot_wait], nothing[replaced], None]
     desk.pass_ms(2_500)
-    assert client.reply(waits) == nothing[1]
+    assert client.reply(waits) == nothing[waits]
     assert client.payload_count == 0
     desk.not_reading.clear()
     assert client.pull("meters", 0, 1)[1]
+
+
+def test_a_newer_pull_ends_the_wait_of_one_that_had_no_room(desk: BrokerDesk, client: DeskClient) -> None:
+    client.send("meters", 0, [b"a", b"b"])
+    desk.not_reading.add(client.peer)
+    older = client.post(Pull, "meters", 0, 0, 1000, 10_000)
+    desk.not_reading.clear()
+    assert client.pull("meters", 0, 1)[1]
+    assert client.reply(older) == Pulled(older, PullStatus.NOTHING, 0, 0, 2)
+    assert client.bodies(older) == []
+
+
+def test_a_pull_whose_time_is_up_brings_nothing_of_a_queue_that_went_to_somebody_else(desk: BrokerDesk) -> None:
+    desk.client("p").send("meters", 0, [b"a"])
+    slow, other = (desk.client(name, "consumer", "readers") for name in ("slow", "other"))
+    slow.join("meters", consume_from=ConsumeFrom.EARLIEST)
+    other.join("meters")
+    lease = slow.acquire("meters", 0)
+    desk.not_reading.add(slow.peer)
+    number = slow.post(Pull, "meters", 0, 0, 1000, 1_000, 0, "readers", lease.lease_epoch)
+    slow.ask(ReleaseLease, "meters", 0, lease.lease_epoch, -1)
+    other.acquire("meters", 0)
+    desk.clock.advance(1_100)
+    desk.not_reading.clear()
+    desk.core.tick()
+    desk.turn()
+    assert slow.bodies(number) == []
 
 
 def test_a_client_that_does_not_read_and_leaves_is_forgotten(desk: BrokerDesk, client: DeskClient) -> None:

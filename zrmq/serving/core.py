@@ -197,7 +197,7 @@ class BrokerCore:
         now_ms = self._clock.monotonic_ms()
         for session in self.sessions.expire(now_ms):
             log.info("session_expired", client_id=session.client_id, role=session.role, group=session.group)
-            self.groups.drop(session)
+            self.groups.drop(session, is_silent=True)
             self.pulling.drop(session)
         self.leases.expire(now_ms)
         self.pulling.expire(now_ms)

@@ -61,7 +61,7 @@ class GroupDesk:
     its queue.
     """
 
-    def __init__(self, context: Context, release_leases: Callable[[str, str], None]) -> None:
+    def __init__(self, context: Context, release_leases: Callable[[str, str, bool], None]) -> None:
         self._context = context
         self._release_leases = release_leases
         self._live: dict[str, Membership] = {}
@@ -120,10 +120,10 @@ class GroupDesk:
         self.drop(session)
         self._context.reply_when_safe(session, Done(request.number))
 
-    def drop(self, session: Session) -> None:
-        """The session ended, or left: its membership and leases end with it."""
+    def drop(self, session: Session, is_silent: bool = False) -> None:
+        """The session ended, by silence or otherwise: its membership and leases end with it."""
         if session.group:
-            self._release_leases(session.group, session.client_id)
+            self._release_leases(session.group, session.client_id, is_silent)
         live = self.membership(session)
         if live is None or live.members[session.client_id] is not session:
             return

@@ -119,12 +119,15 @@ class LeaseDesk:
         lease = self._lease((group, queue.topic.topic_id, queue.queue_id))
         return lease.client_id if lease else None
 
-    def release_all(self, group: str, client_id: str) -> None:
-        """The member is gone: its queues go to whoever waits for them, as soon as the log can say so."""
+    def release_all(self, group: str, client_id: str, is_silent: bool = False) -> None:
+        """The member is gone: its queues go to whoever waits for them, as soon as the log can say so.
+
+        `is_silent`: it did not say so itself.
+        """
         known = self._context.store.tables.groups.get(group)
         if known is None:
             return
-        if self._context.clock.monotonic_ms() < self._grace_ends_ms and self._is_timeout_shorter():
+        if is_silent and self._context.clock.monotonic_ms() < self._grace_ends_ms and self._is_timeout_shorter():
             self._absent[group, client_id] = self._grace_ends_ms  # it may not have got the WELCOME that said so
             return
         try:

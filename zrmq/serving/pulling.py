@@ -64,6 +64,10 @@ class Pulling:
             )
         self._may_read(session, request, queue)
         self.pulls += 1
+        older = session.waiting.get(queue) if session.waiting else None
+        if older is not None:
+            self._forget(older)
+            self._give_up(older)
         offset = self._answer(session, request, queue, request.offset, wait=request.wait_ms > 0)
         if offset is not None:
             wait_ms = min(request.wait_ms, limits.PULL_WAIT_MS_MAX)
@@ -111,8 +115,7 @@ class Pulling:
         if not self._context.outbox.has_room(session.peer):
             if wait:
                 return offset
-            reply = Pulled(request.number, PullStatus.NOTHING, offset, queue.min_offset, queue.visible_offset)
-            self._context.outbox.now(session.peer, reply)
+            self._answer_nothing(session, request, queue, offset)
             return None
         chunk = self._store.read(queue, offset, min(request.bytes_max, limits.PULL_BYTES_MAX), request.tag_mask)
         if wait and chunk.status is PullStatus.NOTHING and chunk.next_offset >= chunk.max_offset:
@@ -126,10 +129,6 @@ class Pulling:
         waiting = held.session.waiting
         if waiting is None:
             waiting = held.session.waiting = {}
-        older = waiting.get(held.queue)
-        if older is not None:
-            self._forget(older)
-            self._give_up(older)
         if len(waiting) >= PULLS_HELD_PER_SESSION_MAX:
             raise RequestRefusedError(
                 f"{len(waiting)} pulls of this client wait already; wait for some of them first.", code=Code.TOO_MANY_REQUESTS
@@ -160,7 +159,9 @@ class Pulling:
             self._hold(held)
 
     def _give_up(self, held: HeldPull) -> None:
-        try:
-            self._answer(held.session, held.request, held.queue, held.offset, wait=False)
-        except ZrmqError as error:
-            self._context.outbox.now(held.session.peer, failed(held.request.number, error))
+        """Without a look: what there is to read may be somebody else's by now."""
+        self._answer_nothing(held.session, held.request, held.queue, held.offset)
+
+    def _answer_nothing(self, session: Session, request: Pull, queue: Queue, offset: int) -> None:
+        reply = Pulled(request.number, PullStatus.NOTHING, offset, queue.min_offset, queue.visible_offset)
+        self._context.outbox.now(session.peer, reply)
