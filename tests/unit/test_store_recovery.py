@@ -11,7 +11,15 @@ from tests.unit.store_bench import FOLDER, LOG, QUEUES, SEGMENT_BYTES, StoreBenc
 from zrmq.errors import FolderUnusableError
 from zrmq.files import DiskFiles, read_file, remove_tree, replace_file
 from zrmq.protocol.batch import BATCH_HEADER_BYTES, KIND_EVENT, BatchHeader, encode_entry
-from zrmq.protocol.events import BrokerStarted, GroupSubscribed, LeaseGranted, OffsetsCommitted, TopicDeleted
+from zrmq.protocol.events import (
+    BrokerStarted,
+    GroupSubscribed,
+    LeaseGranted,
+    OffsetsCommitted,
+    TopicConfig,
+    TopicDeleted,
+    TopicPut,
+)
 from zrmq.protocol.requests import PullStatus
 from zrmq.store.relocation import Relocation
 from zrmq.store.segment import segment_name
@@ -621,7 +629,7 @@ def test_views_that_cannot_be_read_are_not_given_up_when_the_log_has_lost_its_be
 ) -> None:
     """The event that made the topic is deleted, and there was no room to say it again: without views.db its messages belong to
     nobody, and retention removes them."""
-    monkeypatch.setattr(Relocation, "go_on", lambda self: False)
+    monkeypatch.setattr(Relocation, "go_on", lambda self, *where: False)
     bench.topic("brief", 1, retention_bytes=1)
     bench.topic("kept", 1)
     bench.fill_segments(bench.queue("brief"), 3)
@@ -633,7 +641,7 @@ def test_views_that_cannot_be_read_are_not_given_up_when_the_log_has_lost_its_be
     bench.files.kill()
     bench.files.rename(views, FOLDER / "aside")
     replace_file(bench.files, views, rubbish)
-    with pytest.raises(FolderUnusableError, match="views.db cannot be read.* Bring it back; or delete it"):
+    with pytest.raises(FolderUnusableError, match="views.db cannot be read.* Bring the file back; or delete it"):
         bench.open()
     bench.files.rename(FOLDER / "aside", views)
     bench.open()
@@ -657,6 +665,26 @@ def test_files_of_topics_that_are_gone_are_removed(bench: StoreBench) -> None:
     bench.files.mkdir(QUEUES / "left@9" / "0")
     bench.reopen()
     assert bench.files.listdir(QUEUES) == []
+
+
+def test_a_topic_whose_deletion_is_damaged_ends_with_the_next_of_its_name(bench: StoreBench) -> None:
+    (queue, _) = bench.topic()
+    bench.append(queue)
+    bench.flush()
+    bench.checkpoint()
+    position = bench.store.appended_position
+    bench.store.append_event(TopicDeleted(1))
+    bench.store.append_event(TopicPut(2, TopicConfig("meters", 1)))
+    bench.append(bench.queue(), count=3)
+    bench.flush()
+    bench.append(bench.queue())
+    bench.flush()
+    bench.rot(position + 41)
+    for how in (bench.crash, bench.reopen, bench.crash):
+        how()
+        assert list(bench.store.tables.topics_by_id) == [2]
+        assert len(bodies_of(bench)) == 4
+        bench.checkpoint()
 
 
 def test_the_report_counts(bench: StoreBench) -> None:

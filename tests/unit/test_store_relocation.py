@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.store_bench import FOLDER, QUEUES, SEGMENT_BYTES, StoreBench, describe, log_entries
-from zrmq.files import remove_tree, replace_file
+from tests.unit.store_bench import FOLDER, LOG, QUEUES, SEGMENT_BYTES, StoreBench, describe, log_entries
+from zrmq.errors import FolderUnusableError
+from zrmq.files import read_file, remove_tree, replace_file
 from zrmq.protocol.batch import BatchHeader
 from zrmq.protocol.events import (
     AnyEvent,
@@ -18,12 +19,15 @@ from zrmq.protocol.events import (
     LeaseGranted,
     LeaseReleased,
     OffsetsCommitted,
+    QueuesAdvanced,
     SessionTimeoutChanged,
     StateRelocated,
     TopicDeleted,
+    TopicPut,
 )
 from zrmq.store import relocation
 from zrmq.store.relocation import statements
+from zrmq.store.segment import segment_name
 from zrmq.store.tables import Tables
 from zrmq.testing.files import PowerCut
 
@@ -105,6 +109,52 @@ def test_nothing_is_deleted_before_that_is_flushed() -> None:
     assert bench.store.start_position > 0
 
 
+def test_it_is_said_once_however_long_the_flush_takes() -> None:
+    bench = busy_bench()
+    bench.clock.advance(HOUR_MS + 1)
+    for _ in range(5):
+        assert bench.store.begin_maintenance() is None
+        bench.clock.advance(1_000)
+    assert sum(isinstance(event, StateRelocated) for _, event in events_of(bench)) == 1
+    assert bench.store.begin_maintenance() is not None
+
+
+def test_what_is_only_said_again_is_saved_like_anything_else() -> None:
+    """A queue that has no messages any more has an offset to go on with."""
+    bench = busy_bench()
+    delete_beginning(bench)
+    lose_views(bench)
+    bench.open()
+    bench.checkpoint()
+    for how in (bench.reopen, bench.crash):
+        how()
+        assert bench.store.recovery.has_views
+        assert (bench.queue("quiet", 1).min_offset, bench.queue("quiet", 1).next_offset) == (7, 7)
+    assert bench.append(bench.queue("quiet", 1), first_sequence=900).base_offset == 7
+
+
+def test_a_power_cut_may_bring_back_some_of_the_deleted_segments() -> None:
+    """The first one is back, the second one, which said that there is a topic, is not; and the views are lost."""
+    bench = StoreBench(retention_ms=HOUR_MS)
+    (other,) = bench.topic("other", 1)
+    bench.fill_segments(other, 1)
+    (keeper,) = bench.topic("keeper", 1, retention_ms=HOUR_MS * 10)
+    bench.fill_segments(other, 1)
+    bench.append(keeper, count=3)
+    bench.fill_segments(other, 2)
+    bench.checkpoint()
+    path = LOG / segment_name(0)
+    first = read_file(bench.files, path)
+    delete_beginning(bench)
+    kept = bodies(bench)["keeper"]
+    assert len(kept[0]) == 3
+    lose_views(bench)
+    replace_file(bench.files, path, first)
+    bench.open()
+    assert (bench.store.recovery.is_complete, bench.store.recovery.unplaced_batches) == (True, 0)
+    assert bodies(bench)["keeper"] == kept
+
+
 def test_a_topic_said_again_has_its_newest_configuration() -> None:
     bench = busy_bench()
     delete_beginning(bench)
@@ -162,7 +212,7 @@ def test_one_relocation_serves_until_the_log_begins_behind_it() -> None:
 def test_a_log_that_lost_its_beginning_unsaid_is_made_whole_at_the_next_start(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = busy_bench()
     with monkeypatch.context() as patch:
-        patch.setattr(relocation.Relocation, "go_on", lambda self: False)
+        patch.setattr(relocation.Relocation, "go_on", lambda self, *where: False)
         delete_beginning(bench)
     bench.reopen()
     before = state(bench)
@@ -180,7 +230,7 @@ def test_what_was_said_again_and_deleted_since_does_not_count(monkeypatch: pytes
     bench.fill_segments(bench.queue("busy"), 2)
     bench.checkpoint()
     with monkeypatch.context() as patch:
-        patch.setattr(relocation.Relocation, "go_on", lambda self: False)
+        patch.setattr(relocation.Relocation, "go_on", lambda self, *where: False)
         delete_beginning(bench)
     assert bench.store.start_position > bench.store.tables.relocated_from
     lose_views(bench)
@@ -205,6 +255,56 @@ def test_a_disk_without_room_for_it_frees_itself_first() -> None:
     lose_views(bench)
     bench.open()
     assert state(bench) == before
+
+
+@pytest.mark.parametrize("count", [20, 300, 600])
+def test_no_messages_are_deleted_to_make_room_for_what_does_not_fit(count: int) -> None:
+    """One segment goes at each look at a disk that is low; what is said again must not eat it up each time."""
+    bench = StoreBench(retention_ms=HOUR_MS * 1_000, free_delete_bytes=SEGMENT_BYTES, free_refuse_bytes=0, free_warn_bytes=0)
+    (busy,) = bench.topic("busy", 1)
+    for number in range(count):
+        bench.store.append_event(GroupSubscribed(f"group-{number}", "busy", 5, [(0, 0)], f"box-{number}"))
+    bench.fill_segments(busy, 12)
+    bench.checkpoint()
+    bench.files.capacity_bytes = bench.files.used_bytes
+    before = len(bench.bodies(busy))
+    for _ in range(30):
+        bench.maintain()
+        bench.checkpoint()
+    assert len(bench.bodies(busy)) >= before - 60
+
+
+def unreadable(bench: StoreBench) -> StoreBench:
+    replace_file(bench.files, FOLDER / "views.db", b"nonsense" * 100)
+    return bench
+
+
+def test_what_was_cut_off_with_the_tail_was_not_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = busy_bench()
+    with monkeypatch.context() as patch:
+        patch.setattr(relocation.Relocation, "go_on", lambda self, *where: False)
+        delete_beginning(bench)
+    bench.checkpoint()
+    position = bench.store.appended_position
+    for event in list(statements(bench.store.tables, position)):
+        bench.store.append_event(event)
+    bench.store.write()
+    bench.files.kill()
+    bench.rot(position + 50)  # not flushed: torn, and all behind it with it
+    with pytest.raises(FolderUnusableError, match="does not say as a whole"):
+        unreadable(bench).open()
+
+
+@pytest.mark.parametrize("kind", [TopicPut, QueuesAdvanced, OffsetsCommitted, StateRelocated])
+def test_what_is_damaged_was_not_said_as_a_whole(kind: type[AnyEvent]) -> None:
+    bench = busy_bench()
+    delete_beginning(bench)
+    bench.fill_segments(bench.queue("busy"), 1)
+    said = bench.store.tables.relocated_from
+    bench.rot(next(position for position, event in events_of(bench) if position >= said and type(event) is kind) + 50)
+    bench.files.crash()
+    with pytest.raises(FolderUnusableError, match="or it is damaged"):
+        unreadable(bench).open()
 
 
 CHANGES: list[AnyEvent] = [
@@ -248,7 +348,7 @@ def events_of(bench: StoreBench) -> list[tuple[int, AnyEvent]]:
 
 
 def test_a_large_state_is_said_in_several_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relocation, "EVENTS_PER_ROUND", 3)
+    monkeypatch.setattr(relocation, "ROUND_BYTES", 150)
     monkeypatch.setattr(relocation, "OFFSETS_PER_EVENT", 2)
     bench = busy_bench()
     before = state(bench)

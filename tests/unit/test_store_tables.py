@@ -103,6 +103,18 @@ def test_a_topic_made_again_is_read_from_its_beginning() -> None:
     assert tables.groups["g"].start_offset(tables.topics["meters"], 0) == 0
 
 
+def test_a_name_belongs_to_the_topic_made_last() -> None:
+    """The event that deleted the one before is damaged."""
+    again = TopicPut(2, TopicConfig("meters", 2))
+    for log in ((PUT, header(), again), (again, PUT)):
+        tables = folded(*log, OffsetsCommitted("g", "", [(2, 0, 5)]))
+        assert {name: topic.topic_id for name, topic in tables.topics.items()} == {"meters": 2}
+        assert list(tables.topics_by_id) == [2]
+        tables.apply_event(TopicDeleted(1))
+        tables.apply_event(TopicDeleted(2))
+        assert tables.topics == tables.topics_by_id == {}
+
+
 def test_deleting_what_is_gone() -> None:
     tables = folded(PUT, TopicDeleted(1), TopicDeleted(1), GroupDeleted("nobody"))
     assert tables.topics == {}

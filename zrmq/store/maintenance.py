@@ -125,9 +125,9 @@ class Upkeep:
 
     def _excess_bytes(self) -> int:
         """How much has to go, expired or not."""
-        config = self._config
-        excess_bytes = max(self._log.size_bytes - config.store_bytes_max, 0) if config.store_bytes_max else 0
-        is_disk_low = self.free_bytes is not None and self.free_bytes < config.free_delete_bytes
+        bytes_max = self._config.store_bytes_max
+        excess_bytes = max(self._log.size_bytes - bytes_max, 0) if bytes_max else 0
+        is_disk_low = self.free_bytes is not None and self.free_bytes < self._config.free_delete_bytes
         return max(excess_bytes, 1) if is_disk_low else excess_bytes  # one segment; then the disk is looked at again
 
     def _expired_count(self, saved_position: int, excess_bytes: int) -> int:
@@ -139,7 +139,10 @@ class Upkeep:
     def _is_relocating(self, count: int) -> bool:
         """Whether so many segments stay until what they said was said again, which goes on with each call."""
         start = self._log.segments[count - 1].end if count else self._log.start
-        return not self._relocation.reaches(start) and self._relocation.go_on()
+        if self._relocation.reaches(start):
+            return False
+        free_bytes = None if self.free_bytes is None else max(self.free_bytes - self._config.free_delete_bytes, 0)
+        return self._relocation.go_on(start, free_bytes)
 
     def _take(self, count: int, is_forced: bool) -> list[tuple[Segment, Path | None]]:
         config = self._config

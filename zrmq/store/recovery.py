@@ -21,6 +21,9 @@ in the page cache only, taken for written.
 
 from __future__ import annotations
 
+from itertools import pairwise
+from math import inf
+
 import msgspec
 
 from zrmq.errors import DamageError, FolderUnusableError, InvalidFrameError
@@ -184,20 +187,35 @@ class WholeLog:
 
     def __init__(self, commit_log: CommitLog) -> None:
         self.topics: dict[int, TopicPut] = {}  # as the log first speaks of them
-        self.is_complete = commit_log.start == 0
         self._log = commit_log
+        self._start = commit_log.start  # behind it nothing is missing
+        for earlier, later in pairwise(commit_log.segments):
+            if earlier.end != later.start:  # a file is lost, or a power cut brought back only one of those deleted
+                self._start = later.start
+        self.is_complete = self._start == 0
 
     def look_through(self) -> None:
         """Read its events, unless nothing is missing anyway."""
         if self.is_complete:
             return
+        flushed = 0
+        doubtful: list[int] = []
+        relocated: list[tuple[int, int]] = []  # from and to where
         for found in self._log.scan(self._log.start):
-            if found.is_whole and found.header is not None and found.header.kind == KIND_EVENT:
+            if found.header is not None:
+                flushed = max(flushed, found.header.flushed_position)
+            if not found.is_whole:
+                doubtful.append(found.position)
+            elif found.header is not None and found.header.kind == KIND_EVENT:
                 event = _decode(found)
                 if isinstance(event, TopicPut):
                     self.topics.setdefault(event.topic_id, event)
-                elif isinstance(event, StateRelocated):
-                    self.is_complete = event.position >= self._log.start
+                elif isinstance(event, StateRelocated) and event.position >= self._start:
+                    relocated.append((event.position, found.position))
+        end = next((position for position in doubtful if position >= flushed), inf)  # see `Replay.run`
+        self.is_complete = any(
+            to < end and not any(position <= doubt < to for doubt in doubtful) for position, to in relocated
+        )
 
 
 def _decode(found: Found) -> AnyEvent:
@@ -244,9 +262,9 @@ def _load(commit_log: CommitLog, database: ViewsDb, whole: WholeLog) -> Saved | 
         whole.look_through()
         if not whole.is_complete:
             raise FolderUnusableError(
-                f"{error.message} The log before position {commit_log.start} is deleted, and there was no room yet to say again"
-                " which topics and offsets it had: they are only in that file. Bring it back; or delete it and consumequeue to go"
-                " on with what the log still has.",
+                f"{error.message} The log before position {commit_log.start} is deleted, and the rest does not say as a whole"
+                " which topics and offsets there were: there was no room for it yet, or it is damaged. Bring the file back; or"
+                " delete it and consumequeue to go on with what the log still has.",
                 folder=str(commit_log.folder.parent), start_position=commit_log.start, reason=error.message,
             ) from error
         log.warning("views_not_read", **error.facts)
@@ -304,6 +322,8 @@ def _show(commit_log: CommitLog, views: Views) -> None:
     for topic in views.tables.topics.values():
         for queue in topic.queues:
             queue.visible_offset = queue.next_offset
+            if queue.next_offset:
+                views.index(queue)  # of an empty one too, or the next checkpoint would not know how far it has come
     live = [views.shelf.folder_of_topic(topic) for topic in views.tables.topics.values()]
     folders = {folder.name for folder in (*live, *views.dead_folders)}
     for name in commit_log.files.listdir(views.shelf.folder):

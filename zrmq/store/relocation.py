@@ -10,10 +10,12 @@ It may take several rounds. Each event is true when it is appended, and what cha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import groupby
+from operator import itemgetter
 
 from zrmq.errors import DiskFullError, PayloadTooLargeError, StoreFailedError
 from zrmq.logs import get_logger
+from zrmq.protocol.batch import ENTRY_HEADER_BYTES
 from zrmq.protocol.events import (
     AnyEvent,
     GroupSubscribed,
@@ -22,14 +24,16 @@ from zrmq.protocol.events import (
     QueuesAdvanced,
     StateRelocated,
     TopicPut,
+    encode_event,
 )
 from zrmq.store.commit_log import CommitLog
 from zrmq.store.tables import Group, Tables, Topic
 
 log = get_logger("store")
 
-EVENTS_PER_ROUND = 1_000  # some ten milliseconds of the loop's time
+ROUND_BYTES = 128 << 10  # some ten milliseconds of the loop's time
 OFFSETS_PER_EVENT = 256  # 4 KiB
+PLENTY_SEGMENTS = 4  # no state is longer: 256 MiB
 
 
 class Relocation:
@@ -41,28 +45,57 @@ class Relocation:
         self._append = append
         self._events: Iterator[AnyEvent] | None = None  # not appended yet
         self._end = 0  # of the last one appended
+        self._is_refusal_told = False
 
     def reaches(self, position: int) -> bool:
         """Whether the log may begin at `position` and still have everything, after a power cut too."""
         return position <= self._tables.relocated_from and self._end <= self._log.flushed_position
 
-    def go_on(self) -> bool:
-        """Append some more; the first call begins. False when there is no room: what frees a full disk is not to wait for it."""
+    def go_on(self, position: int, free_bytes: int | None) -> bool:
+        """Append some more, until `position` is reached and only the flush is to come; the first call begins. False when there is
+        no room: what frees a full disk is not to wait for it. `free_bytes`: what new segments may take, None if not known.
+        """
         if self._events is None:
+            if position <= self._tables.relocated_from:
+                return True
+            if free_bytes is not None and not self._has_room(free_bytes):
+                self._tell_refused("the disk has no room for all of it")
+                return False
             self._events = statements(self._tables, self._log.appended_position)
         try:
-            for event in islice(self._events, EVENTS_PER_ROUND):
+            end = self._log.appended_position + ROUND_BYTES
+            for event in self._events:
                 self._end = self._append(event)
                 if type(event) is StateRelocated:
                     log.info("state_relocated", position=event.position, bytes=self._end - event.position)
                     self._events = None
+                    self._is_refusal_told = False
+                    break
+                if self._end >= end:
+                    break
         except StoreFailedError:
             self._events = None  # nothing is deleted any more either
         except (DiskFullError, PayloadTooLargeError) as error:
             self._events = None
-            log.warning("state_not_relocated", reason=error.message)
+            self._tell_refused(error.message)
             return False
         return True
+
+    def _tell_refused(self, reason: str) -> None:
+        """Once, until it has been possible: it is tried each second."""
+        if not self._is_refusal_told:
+            self._is_refusal_told = True
+            log.warning("state_not_relocated", reason=reason)
+
+    def _has_room(self, free_bytes: int) -> bool:
+        """Nothing is begun that would fill the disk half-way, only to be begun again when something was deleted for it."""
+        commit_log = self._log
+        if free_bytes >= PLENTY_SEGMENTS * commit_log.segment_bytes:
+            return True
+        room_bytes = max(commit_log.limit - commit_log.appended_position, 0)
+        room_bytes += free_bytes // commit_log.segment_bytes * commit_log.entry_bytes_max
+        events = statements(self._tables, commit_log.appended_position)
+        return sum(ENTRY_HEADER_BYTES + len(encode_event(event)) for event in events) <= room_bytes
 
 
 def statements(tables: Tables, position: int) -> Iterator[AnyEvent]:
@@ -95,13 +128,11 @@ def _group_statements(group: Group) -> Iterator[AnyEvent]:
         subscribed = group.subscribed(topic, instance_name)
         if subscribed is not None:
             yield GroupSubscribed(group.name, topic, subscribed.since_ms, list(subscribed.starts.items()), instance_name)
-    by_instance: dict[str, list[tuple[int, int]]] = {}
-    for instance_name, topic_id, queue_id in group.offsets:
-        by_instance.setdefault(instance_name, []).append((topic_id, queue_id))
-    for instance_name, queues in by_instance.items():
-        for at in range(0, len(queues), OFFSETS_PER_EVENT):
-            some = ((*key, group.offsets.get((instance_name, *key), -1)) for key in queues[at : at + OFFSETS_PER_EVENT])
-            yield OffsetsCommitted(group.name, instance_name, [offset for offset in some if offset[2] >= 0])
+    keys = list(group.offsets)
+    for at in range(0, len(keys), OFFSETS_PER_EVENT):
+        for instance_name, some in groupby(keys[at : at + OFFSETS_PER_EVENT], itemgetter(0)):
+            found = ((topic_id, queue_id, group.offsets.get((name, topic_id, queue_id), -1)) for name, topic_id, queue_id in some)
+            yield OffsetsCommitted(group.name, instance_name, [offset for offset in found if offset[2] >= 0])
     for topic_id, queue_id in list(group.leases):
         lease = group.leases.get((topic_id, queue_id))
         if lease is not None:

@@ -279,6 +279,11 @@ class Tables:
     def _topic_put(self, event: TopicPut) -> None:
         topic = self.topics_by_id.get(event.topic_id)
         if topic is None:
+            named = self.topics.get(event.config.topic)
+            if named is not None and named.topic_id > event.topic_id:
+                return  # it was deleted, and the event that said so is damaged
+            if named is not None:
+                self._topic_deleted(TopicDeleted(named.topic_id))  # so was that one
             topic = Topic(event.topic_id, event.config)
             self.topics[event.config.topic] = self.topics_by_id[event.topic_id] = topic
             self.next_topic_id = max(self.next_topic_id, event.topic_id + 1)

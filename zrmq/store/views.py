@@ -7,7 +7,7 @@ from pathlib import Path
 
 from zrmq.logs import get_logger
 from zrmq.protocol.batch import BatchHeader
-from zrmq.protocol.events import AnyEvent, TopicDeleted
+from zrmq.protocol.events import AnyEvent, TopicDeleted, TopicPut
 from zrmq.store.consume_queue import ConsumeQueue, Shelf
 from zrmq.store.segment import Found
 from zrmq.store.tables import Queue, Tables
@@ -40,9 +40,13 @@ class Views:
 
     def apply_event(self, event: AnyEvent) -> None:
         """Fold one event."""
-        topic = self.tables.topics_by_id.get(event.topic_id) if type(event) is TopicDeleted else None
+        topic = None
+        if isinstance(event, TopicDeleted):
+            topic = self.tables.topics_by_id.get(event.topic_id)
+        elif isinstance(event, TopicPut):
+            topic = self.tables.topics.get(event.config.topic)
         self.tables.apply_event(event)
-        if topic is not None:
+        if topic is not None and topic.topic_id not in self.tables.topics_by_id:
             self.dead_folders.append(self.shelf.folder_of_topic(topic))
             self.shelf.forget(self.dead_folders[-1])
             for queue in topic.queues:
