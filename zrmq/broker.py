@@ -31,6 +31,7 @@ log = get_logger("broker")
 Config = BrokerConfig[StoreConfig]
 
 UPKEEP_MS = 500.0  # how often it is looked whether a checkpoint or maintenance is due
+LOOK_MS = 5.0  # between two looks whether a client has read what it got, while it has pulls waiting for that
 LAST_WORDS_MS = 100.0  # between refusing new work and closing: what is under way is answered, and the answers leave
 
 
@@ -50,6 +51,7 @@ class BrokerRole:
         self._has_threads = has_threads
         self._router: Endpoint | None = None
         self._is_flush_due = False
+        self._is_looking = False
         self._is_closed = False
 
     @property
@@ -122,6 +124,13 @@ class BrokerRole:
         except StoreFailedError:
             log.debug("turn_not_written")  # the store has logged why, and the core tells everybody who waits
         self.core.after_commit()
+        if self.core.pulling.awaits_readers and not self._is_looking:
+            self._is_looking = True
+            self._loop.call_later(LOOK_MS, self._look)
+
+    def _look(self) -> None:
+        """The end of this turn answers who has read meanwhile, and says nothing by itself while it waits."""
+        self._is_looking = False
 
     def _flush(self) -> None:
         self._is_flush_due = False

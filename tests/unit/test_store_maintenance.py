@@ -320,6 +320,17 @@ def test_files_that_the_disk_does_not_let_go_of_go_at_the_next_round(spare_segme
     assert len(spares(bench)) == spare_segments_max
 
 
+def test_a_folder_that_was_not_synced_is_synced_at_the_next_round() -> None:
+    bench = old_bench(5, spare_segments_max=2)
+    job = begin_deletion(bench)
+    bench.files.fail("fsync_dir")
+    run(job)
+    bench.maintain()
+    assert bench.segments() == [4 * SEGMENT_BYTES]
+    bench.crash()
+    assert bench.segments() == [4 * SEGMENT_BYTES]
+
+
 # --- spares ---------------------------------------------------------------------------------------------------------------
 
 

@@ -81,6 +81,11 @@ class Pulling:
                 self._forget(held)
                 self._try_again(held)
 
+    @property
+    def awaits_readers(self) -> bool:
+        """Whether somebody has to read before pulls of theirs are answered."""
+        return bool(self._behind)
+
     def go_on(self) -> None:
         """Answer the pulls of those that have read enough meanwhile. Call it at the end of each turn, and every tick."""
         for session in list(self._behind):

@@ -266,18 +266,17 @@ class Maintenance(Job):
         self._on_finished(self)
 
     def _remove(self) -> None:
-        is_any, spares = bool(self.removed), []
         while self.removed:
             segment, spare = self.removed[0]
             if spare is None:
                 self._files.unlink(segment.path)
             else:
                 self._files.rename(segment.path, spare)
-                spares.append(spare)
+                self.removed[0] = segment, None  # if the folder cannot be synced, only that is tried again
+            self._files.fsync_dir(self._folder)  # one by one: a power cut brings back none but the last: no gap
+            if spare is not None:
+                self.spares.append(spare)
             del self.removed[0]
-        if is_any:
-            self._files.fsync_dir(self._folder)
-        self.spares += spares
 
     def _make_spare(self, path: Path) -> None:
         """Zero-filled, not only allocated: the first write to an allocated block changes metadata, and a flush pays for it."""
