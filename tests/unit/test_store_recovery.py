@@ -592,6 +592,7 @@ def test_a_clean_end_is_not_believed_where_the_log_goes_on(tmp_path: Path, segme
     assert not bench.store.recovery.damage
     bench.reopen()
     assert bodies_of(bench) == before
+    bench.store.close()
 
 
 def test_damage_right_behind_a_clean_end_is_damage(bench: StoreBench) -> None:
