@@ -129,7 +129,7 @@ class BrokerRole:
             self._loop.call_later(LOOK_MS, self._look)
 
     def _look(self) -> None:
-        """The end of this turn answers who has read meanwhile, and says nothing by itself while it waits."""
+        """Makes a turn, at whose end those who have read meanwhile are answered."""
         self._is_looking = False
 
     def _flush(self) -> None:

@@ -411,6 +411,7 @@ def test_close_says_bye(place: Place, desk: Desk) -> None:
     lane.close()
 
 
+@pytest.mark.timeout(20)
 def test_close_does_not_wait_for_a_server_that_says_nothing(place: Place, desk: Desk) -> None:
     lane = place.lane()
     send(lane)

@@ -272,6 +272,7 @@ def test_close_without_run_frees_everything() -> None:
     reactor.call_later(0, lambda: None)
 
 
+@pytest.mark.timeout(20)
 def test_close_does_not_wait_for_what_nobody_takes(reactor: Reactor) -> None:
     """One-way messages to a server that does not read them: the linger is bounded, and so is the end."""
     stuck = zmq.Context()

@@ -20,6 +20,17 @@ def open_admin(nameservers: str | None, timeout_ms: int) -> Admin:
     return Admin(nameservers, timeout_ms=timeout_ms, on_failure=tell_failure)
 
 
+def has_topic(admin: Admin, name: str) -> bool:
+    """Whether a broker has the topic."""
+    from zrmq.errors import TopicNotFoundError
+
+    try:
+        admin.topic(name)
+    except TopicNotFoundError:
+        return False
+    return True
+
+
 def tell_failure(broker_name: str, error: ZrmqError) -> None:
     """Say which broker is missing in the output."""
     invocation = click.get_current_context().find_object(Invocation)

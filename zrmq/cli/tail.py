@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zrmq.cli.administration import open_admin
+from zrmq.cli.administration import has_topic, open_admin
 from zrmq.cli.options import client_options, examples, parse_time
 from zrmq.cli.printing import escape, escape_bytes, print_json
 from zrmq.message import ConsumeFrom, Message, MessageQueue
@@ -55,7 +55,7 @@ def tail(
     wanted = parse_expression(expression)
     with open_admin(nameservers, timeout_ms) as admin, suppress(KeyboardInterrupt):  # Ctrl-C is how a tail ends
         ends = find_ends(admin, topic) if until_end else None
-        if topic not in admin.topics():
+        if ends is None and not has_topic(admin, topic):
             click.echo(f"{topic} does not exist yet; waiting for it (Ctrl-C ends that).", err=True)
         with zrmq.PullConsumer(group, nameservers=nameservers, consume_from=start) as consumer:
             # A broker that skips for us says nothing until there is something: then nobody would see the end pass by.
