@@ -61,7 +61,6 @@ if TYPE_CHECKING:
     from zrmq.nameserver import NameServer as NameServer
     from zrmq.producer import Producer as Producer
     from zrmq.producer import Receipts as Receipts
-    from zrmq.producer import SendOptions as SendOptions
 
 __version__ = "0.1.0"
 
@@ -82,7 +81,7 @@ _NAMES = {
     "zrmq.fabric": ("Fabric", "connect", "embedded"),
     "zrmq.message": ("ConsumeFrom", "FlushMode", "Message", "MessageModel", "MessageQueue", "Record", "SendReceipt"),
     "zrmq.nameserver": ("NameServer",),
-    "zrmq.producer": ("Producer", "Receipts", "SendOptions"),
+    "zrmq.producer": ("Producer", "Receipts"),
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names}
 

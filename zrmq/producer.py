@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Self, TypedDict, Unpack, overload
+from typing import Any, Literal, Self, overload
 from weakref import WeakSet
 from zlib import crc32
 
@@ -28,10 +28,10 @@ from zrmq.client.batch import Extras, OneWay, SendHandle, Stored
 from zrmq.client.instance import ClientInstance
 from zrmq.client.lanes import Lanes
 from zrmq.client.link import Identity
-from zrmq.client.outgoing import NO_VALUE, Body, outgoing, outgoing_record
+from zrmq.client.outgoing import NO_VALUE, Body, outgoing, outgoing_extras, outgoing_record
 from zrmq.client.producing import ProducerCore, ProducingConfig, closed_error
 from zrmq.client.runtime import ClientThread
-from zrmq.config import find_nameservers, suggestion
+from zrmq.config import find_nameservers
 from zrmq.errors import (
     ClosedError,
     Code,
@@ -65,19 +65,6 @@ GRACE_MS = 1_000  # for an answer that the I/O thread gives at the deadline itse
 log = get_logger("producer")
 
 Selector = Callable[[Sequence[MessageQueue]], MessageQueue]
-
-
-class SendOptions(TypedDict, total=False):
-    """What a message may have besides topic and body, and how it is sent: the keywords of `send`, `send_async`, `send_oneway`."""
-
-    tag: str | None  # one, for filters; no '|', no blanks around it
-    keys: Sequence[str]  # for looking it up; at most 64
-    properties: dict[str, str] | None  # at most 128, 16 KiB with tag and keys
-    message_group: str | None  # what order holds within; at most 64 bytes
-    queue: MessageQueue | None  # this one and no other
-    selector: Selector | None  # picks the queue from all of the topic's
-    value: Any  # instead of a body: packed with MessagePack
-    timeout_ms: int | None  # instead of the producer's `send_timeout_ms`
 
 
 class Receipts(Sequence[SendReceipt]):
@@ -173,6 +160,7 @@ class Producer:
         self._thread.at_close(self._core.leave)
         self._append = self._accumulator.append
         self._body_fillers = self._accumulator.body_fillers
+        self._record_fillers = self._accumulator.record_fillers
         self._lanes = Lanes(
             self._core, self._accumulator, rng.getrandbits(64),
             open_lane=partial(_open_lane, self._thread.context, self._identity(LANE_SUFFIX)),
@@ -182,16 +170,25 @@ class Producer:
 
     # --- sending ------------------------------------------------------------------------------------------------------
 
-    def send(self, topic: str, body: Body | None = None, **options: Unpack[SendOptions]) -> SendReceipt:
+    def send(
+        self, topic: str, body: Body | None = None, tag: str | None = None, keys: Sequence[str] = (),
+        properties: dict[str, str] | None = None, message_group: str | None = None, queue: MessageQueue | None = None,
+        selector: Selector | None = None, value: Any = NO_VALUE, timeout_ms: int | None = None,
+    ) -> SendReceipt:
         """Send one message and wait until it is stored, as safe as the topic's flush mode says.
 
-        `body`: at most 4 MiB, text as UTF-8; or `value=`. What else a message may have: `SendOptions`.
+        `body`: at most 4 MiB, text as UTF-8; or `value`, which is packed with MessagePack. Give all others by name. `tag`: one,
+        for filters; no '|', no blanks around it. `keys`: for looking it up, at most 64. `properties`: at most 128, 16 KiB with
+        tag and keys. `message_group`: what order holds within, at most 64 bytes. `queue`: this one and no other; or `selector`
+        picks one of the topic's. `timeout_ms`: instead of the producer's `send_timeout_ms`.
 
         Before anything is sent: `InvalidArgumentError`, `PayloadTooLargeError`, `ClosedError`, `ForkedClientError`,
         `BufferFullError`, `TopicNotFoundError`. After: `UnreachableError` when it is certain that it was not stored,
         `RequestTimeoutError` when that is unknown, and the brokers' own, such as `DiskFullError`. Not inside a callback.
         """
-        target, data, size_bytes, extras, left_ms = self._outgoing(topic, body, **options)
+        target, data, size_bytes, extras, left_ms = self._outgoing(
+            topic, body, tag, keys, properties, message_group, queue, selector, value, timeout_ms
+        )
         if not self._accumulator.may_wait():
             raise InvalidArgumentError("send() waits, and a callback must not; use send_async() there.")
         if self._accumulator.is_idle(topic):  # else it would overtake what this thread sent before
@@ -200,24 +197,40 @@ class Producer:
                 return receipt
         return self._append(target, data, size_bytes, extras, left_ms).result()
 
-    def send_async(self, topic: str, body: Body | None = None, **options: Unpack[SendOptions]) -> SendHandle:
+    def send_async(
+        self, topic: str, body: Body | None = None, tag: str | None = None, keys: Sequence[str] = (),
+        properties: dict[str, str] | None = None, message_group: str | None = None, queue: MessageQueue | None = None,
+        selector: Selector | None = None, value: Any = NO_VALUE, timeout_ms: int | None = None,
+    ) -> SendHandle:
         """Hand one message over and go on; arguments as for `send`. The handle has the receipt, or the error, later.
 
         Waits only at a topic's first message, while the buffer is full, and when it is bound to a queue and no broker of the
         topic is there. Raises what `send` raises before anything is sent.
         """
-        # Hot path: a message that is only a body, like some before it. See `Accumulator.append`. Keyword-only parameters would
-        # cost another fifth: Python looks each one's default up in a dict.
-        if not options and type(body) is bytes and type(topic) is str:
-            fill = self._body_fillers.get(topic)
+        # Hot path: a message that may go to any queue, like some before it. See `Accumulator.append`. Keyword-only parameters
+        # would cost another 0.1 us, as Python looks each one's default up in a dict; `**options`, one they fill, 0.4.
+        if (
+            message_group is None and queue is None and selector is None and value is NO_VALUE and timeout_ms is None
+            and type(body) is bytes and type(topic) is str
+        ):
+            record: Any = body
+            if tag is None and properties is None and not keys:
+                fill = self._body_fillers.get(topic)
+            else:
+                fill = self._record_fillers.get(topic)
+                if fill is not None:
+                    besides_bytes, extras = outgoing_extras(tag, keys, properties)
+                    record = body, len(body) + besides_bytes, extras
             if fill is not None:
                 try:
-                    return fill(body)
+                    return fill(record)
                 except (StopIteration, ValueError) as end:
                     handle = self._accumulator.filled(end)
                     if handle is not None:
                         return handle
-        return self._append(*self._outgoing(topic, body, **options))
+        return self._append(*self._outgoing(
+            topic, body, tag, keys, properties, message_group, queue, selector, value, timeout_ms
+        ))
 
     def send_batch(
         self,
@@ -262,13 +275,19 @@ class Producer:
             raise
         return _settled(handles)
 
-    def send_oneway(self, topic: str, body: Body | None = None, **options: Unpack[SendOptions]) -> None:
+    def send_oneway(
+        self, topic: str, body: Body | None = None, tag: str | None = None, keys: Sequence[str] = (),
+        properties: dict[str, str] | None = None, message_group: str | None = None, queue: MessageQueue | None = None,
+        selector: Selector | None = None, value: Any = NO_VALUE, timeout_ms: int | None = None,
+    ) -> None:
         """Hand one message over that nobody acknowledges; arguments as for `send`. For readings of which a few may be lost.
 
         When brokers take them too slowly the buffer fills, and this waits or raises `BufferFullError` as the producer was told.
         What no broker takes within `timeout_ms` is dropped, and counted in a log line.
         """
-        target, data, size_bytes, extras, left_ms = self._outgoing(topic, body, **options)
+        target, data, size_bytes, extras, left_ms = self._outgoing(
+            topic, body, tag, keys, properties, message_group, queue, selector, value, timeout_ms
+        )
         self._append(OneWay(topic, None if isinstance(target, str) else target), data, size_bytes, extras, left_ms)
 
     # --- the end ------------------------------------------------------------------------------------------------------
@@ -310,23 +329,10 @@ class Producer:
     # --- steps --------------------------------------------------------------------------------------------------------
 
     def _outgoing(
-        self,
-        topic: str,
-        body: Body | None,
-        tag: str | None = None,
-        keys: Sequence[str] = (),
-        properties: dict[str, str] | None = None,
-        message_group: str | None = None,
-        queue: MessageQueue | None = None,
-        selector: Selector | None = None,
-        value: Any = NO_VALUE,
-        timeout_ms: int | None = None,
-        **unknown: object,
+        self, topic: str, body: Body | None, tag: str | None, keys: Sequence[str], properties: dict[str, str] | None,
+        message_group: str | None, queue: MessageQueue | None, selector: Selector | None, value: Any, timeout_ms: int | None,
     ) -> tuple[str | MessageQueue, bytes, int, Extras | None, int]:
         """Target, body, size in the buffer, extras and the time left of a message that may be sent."""
-        if unknown:
-            name = next(iter(unknown))
-            raise InvalidArgumentError(f"A send has no option {name}; {suggestion(name, SendOptions.__annotations__)}", name=name)
         data, size_bytes, extras = outgoing(body, value, tag, keys, properties, message_group)
         is_bound = queue is not None or selector is not None or message_group is not None
         left_ms = self._ready(topic, timeout_ms, is_bound)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict, UserList
 from typing import Any
 
 import msgpack
@@ -49,6 +50,37 @@ def test_the_size_counts_everything() -> None:
     _, size_bytes, extras = outgoing(b"12345", NO_VALUE, "tag", ["k1", "k22"], {"p": "vv"}, "group")
     assert extras == Extras("tag", ("k1", "k22"), {"p": "vv"}, "group")
     assert size_bytes == 5 + 3 + 2 + 3 + 3 + 5 + RECORD_OVERHEAD_BYTES + 4 * ITEM_OVERHEAD_BYTES
+
+
+@pytest.mark.parametrize("keys", [["k"], ("k",), [], None])
+@pytest.mark.parametrize("properties", [{"a": "b"}, {}, None])
+def test_what_comes_again_is_the_same_again(keys: Any, properties: Any) -> None:
+    given: dict[str, Any] = {"tag": "t", "keys": keys, "properties": properties, "message_group": "g"}
+    first, second = outgoing(b"x", **given), outgoing(b"longer", **given)
+    assert first[2] == Extras("t", tuple(keys or ()), properties or None, "g")
+    assert first[2] is second[2] or not (keys and properties)
+    assert first[2] == second[2]
+    assert second[1] - first[1] == len("longer") - 1
+
+
+def test_what_is_changed_afterwards_is_something_else() -> None:
+    keys, properties = ["k"], {"a": "b"}
+    outgoing(b"x", keys=keys, properties=properties)
+    keys[0] = "other"
+    assert outgoing(b"x", keys=keys, properties=properties)[2] == Extras(None, ("other",), {"a": "b"}, None)
+    properties["a"] = "c"
+    assert outgoing(b"x", keys=keys, properties=properties)[2] == Extras(None, ("other",), {"a": "c"}, None)
+    properties["a"] = 5  # type: ignore[assignment]
+    with pytest.raises(InvalidArgumentError, match="property"):
+        outgoing(b"x", keys=keys, properties=properties)
+
+
+@pytest.mark.parametrize("again", [{"keys": {"k": 1}.keys()}, {"keys": UserList(["k"])}, {"properties": UserDict(a="b")}])
+def test_what_is_equal_and_of_another_type_is_refused(again: dict[str, Any]) -> None:
+    given: dict[str, Any] = {"keys": ["k"], "properties": {"a": "b"}}
+    outgoing(b"x", **given)
+    with pytest.raises(InvalidArgumentError):
+        outgoing(b"x", **{**given, **again})
 
 
 @pytest.mark.parametrize(

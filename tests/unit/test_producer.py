@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from inspect import signature
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -296,7 +297,6 @@ def test_many_threads_share_one_producer(one_queue: Producer) -> None:
         ("meters", {"body": b"x", "message_group": 7}, InvalidArgumentError),
         ("meters", {"body": b"x", "timeout_ms": 0}, InvalidArgumentError),
         ("meters", {"body": b"x", "timeout_ms": "1"}, InvalidArgumentError),
-        ("meters", {"body": b"x", "tags": "a"}, InvalidArgumentError),
         ("meters", {"body": bytes(limits.BODY_BYTES_MAX + 1)}, PayloadTooLargeError),
     ],
 )
@@ -308,9 +308,9 @@ def test_wrong_arguments_are_refused_before_anything_is_sent(
     assert producer._accumulator.buffered_bytes == 0
 
 
-def test_an_unknown_option_is_refused_with_the_one_that_is_meant(producer: Producer) -> None:
-    with pytest.raises(InvalidArgumentError, match=r"no option tags; did you mean tag\?"):
-        producer.send_async("meters", b"x", tags="kitchen")  # type: ignore[call-arg]
+def test_every_send_takes_the_same() -> None:
+    taken = [list(signature(way).parameters.values()) for way in (Producer.send, Producer.send_async, Producer.send_oneway)]
+    assert taken[0] == taken[1] == taken[2]
 
 
 def test_one_wrong_record_stops_the_whole_batch(producer: Producer) -> None:

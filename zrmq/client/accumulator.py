@@ -71,7 +71,7 @@ class Accumulator:
         self._new_owned_lock = new_owned_lock
         self._lock = new_owned_lock()
         self.body_fillers: dict[Target, Callable[[Any], SendHandle]] = {}  # `send` of the fillers of open batches, for bodies
-        self._record_fillers: dict[Target, Callable[[Any], SendHandle]] = {}  # and for body, size and extras
+        self.record_fillers: dict[Target, Callable[[Any], SendHandle]] = {}  # and for body, size and extras
         self._open: dict[Target, Batch] = {}
         self._sealed: deque[Batch] = deque()  # the last ones may still have a filler that could not be stopped
         self._unfinished: dict[str, dict[Batch, None]] = {}
@@ -95,7 +95,7 @@ class Accumulator:
         where there is one. What it raises instead is for `filled`.
         """
         if timeout_ms == self._timeout_ms:
-            fill = self._record_fillers.get(target)
+            fill = self.record_fillers.get(target)
             record: Any = (body, size_bytes, extras)
             if fill is None and extras is None:
                 fill, record = self.body_fillers.get(target), body
@@ -209,7 +209,7 @@ class Accumulator:
         if batch.extras is None:
             batch.filler, fillers = self._fill_bodies(batch, self._batch_records_max), self.body_fillers
         else:
-            batch.filler, fillers = self._fill_records(batch, batch.extras, self._batch_records_max), self._record_fillers
+            batch.filler, fillers = self._fill_records(batch, batch.extras, self._batch_records_max), self.record_fillers
             self.body_fillers.pop(batch.target, None)  # of before its first extras
         next(batch.filler)  # before others find it
         fillers[batch.target] = batch.filler.send
@@ -303,7 +303,7 @@ class Accumulator:
         del self._open[target]
         self._sealed += (batch,)  # not `append`: without a call nothing is raised before this, and the batch lost
         self.body_fillers.pop(target, None)
-        self._record_fillers.pop(target, None)
+        self.record_fillers.pop(target, None)
         if batch.stop_filler():
             self._close(batch)
 
@@ -428,7 +428,7 @@ class Accumulator:
         self._lock = self._new_owned_lock()
         self._open = {}
         self.body_fillers.clear()
-        self._record_fillers.clear()
+        self.record_fillers.clear()
         self._refusal = make_error
 
     # --- loop's thread ------------------------------------------------------------------------------------------------

@@ -112,16 +112,10 @@ def check_tag(tag: str) -> None:
         )
 
 
-def check_record(
-    body: bytes,
-    tag: str | None,
-    keys: Sequence[str],
-    message_group: str | None,
-    properties: dict[str, str] | None,
-) -> int:
-    """Raise unless the parts can be one message; return its size in bytes as the limits count it.
+def check_body(body: bytes) -> int:
+    """Raise unless `body` can be a message's body; return its size in bytes.
 
-    Raises `InvalidArgumentError` for wrong types or characters, `PayloadTooLargeError` beyond a limit.
+    Raises `InvalidArgumentError` for another type, `PayloadTooLargeError` beyond the limit.
     """
     if not isinstance(body, bytes):
         raise InvalidArgumentError(
@@ -134,14 +128,16 @@ def check_record(
             f"The body has {size} bytes; the limit is {BODY_BYTES_MAX}. Split it, or send a reference to it.",
             code=Code.MESSAGE_BODY_TOO_LARGE, size_bytes=size, limit_bytes=BODY_BYTES_MAX,
         )
-    if tag is None and not keys and message_group is None and properties is None:
-        return size
-    return size + _check_properties(tag, keys, message_group, properties)
+    return size
 
 
-def _check_properties(
+def check_extras(
     tag: str | None, keys: Sequence[str], message_group: str | None, properties: dict[str, str] | None
 ) -> int:
+    """Raise unless a message can have these besides its body; return their size in bytes as the limits count it.
+
+    Raises `InvalidArgumentError` for wrong types or characters, `PayloadTooLargeError` beyond a limit.
+    """
     size = 0
     if tag is not None:
         size += _tag_bytes(tag) if isinstance(tag, str) else _not_text("tag", Code.ILLEGAL_MESSAGE_TAG)
