@@ -75,6 +75,15 @@ def test_what_is_changed_afterwards_is_something_else() -> None:
         outgoing(b"x", keys=keys, properties=properties)
 
 
+@pytest.mark.parametrize("part", ["tag", "keys", "properties", "message_group"])
+def test_one_part_that_differs_is_enough(part: str) -> None:
+    one: dict[str, Any] = {"tag": "t", "keys": ("k",), "properties": {"a": "b"}, "message_group": "g"}
+    other: dict[str, Any] = {"tag": "u", "keys": ("l",), "properties": {"a": "c"}, "message_group": "h"}
+    for given in (one, {**one, part: other[part]}, {**one, part: None}, one):
+        expected = {**given, part: given[part] or getattr(Extras(), part)}
+        assert outgoing(b"x", **given)[2] == Extras(**expected)
+
+
 @pytest.mark.parametrize("again", [{"keys": {"k": 1}.keys()}, {"keys": UserList(["k"])}, {"properties": UserDict(a="b")}])
 def test_what_is_equal_and_of_another_type_is_refused(again: dict[str, Any]) -> None:
     given: dict[str, Any] = {"keys": ["k"], "properties": {"a": "b"}}
