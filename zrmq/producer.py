@@ -16,19 +16,21 @@ import os
 import random
 import socket
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import accumulate, groupby
 from types import TracebackType
 from typing import Any, Literal, Self, overload
 from weakref import WeakSet
 from zlib import crc32
 
 from zrmq.client.accumulator import Accumulator, AccumulatorConfig
-from zrmq.client.batch import Extras, OneWay, SendHandle, Stored
+from zrmq.client.batch import Extras, OneWay, Run, SendHandle, Span, Stored
 from zrmq.client.instance import ClientInstance
 from zrmq.client.lanes import Lanes
 from zrmq.client.link import Identity
-from zrmq.client.outgoing import NO_VALUE, Body, outgoing, outgoing_extras, outgoing_record
+from zrmq.client.outgoing import NO_VALUE, Body, outgoing, outgoing_extras, outgoing_records
 from zrmq.client.producing import ProducerCore, ProducingConfig, closed_error
 from zrmq.client.runtime import ClientThread
 from zrmq.config import find_nameservers
@@ -70,22 +72,26 @@ Selector = Callable[[Sequence[MessageQueue]], MessageQueue]
 class Receipts(Sequence[SendReceipt]):
     """What `send_batch` returns: a receipt for each record, in their order, made when it is looked at."""
 
-    def __init__(self, handles: list[SendHandle]) -> None:
-        self._handles = handles
+    def __init__(self, spans: list[Span]) -> None:
+        self._spans = spans
+        self._begins = list(accumulate((span.count for span in spans), initial=0))
 
     def __len__(self) -> int:
-        return len(self._handles)
+        return self._begins[-1]
 
     @overload
     def __getitem__(self, index: int) -> SendReceipt: ...
 
     @overload
-    def __getitem__(self, index: slice) -> Receipts: ...
+    def __getitem__(self, index: slice) -> list[SendReceipt]: ...
 
-    def __getitem__(self, index: int | slice) -> SendReceipt | Receipts:
+    def __getitem__(self, index: int | slice) -> SendReceipt | list[SendReceipt]:
         if isinstance(index, slice):
-            return Receipts(self._handles[index])
-        return self._handles[index].result()
+            return [self[each] for each in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        at = bisect_right(self._begins, index) - 1
+        span = self._spans[at]
+        return SendHandle(span.batch, span.first + index - self._begins[at]).result()
 
     def __repr__(self) -> str:
         return f"<Receipts of {len(self)} messages>"
@@ -251,29 +257,24 @@ class Producer:
         """
         if isinstance(records, str | bytes | bytearray | memoryview | Record):
             raise InvalidArgumentError("send_batch() takes a list of records; for one message use send().")
-        messages = [outgoing_record(record, message_group) for record in records]
-        is_bound = not (message_group is None and queue is None and selector is None) or any(
-            extras is not None and extras.message_group is not None for _, _, extras in messages
-        )
-        left_ms = self._ready(topic, timeout_ms, is_bound)
+        given = list(records)
+        bodies, sizes_bytes, extras = outgoing_records(given, message_group)
+        is_grouped = extras is not None and any(each.message_group is not None for each in extras)
+        left_ms = self._ready(topic, timeout_ms, is_grouped or queue is not None or selector is not None)
         if not self._accumulator.may_wait():
             raise InvalidArgumentError("send_batch() waits, and a callback must not; use send_async() there.")
-        bound = self._target(topic, message_group, queue, selector)
-
-        def target_of(extras: Extras | None) -> str | MessageQueue:
-            group = None if extras is None else extras.message_group
-            return self._target(topic, group, None, None) if isinstance(bound, str) and group is not None else bound
-
-        handles: list[SendHandle] = []
-        addressed = [(target_of(extras), data, size_bytes, extras) for data, size_bytes, extras in messages]
+        target = self._target(topic, message_group, queue, selector)
+        run = Run(target, bodies, sizes_bytes, extras)
+        spans: list[Span] = []
         try:
-            self._accumulator.append_all(addressed, left_ms, handles)
+            self._accumulator.append_all(self._grouped(run) if target is topic and is_grouped else [run], left_ms, spans)
         except ZrmqError as error:
-            if handles:
-                error.facts["handed_over"] = len(handles)
-                error.message += f" The first {len(handles)} of {len(addressed)} records were handed over; do not repeat those."
+            handed_over = sum(span.count for span in spans)
+            if handed_over:
+                error.facts["handed_over"] = handed_over
+                error.message += f" The first {handed_over} of {len(bodies)} records were handed over; do not repeat those."
             raise
-        return _settled(handles)
+        return _settled(spans)
 
     def send_oneway(
         self, topic: str, body: Body | None = None, tag: str | None = None, keys: Sequence[str] = (),
@@ -402,6 +403,16 @@ class Producer:
             )
         return queue
 
+    def _grouped(self, run: Run) -> Iterator[Run]:
+        """The records of any queue of a topic, each of a message group in its own."""
+        assert isinstance(run.target, str) and run.extras is not None
+        targets = [self._target(run.target, extras.message_group, None, None) for extras in run.extras]
+        begin = 0
+        for target, same in groupby(targets):
+            end = begin + sum(1 for _ in same)
+            yield Run(target, run.bodies[begin:end], run.sizes_bytes[begin:end], run.extras[begin:end])
+            begin = end
+
     def _wait_for_all(self, timeout_ms: int | None) -> int:
         """Wait for everything that has no outcome. Returns how many messages have none after the timeout."""
         if timeout_ms is not None:
@@ -452,18 +463,22 @@ def _open_lane(context: Context, identity: Identity, address: str) -> Lane:
     return Lane(context, address, identity)
 
 
-def _settled(handles: list[SendHandle]) -> Receipts:
+def _settled(spans: list[Span]) -> Receipts:
     """Wait for all; raise what the first that failed raises."""
-    for handle in handles:
-        handle.batch.wait(None)
-    failed = [index for index, handle in enumerate(handles) if not isinstance(handle.batch.outcome, Stored)]
+    for span in spans:
+        span.batch.wait(None)
+    receipts = Receipts(spans)
+    failed = [
+        index for span, begin in zip(spans, receipts._begins, strict=False) if not isinstance(span.batch.outcome, Stored)
+        for index in range(begin, begin + span.count)
+    ]
     if failed:
         try:
-            handles[failed[0]].result()
+            receipts[failed[0]]
         except ZrmqError as error:
             error.facts = {**error.facts, "failed_indexes": failed}
             raise
-    return Receipts(handles)
+    return receipts
 
 
 def _check_number(name: str, value: float, least: float, most: float) -> None:

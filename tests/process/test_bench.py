@@ -34,7 +34,7 @@ def test_every_figure_has_its_values_and_its_limit(tmp_path: Path) -> None:
     assert (result["messages"], result["body_bytes"], result["rounds"]) == (2000, 128, 1)
     rows = {(row["figure"], row["flush"], row["value"]): row for row in result["figures"]}
     rates, times = ["rate"], ["p50", "p99"]
-    kinds = {"produce": rates, "tagged": rates, "consume": rates, "both": rates, "send": times, "latency": times}
+    kinds = dict.fromkeys(("produce", "tagged", "batches", "consume", "both"), rates) | {"send": times, "latency": times}
     names = [figure.name for figure in FIGURES]
     assert list(rows) == [(name, flush, kind) for name in names for flush in ("sync", "async") for kind in kinds[name]]
     for row in rows.values():

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from itertools import count
+from typing import Any, Self
 
 import pytest
 from hypothesis import given
@@ -15,9 +16,9 @@ from tests.unit.interrupts import Interrupt
 from zrmq.client import accumulator as accumulator_module
 from zrmq.client import batch as batch_module
 from zrmq.client.accumulator import FILLER_FROM, RECORD_OVERHEAD_BYTES, Accumulator, AccumulatorConfig
-from zrmq.client.batch import Batch, Extras, OneWay, SendHandle, Stored, Target
+from zrmq.client.batch import NO_EXTRAS, Batch, Extras, OneWay, Run, SendHandle, Span, Stored, Target
 from zrmq.errors import BufferFullError, ClosedError, DiskFullError, InvalidArgumentError, RequestTimeoutError, ZrmqError
-from zrmq.message import FlushMode, MessageQueue, message_id
+from zrmq.message import FlushMode, Message, MessageQueue, message_id
 from zrmq.protocol import limits
 from zrmq.protocol.batch import decode_messages, open_batch, peek_batch
 from zrmq.testing.clock import ManualClock
@@ -65,9 +66,13 @@ class Setup:
         return self.accumulator.take_open(lambda _: True)
 
 
-def bodies_of(batch: Batch) -> list[bytes]:
+def messages_of(batch: Batch) -> Sequence[Message]:
     frame = batch.encoded()
-    return [message.body for message in decode_messages(open_batch(frame), frame, topic=batch.topic, broker_name="b")]
+    return decode_messages(open_batch(frame), frame, topic=batch.topic, broker_name="b")
+
+
+def bodies_of(batch: Batch) -> list[bytes]:
+    return [message.body for message in messages_of(batch)]
 
 
 # --- batches --------------------------------------------------------------------------------------------------------------
@@ -111,43 +116,83 @@ def test_a_batch_is_sealed_when_another_record_of_that_size_would_not_fit() -> N
 def test_records_that_are_added_together_go_out_together() -> None:
     setup = Setup(records_max=4)
 
-    def records() -> Iterator[tuple[Target, bytes, int, Extras | None]]:
-        for number in range(7):
-            assert setup.accumulator._lock._is_owned(), "nobody can take a batch now"
-            yield "meters" if number < 6 else QUEUE, b"%d" % number, 100, Extras("t") if number % 2 else None
-
-    handles: list[SendHandle] = []
-    setup.accumulator.append_all(records(), 3000, handles)
-    assert [(handle.batch.target, handle.index) for handle in handles] == [
-        *(("meters", index) for index in (0, 1, 2, 3, 0, 1)), (QUEUE, 0)
-    ]
-    assert handles[0].batch.records is None, "encoded by the caller"
+    extras = [Extras("t") if number % 2 else NO_EXTRAS for number in range(6)]
+    runs = [Run("meters", [b"%d" % number for number in range(6)], [100] * 6, extras), Run(QUEUE, [b"6"], [100], None)]
+    spans: list[Span] = []
+    setup.accumulator.append_all(runs, 3000, spans)
+    assert [(span.batch.target, span.first, span.count) for span in spans] == [("meters", 0, 4), ("meters", 0, 2), (QUEUE, 0, 1)]
+    assert spans[0].batch.records is None, "encoded by the caller"
     assert [bodies_of(batch) for batch in setup.take()] == [[b"0", b"1", b"2", b"3"], [b"4", b"5"], [b"6"]]
+    assert setup.wakes == 2, "the loop is told of a full batch at once, of what is left at the end"
+
+
+def test_records_that_are_added_together_stay_together_until_a_batch_is_full() -> None:
+    setup = Setup(records_max=4)
+    owned: list[bool] = []
+
+    class Watched(list[bytes]):
+        def __getitem__(self, index: Any) -> Any:
+            owned.append(setup.accumulator._lock._is_owned())
+            return super().__getitem__(index)
+
+    runs = [Run(target, Watched([b"x"]), [100], None) for target in ("meters", QUEUE, "meters", QUEUE)]
+    setup.accumulator.append_all(runs, 3000, [])
+    assert owned == [True] * 4
     assert setup.wakes == 1
 
 
 def test_of_records_that_are_added_together_those_before_the_full_buffer_are_handed_over() -> None:
     setup = Setup(buffer_bytes=500, records_max=100)
-    handles: list[SendHandle] = []
+    spans: list[Span] = []
     with pytest.raises(BufferFullError):
-        setup.accumulator.append_all([("meters", b"x", 100, None)] * 7, 3000, handles)
-    assert [handle.index for handle in handles] == [0, 1, 2, 3, 4]
+        setup.accumulator.append_all([Run("meters", [b"x"] * 7, [100] * 7, None)], 3000, spans)
+    assert [index for span in spans for index in range(span.first, span.first + span.count)] == [0, 1, 2, 3, 4]
     assert setup.wakes == 1
 
 
 def test_more_records_than_the_buffer_holds_are_added_together_as_room_comes() -> None:
     setup = Setup(buffer_bytes=500, records_max=100, block_when_full=True)
-    handles: list[SendHandle] = []
-    records: list[tuple[Target, bytes, int, Extras | None]] = [("meters", b"x", 100, None)] * 12
-    thread = threading.Thread(target=setup.accumulator.append_all, args=(records, 30_000, handles))
+    spans: list[Span] = []
+    run = Run("meters", [b"%d" % number for number in range(12)], [100] * 12, None)
+    thread = threading.Thread(target=setup.accumulator.append_all, args=([run], 30_000, spans))
     thread.start()
+    taken: list[bytes] = []
     while thread.is_alive():
         wait_until(lambda: setup.accumulator.is_pressed or not thread.is_alive())
         for batch in setup.take():
+            taken += bodies_of(batch)
             setup.accumulator.finish(batch, STORED)
     thread.join(30)
-    assert len(handles) == 12
+    taken += [body for batch in setup.take() for body in bodies_of(batch)]
+    assert taken == run.bodies
+    assert sum(span.count for span in spans) == 12
     assert setup.wakes >= 2, "the loop is told before anybody waits for it"
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["meters", QUEUE]), st.lists(st.integers(1, 60), max_size=12), st.booleans()), max_size=6),
+    st.integers(1, 8),
+)
+def test_runs_are_cut_into_batches_of_what_fits(drawn: list[tuple[Target, list[int], bool]], records_max: int) -> None:
+    setup = Setup(records_max=records_max, bytes_max=100)
+    runs, numbers = [], count()
+    for target, sizes_bytes, has_extras in drawn:
+        bodies = [b"%d" % next(numbers) for _ in sizes_bytes]
+        extras = [Extras(body.decode()) for body in bodies] if has_extras else None
+        runs.append(Run(target, bodies, sizes_bytes, extras))
+    spans: list[Span] = []
+    setup.accumulator.append_all(runs, 3000, spans)
+    batches = setup.take()
+    assert [body for run in runs for body in run.bodies] == [
+        bodies_of(span.batch)[index] for span in spans for index in range(span.first, span.first + span.count)
+    ]
+    tags = {message.body: message.tag for batch in batches for message in messages_of(batch)}
+    assert tags == {body: body.decode() if run.extras else None for run in runs for body in run.bodies}
+    for batch in batches:
+        assert batch.message_count <= records_max
+        assert batch.size_bytes <= 100
+        assert batch.room_bytes == 0
+    assert setup.accumulator.buffered_bytes == sum(size for run in runs for size in run.sizes_bytes)
 
 
 def test_a_filler_ends_when_another_record_of_that_size_would_not_fit() -> None:
@@ -272,7 +317,10 @@ def test_what_happens_while_a_thread_is_inside_a_filler(monkeypatch: pytest.Monk
 
 
 class Interrupting(list[Any]):
-    """A list whose next append is interrupted before it has done anything."""
+    """A list whose next append, or other addition, is interrupted before it has done anything."""
+
+    def __iadd__(self, more: Any) -> Self:
+        raise KeyboardInterrupt
 
     def append(self, item: Any) -> None:
         raise KeyboardInterrupt
@@ -461,10 +509,9 @@ class Interrupted:
     def send(self, number: int) -> None:
         body, setup = b"%d" % number, self.setup
         if number % 9 == 8:
-            handles: list[SendHandle] = []
-            records: list[tuple[Target, bytes, int, Extras | None]] = [("meters", body, 70, None), (QUEUE, body, 70, None)]
-            setup.accumulator.append_all(records, 3000, handles)
-            self.handles += [(body, handle) for handle in handles]
+            spans: list[Span] = []
+            setup.accumulator.append_all([Run("meters", [body], [70], None), Run(QUEUE, [body], [70], None)], 3000, spans)
+            self.handles += [(body, SendHandle(span.batch, span.first)) for span in spans]
         elif number % 7 == 6:
             self.handles.append((body, setup.append(body, extras=Extras("t"))))
         elif number % 4 == 3:
@@ -521,10 +568,10 @@ def test_a_send_in_the_middle_of_a_send_is_told_so_and_harms_nothing(monkeypatch
     filled = [setup.quick(target="other") for _ in range(10)]
     refused: list[Exception] = []
 
-    def make_handle(batch: Batch, index: int) -> SendHandle:
+    def make_span(batch: Batch, first: int, count: int) -> Span:
         monkeypatch.undo()
         for call in (
-            setup.append, lambda: setup.accumulator.append_all([("meters", b"x", 65, None)], 3000, []),
+            setup.append, lambda: setup.accumulator.append_all([Run("meters", [b"x"], [65], None)], 3000, []),
             setup.accumulator.unfinished, lambda: setup.accumulator.refuse(lambda: ClosedError("closed")),
             lambda: filled[0].add_done_callback(print),
         ):
@@ -532,9 +579,9 @@ def test_a_send_in_the_middle_of_a_send_is_told_so_and_harms_nothing(monkeypatch
                 call()
             refused.append(caught.value)
         filled.append(setup.quick(b"needs no lock", "other"))
-        return SendHandle(batch, index)
+        return Span(batch, first, count)
 
-    monkeypatch.setattr(accumulator_module, "SendHandle", make_handle)
+    monkeypatch.setattr(accumulator_module, "Span", make_span)
     handle = setup.append(b"outer")
     assert len(refused) == 5
     assert {batch.target: bodies_of(batch) for batch in setup.take()} == {
@@ -570,12 +617,12 @@ def test_a_batch_that_is_filled_up_in_the_middle_of_a_send_is_sealed_by_the_next
         setup.quick(target="other")
     last: list[SendHandle] = []
 
-    def make_handle(batch: Batch, index: int) -> SendHandle:
+    def make_span(batch: Batch, first: int, count: int) -> Span:
         monkeypatch.undo()
         last.append(setup.quick(b"last", "other"))
-        return SendHandle(batch, index)
+        return Span(batch, first, count)
 
-    monkeypatch.setattr(accumulator_module, "SendHandle", make_handle)
+    monkeypatch.setattr(accumulator_module, "Span", make_span)
     setup.append()
     setup.quick(b"next", "other")
     batches = [bodies_of(batch) for batch in setup.take() if batch.target == "other"]

@@ -9,8 +9,8 @@ import msgpack
 import pytest
 
 from zrmq.client.accumulator import ITEM_OVERHEAD_BYTES, RECORD_OVERHEAD_BYTES
-from zrmq.client.batch import Extras
-from zrmq.client.outgoing import NO_VALUE, outgoing, outgoing_record
+from zrmq.client.batch import NO_EXTRAS, Extras
+from zrmq.client.outgoing import NO_VALUE, outgoing, outgoing_records
 from zrmq.errors import Code, InvalidArgumentError, PayloadTooLargeError
 from zrmq.message import Record
 from zrmq.protocol import limits
@@ -130,11 +130,32 @@ def test_too_much_is_refused() -> None:
     assert caught.value.code is Code.MESSAGE_PROPERTIES_TOO_LARGE
 
 
-def test_records_of_a_batch_may_be_plain_or_whole() -> None:
-    assert outgoing_record("text", None)[0] == b"text"
-    assert outgoing_record("text", "g")[2] == Extras(None, (), None, "g")
+@pytest.mark.parametrize("group", [None, "g"])
+@pytest.mark.parametrize(
+    "records", [[], [b"a", b"bc"], ["a", b"bc"], [b"a", bytearray(b"bc")], [b"a", Record(b"bc")], [Record(b"a", "t"), b"bc"]]
+)
+def test_records_of_a_batch_are_messages_one_by_one(records: list[Any], group: str | None) -> None:
+    bodies, sizes_bytes, extras = outgoing_records(records, group)
+    singly = [outgoing(record.body, NO_VALUE, record.tag, message_group=group) if isinstance(record, Record)
+              else outgoing(record, message_group=group) for record in records]
+    assert bodies == [body for body, _, _ in singly]
+    assert sizes_bytes == [size_bytes for _, size_bytes, _ in singly]
+    each = [each_extras for _, _, each_extras in singly]
+    assert extras == (None if each == [None] * len(each) else [each_extras or NO_EXTRAS for each_extras in each])
+
+
+def test_records_may_bring_what_a_message_may_have() -> None:
     whole = Record(b"x", "tag", ["k"], "g", {"a": "b"})
-    assert outgoing_record(whole, None)[2] == Extras("tag", ("k",), {"a": "b"}, "g")
-    assert outgoing_record(whole, "g")[2] == Extras("tag", ("k",), {"a": "b"}, "g")
+    for group in (None, "g"):
+        assert outgoing_records([whole, "text"], group)[2] == [
+            Extras("tag", ("k",), {"a": "b"}, "g"), Extras(message_group=group)
+        ]
     with pytest.raises(InvalidArgumentError, match="message_group"):
-        outgoing_record(whole, "other")
+        outgoing_records([whole], "other")
+
+
+def test_the_largest_record_of_a_batch_is_checked_too() -> None:
+    largest = bytes(limits.BODY_BYTES_MAX)
+    assert outgoing_records([b"x", largest], None)[0] == [b"x", largest]
+    with pytest.raises(PayloadTooLargeError):
+        outgoing_records([b"x", largest + b"x", b"y"], None)

@@ -22,13 +22,14 @@ import pytest
 import zrmq
 from tests.unit.real_cluster import await_brokers, running_cluster
 from zrmq.client import accumulator as accumulator_module
-from zrmq.client.batch import Batch, SendHandle
+from zrmq.client.batch import Batch, SendHandle, Span
 from zrmq.client.link import Identity
 from zrmq.errors import (
     BufferFullError,
     ClosedError,
     Code,
     ConfigError,
+    DiskFullError,
     ForkedClientError,
     InvalidArgumentError,
     PayloadTooLargeError,
@@ -169,11 +170,34 @@ def test_send_batch_stores_all_and_gives_a_receipt_for_each(producer: Producer) 
     assert [receipt.message_id for receipt in receipts[1:3]] == [receipts[1].message_id, receipts[2].message_id]
     assert repr(receipts) == "<Receipts of 4 messages>"
     assert list(producer.send_batch("meters", [])) == []
+    assert receipts[1:3] == [receipts[-3], receipts[-2]]
+    for index in (4, -5):
+        with pytest.raises(IndexError):
+            receipts[index]
 
 
 def test_send_batch_of_more_than_a_batch_takes(producer: Producer) -> None:
     receipts = producer.send_batch("meters", (b"%d" % number for number in range(3_000)))
     assert len({(receipt.queue_id, receipt.queue_offset) for receipt in receipts}) == 3_000
+    stored = {message.message_id: message.body for message in read(producer, "meters")}
+    assert [stored[receipt.message_id] for receipt in receipts] == [b"%d" % number for number in range(3_000)]
+
+
+def test_of_records_that_fail_the_first_ones_error_is_raised_and_all_are_named(
+    producer: Producer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = producer._accumulator.finish
+    outcomes = iter([None, UnreachableError("of the second"), None, DiskFullError("of the fourth")])
+
+    def fail_some(batch: Batch, outcome: Any) -> None:
+        finish(batch, next(outcomes) or outcome)
+
+    bound = MessageQueue("meters", "broker-a", 0)
+    producer.send("meters", b"x")
+    monkeypatch.setattr(producer._accumulator, "finish", fail_some)
+    with pytest.raises(UnreachableError, match="of the second") as caught:
+        producer.send_batch("meters", [b"%d" % number for number in range(3_500)], queue=bound)
+    assert caught.value.facts["failed_indexes"] == [*range(1_000, 2_000), *range(3_000, 3_500)]
 
 
 def test_send_batch_keeps_message_groups_in_their_queues(producer: Producer) -> None:
@@ -667,14 +691,14 @@ def test_a_signal_handler_may_close_while_its_thread_closes(fabric: Fabric, monk
 def test_closing_in_the_middle_of_a_send_changes_nothing(producer: Producer, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a signal handler: it raises, and so does the send that it interrupted, most likely, and a `with` closes then."""
 
-    def make_handle(batch: Batch, index: int) -> SendHandle:
+    def make_span(batch: Batch, first: int, count: int) -> Span:
         monkeypatch.undo()
         with pytest.raises(InvalidArgumentError, match="signal handler"):
             producer.close()
-        return SendHandle(batch, index)
+        return Span(batch, first, count)
 
     producer.send("meters", b"x")
-    monkeypatch.setattr(accumulator_module, "SendHandle", make_handle)
+    monkeypatch.setattr(accumulator_module, "Span", make_span)
     assert producer.send_async("meters", b"y").result().topic == "meters"
 
 

@@ -84,6 +84,7 @@ ROUND_TRIP_LIMIT = ("answer", "ask")
 FIGURES = (
     Figure("produce", "send_async, one process, every batch acknowledged", False, ("produce",), THROUGHPUT_LIMIT, read_rate),
     Figure("tagged", "produce, a tag, a key and a property on each", False, ("produce_tagged",), THROUGHPUT_LIMIT, read_rate),
+    Figure("batches", "send_batch, 10,000 bodies a call", False, ("produce_batches",), THROUGHPUT_LIMIT, read_rate),
     Figure("consume", "a backlog, one process, typed, committed", True, ("consume_backlog",), THROUGHPUT_LIMIT, read_rate),
     Figure("both", "one process produces, another consumes", False, ("consume", "produce"), THROUGHPUT_LIMIT, read_rate_of_both),
     Figure("send", "one send at a time, its receipt awaited", False, ("send",), ROUND_TRIP_LIMIT, read_times, SENDS_MAX),

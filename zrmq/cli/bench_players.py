@@ -20,6 +20,7 @@ from zrmq.clock import Clock, SystemClock
 from zrmq.errors import RequestTimeoutError
 from zrmq.message import ConsumeFrom
 
+LIST_RECORDS = 10_000  # of one `send_batch`
 IDLE_MS_MAX = 20_000  # a consumer that gets nothing for so long gives up
 
 _STAMP = struct.Struct("<d")
@@ -94,6 +95,17 @@ def produce_tagged(spec: Spec, gate: Gate) -> dict[str, object]:
         send_async = producer.send_async
         for _ in range(messages):
             send_async(topic, body, tag="kitchen", keys=keys, properties=properties)
+
+    return _produce(spec, gate, send)
+
+
+def produce_batches(spec: Spec, gate: Gate) -> dict[str, object]:
+    """Send lists of bodies with `send_batch`, each list acknowledged before the next."""
+    body = bytes(spec.body_bytes)
+
+    def send(producer: zrmq.Producer, messages: int) -> None:
+        for first in range(0, messages, LIST_RECORDS):
+            producer.send_batch(spec.topic, [body] * min(LIST_RECORDS, messages - first))
 
     return _produce(spec, gate, send)
 
@@ -208,7 +220,10 @@ def _timed(consumer: zrmq.PullConsumer, messages: int) -> dict[str, object]:
 
 
 PARTS: dict[str, Callable[[Spec, Gate], dict[str, object]]] = {
-    part.__name__: part for part in (produce, produce_tagged, send, send_paced, consume, consume_backlog, receive_stamped)
+    part.__name__: part
+    for part in (
+        produce, produce_tagged, produce_batches, send, send_paced, consume, consume_backlog, receive_stamped,
+    )
 }
 
 

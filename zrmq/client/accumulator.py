@@ -18,14 +18,28 @@ has to be done with it is done a moment later.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable
-from itertools import chain
+from itertools import accumulate
 from typing import Any
 
 import msgspec
 
-from zrmq.client.batch import NO_EXTRAS, Batch, Extras, Filler, Lock, OwnedLock, SendHandle, Stored, Target, interrupted_error
+from zrmq.client.batch import (
+    NO_EXTRAS,
+    Batch,
+    Extras,
+    Filler,
+    Lock,
+    OwnedLock,
+    Run,
+    SendHandle,
+    Span,
+    Stored,
+    Target,
+    interrupted_error,
+)
 from zrmq.clock import Clock
 from zrmq.errors import BufferFullError, InvalidArgumentError, ZrmqError
 from zrmq.logs import get_logger
@@ -107,62 +121,78 @@ class Accumulator:
                     if handle is not None:
                         return handle
         self._check_free()
+        run = Run(target, [body], [size_bytes], None if extras is None else [extras])
         try:
             with self._lock:
-                handle = self._add(target, body, size_bytes, extras, timeout_ms)
-                if handle is not None and handle.index + 1 >= FILLER_FROM and timeout_ms == self._timeout_ms:
-                    self._start_filler(handle.batch)
-            if handle is not None and self._has_news:
-                self._tell(handle.batch)
+                span = self._add(run, timeout_ms)
+                if span is not None and span.first + 1 >= FILLER_FROM and timeout_ms == self._timeout_ms:
+                    self._start_filler(span.batch)
+            if span is not None and self._has_news:
+                self._tell(span.batch)
         except BaseException:  # Ctrl-C, perhaps, after it was added: it must not wait for the next send
             self.wake()
             raise
-        if handle is not None:
-            return handle
-        handles: list[SendHandle] = []
-        self.append_all([(target, body, size_bytes, extras)], timeout_ms, handles)
-        return handles[0]
+        if span is None:
+            spans: list[Span] = []
+            self.append_all([run], timeout_ms, spans)
+            span = spans[0]
+        return SendHandle(span.batch, span.first)
 
-    def append_all(
-        self, records: Iterable[tuple[Target, bytes, int, Extras | None]], timeout_ms: int, handles: list[SendHandle]
-    ) -> None:
-        """Add checked records together: no batch goes out in between unless it is full, or the buffer is. As `append`.
+    def append_all(self, runs: Iterable[Run], timeout_ms: int, spans: list[Span]) -> None:
+        """Add checked records in their order: no batch goes out in between unless one is full, or the buffer is. As `append`.
 
-        `handles` gets the handle of each; of those before it, where one raises.
+        `spans` gets where they are; where those before it are, when one raises.
         """
         self._check_free()
-        left = iter(records)
+        left = deque(run for run in runs if run.bodies)
         deadline_ms = None
-        try:
-            while True:
-                count = len(handles)
+        while left:
+            count = len(spans)
+            try:
                 with self._lock:
-                    for record in left:
-                        handle = self._add(*record, timeout_ms)
-                        if handle is None:
-                            left = chain([record], left)
-                            room = self._ask_for_room()
-                            break
-                        handles.append(handle)
-                    else:
-                        return
-                if deadline_ms is None or len(handles) > count:
+                    room = self._add_until_full(left, timeout_ms, spans)
+            finally:
+                self._tell(*dict.fromkeys(span.batch for span in spans[count:]))
+            if room is not None:
+                if deadline_ms is None or len(spans) > count:
                     deadline_ms = self._deadline_ms(timeout_ms)
                 self._wait_for_room(room, deadline_ms)
-        finally:
-            self._tell(*dict.fromkeys(handle.batch for handle in handles))
 
-    def _add(
-        self, target: Target, body: bytes, size_bytes: int, extras: Extras | None, timeout_ms: int
-    ) -> SendHandle | None:
-        """With the lock. The batch is sealed when another record of that size would not fit. None: there is no room."""
-        batch = self._batch_with_room(target, size_bytes, timeout_ms)
+    def _add_until_full(self, left: deque[Run], timeout_ms: int, spans: list[Span]) -> Lock | None:
+        """With the lock. None when a batch is full or all are in; when the buffer is, what is released once there may be room."""
+        while left:
+            run = left[0]
+            span = self._add(run, timeout_ms)
+            if span is None:
+                return self._ask_for_room()
+            spans.append(span)
+            run.begin += span.count
+            if run.begin == len(run.bodies):
+                left.popleft()
+            if self._open.get(run.target) is not span.batch:
+                return None
+        return None
+
+    def _add(self, run: Run, timeout_ms: int) -> Span | None:
+        """With the lock: the next records of the run, as many as the batch has room for. None: the buffer has none.
+
+        The batch is sealed when another record of the last one's size would not fit.
+        """
+        batch = self._batch_with_room(run.target, run.sizes_bytes[run.begin], timeout_ms)
         if batch is None:
             return None
-        index = batch.add(body, size_bytes, extras)
-        if not self._can_take(batch, size_bytes):
+        sizes_bytes = run.sizes_bytes[run.begin : run.begin + self._batch_records_max - len(batch.bodies)]
+        size_bytes = sum(sizes_bytes)
+        if size_bytes > batch.room_bytes:
+            del sizes_bytes[bisect_right(list(accumulate(sizes_bytes)), batch.room_bytes) :]
+            size_bytes = sum(sizes_bytes)
+        count = len(sizes_bytes)
+        end = run.begin + count
+        extras = None if run.extras is None else run.extras[run.begin : end]
+        first = batch.add(run.bodies[run.begin : end], size_bytes, extras)
+        if not self._can_take(batch, run.sizes_bytes[end - 1]):
             self._seal(batch)
-        return SendHandle(batch, index)
+        return Span(batch, first, count)
 
     def _check_free(self) -> None:
         """Raise in a signal handler or finalizer that runs while its own thread holds the lock, and would wait for itself."""

@@ -71,6 +71,16 @@ NO_EXTRAS = Extras()
 NO_NAMES: frozenset[str] = frozenset()
 
 
+class Run(msgspec.Struct, gc=False):
+    """Checked records for one target, in their order, on their way into batches."""
+
+    target: Target
+    bodies: list[bytes]
+    sizes_bytes: list[int]  # in the buffer
+    extras: list[Extras] | None
+    begin: int = 0  # those before are in batches
+
+
 class Stored(msgspec.Struct, frozen=True, gc=False):
     """Where a batch is. A one-way batch is handed over and nothing else is known: its `base_offset` is -1."""
 
@@ -122,15 +132,15 @@ class Batch:
         """The topic of its records."""
         return self.target if isinstance(self.target, str) else self.target.topic
 
-    def add(self, body: bytes, size_bytes: int, extras: Extras | None) -> int:
-        """One record more, for which there is room. Returns its index."""
+    def add(self, bodies: list[bytes], size_bytes: int, extras: list[Extras] | None) -> int:
+        """Records more, for which there is room. Returns the index of the first."""
         index = len(self.bodies)
         if extras is not None or self.extras is not None:
             if self.extras is None:
                 self.extras = [NO_EXTRAS] * index
-            self.extras.append(extras or NO_EXTRAS)
+            self.extras += [NO_EXTRAS] * len(bodies) if extras is None else extras
         self.room_bytes -= size_bytes
-        self.bodies.append(body)
+        self.bodies += bodies
         return index
 
     def stop_filler(self) -> bool:
@@ -238,6 +248,14 @@ def columns_of(bodies: list[bytes], extras: list[Extras] | None) -> Columns:
     if any(groups := [each.message_group for each in extras]):
         columns.message_groups = groups
     return columns
+
+
+class Span(msgspec.Struct, frozen=True, gc=False):
+    """Records of a batch that were added together."""
+
+    batch: Batch
+    first: int
+    count: int
 
 
 class SendHandle(msgspec.Struct, frozen=True, eq=False, gc=False):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from zrmq.client.accumulator import ITEM_OVERHEAD_BYTES, RECORD_OVERHEAD_BYTES
 from zrmq.client.batch import NO_EXTRAS, Extras
 from zrmq.errors import InvalidArgumentError
 from zrmq.message import Record
-from zrmq.protocol.limits import check_body, check_extras
+from zrmq.protocol.limits import BODY_BYTES_MAX, check_body, check_extras
 
 Body = bytes | bytearray | memoryview | str
 
@@ -75,8 +75,32 @@ _last_extras: tuple[str | None, Sequence[str], dict[str, str] | None, str | None
 _last_extras = None, (), None, None, (RECORD_OVERHEAD_BYTES, NO_EXTRAS)
 
 
-def outgoing_record(record: Body | Record, message_group: str | None) -> Outgoing:
-    """One message of `send_batch`; `message_group` is that of the whole call."""
+def outgoing_records(
+    records: list[Body | Record], message_group: str | None
+) -> tuple[list[bytes], list[int], list[Extras] | None]:
+    """Messages of `send_batch`, as columns of what `outgoing` gives; `message_group` is that of the whole call.
+
+    Raises as `outgoing`.
+    """
+    if set(map(type, records)) == {bytes}:  # nothing to convert or to copy: 0.1 us each instead of 1
+        bodies = cast(list[bytes], records)
+        besides_bytes, extras = RECORD_OVERHEAD_BYTES, None
+        if message_group is not None:
+            besides_bytes, extras = outgoing_extras(None, (), None, message_group)
+        sizes_bytes = [size_bytes + besides_bytes for size_bytes in map(len, bodies)]
+        if max(sizes_bytes) > BODY_BYTES_MAX:
+            check_body(max(bodies, key=len))
+        return bodies, sizes_bytes, None if extras is None else [extras] * len(bodies)
+    bodies, sizes_bytes, each_extras = [], [], []
+    for record in records:
+        body, size_bytes, extras = _outgoing_record(record, message_group)
+        bodies.append(body)
+        sizes_bytes.append(size_bytes)
+        each_extras.append(extras or NO_EXTRAS)
+    return bodies, sizes_bytes, None if all(extras is NO_EXTRAS for extras in each_extras) else each_extras
+
+
+def _outgoing_record(record: Body | Record, message_group: str | None) -> Outgoing:
     if not isinstance(record, Record):
         return outgoing(record, message_group=message_group)
     if message_group is not None and record.message_group not in (None, message_group):
