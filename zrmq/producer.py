@@ -17,7 +17,8 @@ import random
 import socket
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from functools import partial
 from itertools import accumulate, groupby
 from types import TracebackType
@@ -26,7 +27,7 @@ from weakref import WeakSet
 from zlib import crc32
 
 from zrmq.client.accumulator import Accumulator, AccumulatorConfig
-from zrmq.client.batch import Extras, OneWay, Run, SendHandle, Span, Stored
+from zrmq.client.batch import Extras, OneWay, Run, SendHandle, Span
 from zrmq.client.instance import ClientInstance
 from zrmq.client.lanes import Lanes
 from zrmq.client.link import Identity
@@ -135,7 +136,7 @@ class Producer:
     ) -> None:
         check_group(group)
         _check_number("buffer_bytes", buffer_bytes, 1, 1 << 40)
-        _check_number("linger_ms", linger_ms, 0, LINGER_MS_MAX)
+        _check_number("linger_ms", linger_ms, 0, LINGER_MS_MAX, float)
         _check_number("batch_records_max", batch_records_max, 1, BATCH_RECORDS_MAX)
         _check_number("batch_bytes_max", batch_bytes_max, 1, BODY_BYTES_MAX)
         _check_number("send_timeout_ms", send_timeout_ms, 1, SEND_TIMEOUT_MS_MAX)
@@ -220,7 +221,7 @@ class Producer:
             and type(body) is bytes and type(topic) is str
         ):
             record: Any = body
-            if tag is None and properties is None and not keys:
+            if tag is None and not keys and not properties:
                 fill = self._body_fillers.get(topic)
             else:
                 fill = self._record_fillers.get(topic)
@@ -250,13 +251,15 @@ class Producer:
     ) -> Receipts:
         """Send many messages of one topic and wait until all are stored. A `Record` has a tag, keys, properties, a message group.
 
-        All records are checked before the first is sent. They share batches, and a batch goes to one queue. Some may be stored
-        and others not: the error raised then is that of the first that failed, and its `facts["failed_indexes"]` has all of
-        them. One raised while they are handed over (`BufferFullError`) says in `facts["handed_over"]` how many are on their way.
-        Raises as `send`.
+        All records are checked before the first is sent; the error of one that is refused has its `index` among its `facts`.
+        They share batches, and a batch goes to one queue. When some are not stored, the error is that of the first of these, and
+        in its facts `failed_indexes` has all of them, `unknown_indexes` those that may be stored all the same. Once one has
+        failed no more are handed over. Raises as `send`.
         """
-        if isinstance(records, str | bytes | bytearray | memoryview | Record):
-            raise InvalidArgumentError("send_batch() takes a list of records; for one message use send().")
+        if isinstance(records, str | bytes | bytearray | memoryview | Record | Mapping) or not isinstance(records, Iterable):
+            raise InvalidArgumentError(
+                f"send_batch() takes a list of records and got {type(records).__name__}; for one message use send()."
+            )
         given = list(records)
         bodies, sizes_bytes, extras = outgoing_records(given, message_group)
         is_grouped = extras is not None and any(each.message_group is not None for each in extras)
@@ -266,15 +269,12 @@ class Producer:
         target = self._target(topic, message_group, queue, selector)
         run = Run(target, bodies, sizes_bytes, extras)
         spans: list[Span] = []
+        refusal = None
         try:
             self._accumulator.append_all(self._grouped(run) if target is topic and is_grouped else [run], left_ms, spans)
         except ZrmqError as error:
-            handed_over = sum(span.count for span in spans)
-            if handed_over:
-                error.facts["handed_over"] = handed_over
-                error.message += f" The first {handed_over} of {len(bodies)} records were handed over; do not repeat those."
-            raise
-        return _settled(spans)
+            refusal = error
+        return _settled(spans, len(bodies), refusal)
 
     def send_oneway(
         self, topic: str, body: Body | None = None, tag: str | None = None, keys: Sequence[str] = (),
@@ -394,6 +394,8 @@ class Producer:
             assert message_group is not None
             return queues[crc32(message_group.encode()) % len(queues)]
         if selector is not None:
+            if not callable(selector):
+                raise InvalidArgumentError(f"selector is {selector!r}; give a function that takes the queues and returns one.")
             queue = selector(tuple(queues))
         if not isinstance(queue, MessageQueue) or queue not in queues:
             raise InvalidArgumentError(
@@ -463,27 +465,36 @@ def _open_lane(context: Context, identity: Identity, address: str) -> Lane:
     return Lane(context, address, identity)
 
 
-def _settled(spans: list[Span]) -> Receipts:
-    """Wait for all; raise what the first that failed raises."""
+def _settled(spans: list[Span], count: int, refusal: ZrmqError | None) -> Receipts:
+    """Wait for all that were handed over. Raises the error of the first that is not stored; `refusal` is that of the rest."""
+    failed: list[int] = []
+    unknown: list[int] = []
+    first_error = None
+    end = 0
     for span in spans:
+        begin, end = end, end + span.count
         span.batch.wait(None)
-    receipts = Receipts(spans)
-    failed = [
-        index for span, begin in zip(spans, receipts._begins, strict=False) if not isinstance(span.batch.outcome, Stored)
-        for index in range(begin, begin + span.count)
-    ]
-    if failed:
-        try:
-            receipts[failed[0]]
-        except ZrmqError as error:
-            error.facts = {**error.facts, "failed_indexes": failed}
-            raise
-    return receipts
+        outcome = span.batch.outcome
+        if isinstance(outcome, ZrmqError):
+            first_error = first_error or outcome
+            failed += range(begin, end)
+            if isinstance(outcome, RequestTimeoutError):
+                unknown += range(begin, end)
+    first_error = first_error or refusal
+    if first_error is None:
+        return Receipts(spans)
+    failed += range(end, count)
+    error = copy(first_error)
+    error.facts = {**error.facts, "failed_indexes": failed, "unknown_indexes": unknown}
+    if len(failed) < count or unknown:
+        error.message += f" Of {count} records {count - len(failed)} are stored, {len(unknown)} may be; see failed_indexes."
+    raise error
 
 
-def _check_number(name: str, value: float, least: float, most: float) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
-        raise InvalidArgumentError(f"{name} is {value!r}; give a number from {least} to {most}.", name=name, value=value)
+def _check_number(name: str, value: float, least: int, most: int, kind: type = int) -> None:
+    if not isinstance(value, int | kind) or isinstance(value, bool) or not least <= value <= most:
+        what = "a whole number" if kind is int else "a number"
+        raise InvalidArgumentError(f"{name} is {value!r}; give {what} from {least} to {most}.", name=name, value=value)
 
 
 def _client_id(given: str | None, rng: random.Random) -> str:

@@ -17,7 +17,15 @@ from zrmq.client import accumulator as accumulator_module
 from zrmq.client import batch as batch_module
 from zrmq.client.accumulator import FILLER_FROM, RECORD_OVERHEAD_BYTES, Accumulator, AccumulatorConfig
 from zrmq.client.batch import NO_EXTRAS, Batch, Extras, OneWay, Run, SendHandle, Span, Stored, Target
-from zrmq.errors import BufferFullError, ClosedError, DiskFullError, InvalidArgumentError, RequestTimeoutError, ZrmqError
+from zrmq.errors import (
+    BufferFullError,
+    ClosedError,
+    DiskFullError,
+    InvalidArgumentError,
+    RequestTimeoutError,
+    UnreachableError,
+    ZrmqError,
+)
 from zrmq.message import FlushMode, Message, MessageQueue, message_id
 from zrmq.protocol import limits
 from zrmq.protocol.batch import decode_messages, open_batch, peek_batch
@@ -193,6 +201,56 @@ def test_runs_are_cut_into_batches_of_what_fits(drawn: list[tuple[Target, list[i
         assert batch.size_bytes <= 100
         assert batch.room_bytes == 0
     assert setup.accumulator.buffered_bytes == sum(size for run in runs for size in run.sizes_bytes)
+
+
+class Room:
+    """The lock of a world where waiting for room takes 600 ms and then everything that went out has an outcome."""
+
+    def __init__(self, setup: Setup, outcome: Stored | ZrmqError) -> None:
+        self._setup = setup
+        self._outcome = outcome
+        self._is_taken = False
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+        if self._is_taken:
+            self._setup.clock.advance(600)
+            for batch in self._setup.take():
+                self._setup.accumulator.finish(batch, self._outcome)
+        self._is_taken = True
+        return True
+
+    def release(self) -> None:
+        """Nobody is woken here."""
+
+
+def test_each_room_is_waited_for_as_long_as_the_message_may_take() -> None:
+    setup = Setup(buffer_bytes=500, records_max=5, block_when_full=True)
+    setup.accumulator._new_lock = lambda: Room(setup, STORED)  # type: ignore[assignment,return-value]
+    spans: list[Span] = []
+    setup.accumulator.append_all([Run("meters", [b"x"] * 30, [100] * 30, None)], 1_000, spans)
+    assert sum(span.count for span in spans) == 30, "it took 3,000 ms, and no room took more than 600"
+
+
+def test_nothing_is_added_once_something_has_failed() -> None:
+    setup = Setup(buffer_bytes=500, records_max=5, block_when_full=True)
+    setup.accumulator._new_lock = lambda: Room(setup, UnreachableError("gone"))  # type: ignore[assignment,return-value]
+    spans: list[Span] = []
+    setup.accumulator.append_all([Run("meters", [b"x"] * 30, [100] * 30, None)], 1_000, spans)
+    assert sum(span.count for span in spans) == 5
+    assert setup.accumulator.buffered_bytes == 0
+
+
+def test_records_that_go_in_one_by_one_are_looked_at_once_each() -> None:
+    looked_at: list[int] = []
+
+    class Watched(list[int]):
+        def __getitem__(self, index: Any) -> Any:
+            looked_at.append(len(found) if isinstance(found := super().__getitem__(index), list) else 0)
+            return found
+
+    setup = Setup(buffer_bytes=100_000, records_max=1_000, bytes_max=64_000)  # too small to grant a batch all it can take
+    setup.accumulator.append_all([Run("meters", [b"x"] * 600, Watched([100] * 600), None)], 1_000, [])
+    assert sum(looked_at) <= 1_200
 
 
 def test_a_filler_ends_when_another_record_of_that_size_would_not_fit() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import msgpack
 import pytest
 
+from zrmq.client import outgoing as outgoing_module
 from zrmq.client.accumulator import ITEM_OVERHEAD_BYTES, RECORD_OVERHEAD_BYTES
 from zrmq.client.batch import NO_EXTRAS, Extras
 from zrmq.client.outgoing import NO_VALUE, outgoing, outgoing_records
@@ -82,6 +83,23 @@ def test_one_part_that_differs_is_enough(part: str) -> None:
     for given in (one, {**one, part: other[part]}, {**one, part: None}, one):
         expected = {**given, part: given[part] or getattr(Extras(), part)}
         assert outgoing(b"x", **given)[2] == Extras(**expected)
+
+
+def test_what_another_thread_changes_meanwhile_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, properties = ["k"], {"a": "b"}
+    check = outgoing_module.check_extras
+
+    def change(*parts: Any) -> int:
+        size_bytes = check(*parts)
+        keys[0], properties["a"] = "changed", 5  # type: ignore[assignment]
+        return size_bytes
+
+    monkeypatch.setattr(outgoing_module, "check_extras", change)
+    assert outgoing(b"x", keys=keys, properties=properties)[2] == Extras(None, ("k",), {"a": "b"}, None)
+    monkeypatch.undo()
+    assert outgoing(b"x", keys=["k"], properties={"a": "b"})[2] == Extras(None, ("k",), {"a": "b"}, None)
+    with pytest.raises(InvalidArgumentError):
+        outgoing(b"x", keys=keys, properties=properties)
 
 
 @pytest.mark.parametrize("again", [{"keys": {"k": 1}.keys()}, {"keys": UserList(["k"])}, {"properties": UserDict(a="b")}])

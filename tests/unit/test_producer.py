@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,6 @@ from zrmq.errors import (
     ClosedError,
     Code,
     ConfigError,
-    DiskFullError,
     ForkedClientError,
     InvalidArgumentError,
     PayloadTooLargeError,
@@ -187,7 +187,7 @@ def test_of_records_that_fail_the_first_ones_error_is_raised_and_all_are_named(
     producer: Producer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finish = producer._accumulator.finish
-    outcomes = iter([None, UnreachableError("of the second"), None, DiskFullError("of the fourth")])
+    outcomes = iter([None, UnreachableError("of the second"), None, RequestTimeoutError("of the fourth")])
 
     def fail_some(batch: Batch, outcome: Any) -> None:
         finish(batch, next(outcomes) or outcome)
@@ -198,6 +198,101 @@ def test_of_records_that_fail_the_first_ones_error_is_raised_and_all_are_named(
     with pytest.raises(UnreachableError, match="of the second") as caught:
         producer.send_batch("meters", [b"%d" % number for number in range(3_500)], queue=bound)
     assert caught.value.facts["failed_indexes"] == [*range(1_000, 2_000), *range(3_000, 3_500)]
+    assert caught.value.facts["unknown_indexes"] == [*range(3_000, 3_500)]
+    assert "Of 3500 records 2000 are stored, 500 may be" in caught.value.message
+
+
+def test_once_a_record_has_failed_no_more_are_handed_over(producer: Producer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A broker that is gone would be tried for each of them, buffer after buffer."""
+    finish = producer._accumulator.finish
+    monkeypatch.setattr(
+        producer._accumulator, "finish", lambda batch, outcome: finish(batch, UnreachableError("gone"))
+    )
+    records = [Record(bytes(8_000), message_group=f"g{number % 3}") for number in range(30_000)]  # more than the buffer takes
+    producer.send_async("meters", b"x")
+    with pytest.raises(UnreachableError, match="gone") as caught:
+        producer.send_batch("meters", records)
+    assert caught.value.facts["failed_indexes"] == list(range(30_000))
+    assert producer._accumulator._next_sequence < 20_000 * 1_000, "most were never put into a batch"
+
+
+class Text(str):
+    """What passes for a str, and what an encoder does not know."""
+
+
+def test_what_is_a_str_by_inheritance_is_sent_as_one(producer: Producer) -> None:
+    for tag, keys, properties in (
+        (Text("a"), ["k"], {"n": "v"}), ("a", [Text("k")], {"n": "v"}), ("a", ["k"], {Text("n"): "v"}),
+        ("a", ["k"], {"n": Text("v")}), ("a", ["k"], {"n": "v"}),
+    ):
+        producer.send(Text("meters"), b"x", tag=tag, keys=keys, properties=properties)
+        producer.send_async(Text("meters"), b"x", tag=tag, keys=keys, properties=properties, message_group=Text("g")).result()
+    assert producer.send(Text("fresh"), b"x").topic == "fresh"
+    stored = read(producer, "meters")
+    assert [(message.tag, list(message.keys), message.properties) for message in stored] == [("a", ["k"], {"n": "v"})] * 10
+
+
+def test_the_quick_way_leaves_nothing_out(producer: Producer) -> None:
+    """Once a topic has a filler, everything a message may have still goes along, and its own time still holds."""
+    def send(**options: Any) -> Any:
+        return producer.send_async("meters", b"x", **options)
+
+    options: list[dict[str, Any]] = [
+        {}, {"tag": "a"}, {"keys": ["k"]}, {"properties": {"n": "v"}}, {"message_group": "g"}, {"timeout_ms": 60_000},
+        {"tag": "a", "keys": ["k"], "properties": {"n": "v"}, "message_group": "g", "timeout_ms": 60_000},
+    ]
+    for warm in (send, partial(send, tag="warm")):
+        for _ in range(20):
+            warm()
+        handles = [send(**option) for option in options]
+        assert handles[5].batch.timeout_ms == handles[6].batch.timeout_ms == 60_000
+        producer.flush()
+        stored = {message.message_id: message for message in read(producer, "meters")}
+        for handle, option in zip(handles, options, strict=True):
+            message = stored[handle.message_id]
+            assert (message.tag, list(message.keys)) == (option.get("tag"), option.get("keys", []))
+            assert (message.properties, message.message_group) == (option.get("properties", {}), option.get("message_group"))
+
+
+def test_records_of_several_groups_keep_what_they_bring(producer: Producer) -> None:
+    records = [Record(b"%d" % number, tag=f"t{number}", message_group=f"g{number // 2 % 3}") for number in range(30)]
+    producer.send_batch("meters", records)
+    assert {message.body: message.tag for message in read(producer, "meters")} == {each.body: each.tag for each in records}
+
+
+def test_a_list_that_is_changed_meanwhile_is_sent_as_it_was(producer: Producer, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = [b"%d" % number for number in range(2_500)]
+    append_all = producer._accumulator.append_all
+
+    def changed(*arguments: Any) -> None:
+        records.clear()
+        append_all(*arguments)
+
+    monkeypatch.setattr(producer._accumulator, "append_all", changed)
+    assert len(producer.send_batch("meters", records)) == 2_500
+
+
+@pytest.mark.parametrize(
+    ("records", "options", "text"),
+    [
+        (5, {}, "int"), ({"a": 1}, {}, "dict"), ([], {"message_group": 7}, "message group"),
+        ([b"x"], {"selector": 3}, "selector"),
+        ([b"x", 5, b"y"], {}, "Record 1 of 3"), ([b"x"], {"timeout_ms": 2_000.0}, "whole number"),
+        ([Record(b"x", message_group="")], {}, "message group"),
+    ],
+)
+def test_wrong_lists_are_refused(producer: Producer, records: Any, options: dict[str, Any], text: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=text):
+        producer.send_batch("meters", records, **options)
+
+
+def test_after_the_end_a_send_says_that_the_producer_is_closed(fabric: Fabric) -> None:
+    producer = fabric.producer()
+    producer.send("meters", b"x")
+    producer.close()
+    for send in (producer.send, producer.send_async, producer.send_oneway, send_batch_of_one):
+        with pytest.raises(ClosedError, match="producer is closed"):
+            send("meters", b"x") if send is not send_batch_of_one else send(producer, "meters", b"x")
 
 
 def test_send_batch_keeps_message_groups_in_their_queues(producer: Producer) -> None:
@@ -552,13 +647,15 @@ def test_a_full_buffer_raises_at_once_when_it_may_not_block(fabric: Fabric) -> N
     producer.close(timeout_ms=0)
 
 
-def test_a_batch_that_meets_a_full_buffer_says_what_is_on_its_way(fabric: Fabric) -> None:
+def test_a_batch_that_meets_a_full_buffer_says_what_is_stored(fabric: Fabric) -> None:
     with fabric.producer(buffer_bytes=10_000, block_when_full=False) as producer:
         producer.send("meters", b"before")
-        with pytest.raises(BufferFullError, match="of 200 records were handed over; do not repeat those") as caught:
-            producer.send_batch("meters", [bytes(100)] * 200)
-        producer.flush()
-        assert len(bodies(producer, "meters")) == 1 + caught.value.facts["handed_over"]
+        records = [b"%d" % number + bytes(100) for number in range(200)]
+        with pytest.raises(BufferFullError, match=r"Of 200 records \d+ are stored, 0 may be; see failed_indexes") as caught:
+            producer.send_batch("meters", records)
+        failed = caught.value.facts["failed_indexes"]
+        stored = [record for index, record in enumerate(records) if index not in failed]
+        assert sorted(bodies(producer, "meters")) == sorted([b"before", *stored])
 
 
 def test_a_full_buffer_blocks_as_long_as_the_message_may_take(fabric: Fabric) -> None:

@@ -307,7 +307,7 @@ def test_what_would_only_pack_into_a_batch_is_too_long_as_well() -> None:
 
 def test_the_largest_message_fits() -> None:
     limits.check_body(bytes(limits.BODY_BYTES_MAX))
-    limits.check_extras("t", ["k"] * 64, "g" * 64, {f"{n:03}": "x" * 100 for n in range(128)})
+    limits.check_extras("t", ["k"] * 64, {f"{n:03}": "x" * 100 for n in range(128)}, "g" * 64)
     columns = Columns(
         [bytes(limits.BODY_BYTES_MAX)], ["t"], [["k"] * 64], [{f"{n:03}": "x" * 100 for n in range(128)}], ["g" * 64]
     )

@@ -183,7 +183,7 @@ ANYTHING = st.one_of(
 @given(ANYTHING, ANYTHING, ANYTHING, ANYTHING, ANYTHING)
 def test_anything_is_a_message_or_refused(body: Any, tag: Any, keys: Any, message_group: Any, properties: Any) -> None:
     try:
-        size = check_body(body) + check_extras(tag, keys, message_group, properties)
+        size = check_body(body) + check_extras(tag, keys, properties, message_group)
     except ZrmqError as error:
         assert 40000 <= error.code < 50000
         return

@@ -105,8 +105,8 @@ class Accumulator:
 
         Waits up to `timeout_ms` while the buffer is full. Raises `BufferFullError`, or what `refuse` said.
 
-        For a body alone, with the producer's own timeout, `body_fillers[target](body)` does the same in less than half the time,
-        where there is one. What it raises instead is for `filled`.
+        With the producer's own timeout `body_fillers[target](body)` does the same for a body alone in less than half the time,
+        `record_fillers[target]` for body, size and extras, where there is one. What they raise instead is for `filled`.
         """
         if timeout_ms == self._timeout_ms:
             fill = self.record_fillers.get(target)
@@ -129,6 +129,8 @@ class Accumulator:
                     self._start_filler(span.batch)
             if span is not None and self._has_news:
                 self._tell(span.batch)
+        except ZrmqError:
+            raise  # nothing was added, or nobody is there to be told
         except BaseException:  # Ctrl-C, perhaps, after it was added: it must not wait for the next send
             self.wake()
             raise
@@ -141,20 +143,33 @@ class Accumulator:
     def append_all(self, runs: Iterable[Run], timeout_ms: int, spans: list[Span]) -> None:
         """Add checked records in their order: no batch goes out in between unless one is full, or the buffer is. As `append`.
 
-        `spans` gets where they are; where those before it are, when one raises.
+        `spans` gets where they are; where those before it are, when one raises. Returns early when one of them has failed.
         """
         self._check_free()
         left = deque(run for run in runs if run.bodies)
         deadline_ms = None
+        settled = 0
         while left:
+            while settled < len(spans) and isinstance(spans[settled].batch.outcome, Stored):
+                settled += 1
+            if settled < len(spans) and spans[settled].batch.outcome is not None:
+                return
             count = len(spans)
             try:
-                with self._lock:
-                    room = self._add_until_full(left, timeout_ms, spans)
-            finally:
-                self._tell(*dict.fromkeys(span.batch for span in spans[count:]))
+                try:
+                    with self._lock:
+                        room = self._add_until_full(left, timeout_ms, spans)
+                finally:
+                    if len(spans) > count:
+                        deadline_ms = None  # the time is for one room after the other
+                        self._tell(*dict.fromkeys(span.batch for span in spans[count:]))
+            except ZrmqError:
+                raise
+            except BaseException:  # as in `append`
+                self.wake()
+                raise
             if room is not None:
-                if deadline_ms is None or len(spans) > count:
+                if deadline_ms is None:
                     deadline_ms = self._deadline_ms(timeout_ms)
                 self._wait_for_room(room, deadline_ms)
 
@@ -181,7 +196,8 @@ class Accumulator:
         batch = self._batch_with_room(run.target, run.sizes_bytes[run.begin], timeout_ms)
         if batch is None:
             return None
-        sizes_bytes = run.sizes_bytes[run.begin : run.begin + self._batch_records_max - len(batch.bodies)]
+        records_max = min(self._batch_records_max - len(batch.bodies), max(batch.room_bytes // RECORD_OVERHEAD_BYTES, 1))
+        sizes_bytes = run.sizes_bytes[run.begin : run.begin + records_max]
         size_bytes = sum(sizes_bytes)
         if size_bytes > batch.room_bytes:
             del sizes_bytes[bisect_right(list(accumulate(sizes_bytes)), batch.room_bytes) :]

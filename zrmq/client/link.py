@@ -34,6 +34,7 @@ from zrmq.protocol.requests import (
     Heartbeat,
     Hello,
     Request,
+    Send,
     Welcome,
     check_whole,
     decode_reply,
@@ -461,9 +462,10 @@ class Link:
     def _timeout_error(self, request: Request) -> RequestTimeoutError:
         what, timeout_ms = type(request).__name__, request.timeout_ms
         if self.is_open:
-            text = f"{self.address} did not answer {what} within {timeout_ms} ms; it is slow or stands still. Try again."
+            text = f"{self.address} did not answer {what} within {timeout_ms} ms; it is slow or stands still."
         else:
             text = f"{self.address} could not be reached for {what} within {timeout_ms} ms; check that a zrmq server runs there."
+        text += " It is unknown whether the message was stored." if isinstance(request, Send) else " Try again."
         return RequestTimeoutError(text, address=self.address, request=what, timeout_ms=timeout_ms)
 
     # --- the end ----------------------------------------------------------------------------------------------------

@@ -590,9 +590,9 @@ class ProducerCore:
         if isinstance(batch.target, MessageQueue):
             brokers = {name: address for name, address in brokers.items() if name == batch.target.broker_name}
         if any(name in self.reachable for name in brokers):
-            return RequestTimeoutError(
+            return UnreachableError(
                 f"The message waited {batch.timeout_ms} ms for its turn and was not sent; the brokers of topic {batch.topic!r}"
-                " are slower than this producer.",
+                " are slower than this producer. Send slower, or give it a longer timeout_ms.",
                 topic=batch.topic, timeout_ms=batch.timeout_ms,
             )
         names = ", ".join(f"{name} ({address})" for name, address in sorted(brokers.items())) or "none is registered"

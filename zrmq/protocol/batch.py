@@ -152,7 +152,7 @@ class Columns(msgspec.Struct, array_like=True, gc=False):
     message_groups: Annotated[list[str | None], _COLUMN] | None = None
 
 
-_encoder = msgspec.msgpack.Encoder()
+_encoder = msgspec.msgpack.Encoder(enc_hook=str.__str__)  # what is a str by inheritance goes as one
 _decoder = msgspec.msgpack.Decoder(Columns)
 
 

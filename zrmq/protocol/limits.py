@@ -132,7 +132,7 @@ def check_body(body: bytes) -> int:
 
 
 def check_extras(
-    tag: str | None, keys: Sequence[str], message_group: str | None, properties: dict[str, str] | None
+    tag: str | None, keys: Sequence[str], properties: dict[str, str] | None, message_group: str | None
 ) -> int:
     """Raise unless a message can have these besides its body; return their size in bytes as the limits count it.
 

@@ -513,7 +513,7 @@ AnyReply = (
     | Committed | Groups | SubscribedSince | GroupChanged
 )
 
-_encoder = msgspec.msgpack.Encoder()
+_encoder = msgspec.msgpack.Encoder(enc_hook=str.__str__)  # what is a str by inheritance goes as one
 _request_decoder = msgspec.msgpack.Decoder(AnyRequest)
 _reply_decoder = msgspec.msgpack.Decoder(AnyReply)
 
