@@ -25,6 +25,7 @@ from tests.unit.real_cluster import await_brokers, running_cluster
 from zrmq.client import accumulator as accumulator_module
 from zrmq.client.batch import Batch, SendHandle, Span
 from zrmq.client.link import Identity
+from zrmq.client.outgoing import outgoing
 from zrmq.errors import (
     BufferFullError,
     ClosedError,
@@ -232,30 +233,44 @@ def test_what_is_a_str_by_inheritance_is_sent_as_one(producer: Producer) -> None
     assert [(message.tag, list(message.keys), message.properties) for message in stored] == [("a", ["k"], {"n": "v"})] * 10
 
 
-def test_the_quick_way_leaves_nothing_out(producer: Producer) -> None:
-    """Once a topic has a filler, everything a message may have still goes along, and its own time still holds."""
-    def send(**options: Any) -> Any:
-        return producer.send_async("meters", b"x", **options)
-
-    options: list[dict[str, Any]] = [
+@pytest.mark.parametrize(
+    "option",
+    [
         {}, {"tag": "a"}, {"keys": ["k"]}, {"properties": {"n": "v"}}, {"message_group": "g"}, {"timeout_ms": 60_000},
         {"tag": "a", "keys": ["k"], "properties": {"n": "v"}, "message_group": "g", "timeout_ms": 60_000},
-    ]
-    for warm in (send, partial(send, tag="warm")):
+    ],
+)
+@pytest.mark.parametrize("before", [{}, {"tag": "before"}])
+def test_the_quick_way_leaves_nothing_out(fabric: Fabric, before: dict[str, Any], option: dict[str, Any]) -> None:
+    """Once a topic has a filler, everything a message may have still goes along, and its own time still holds."""
+    with fabric.producer(linger_ms=60_000) as producer:
         for _ in range(20):
-            warm()
-        handles = [send(**option) for option in options]
-        assert handles[5].batch.timeout_ms == handles[6].batch.timeout_ms == 60_000
+            producer.send_async("meters", b"x", **before)
+        fillers = producer._record_fillers if before else producer._body_fillers
+        assert "meters" in fillers
+        used_bytes = used(producer)
+        handle = producer.send_async("meters", b"x", **option)
+        if not {"message_group", "timeout_ms"} & option.keys():
+            assert used(producer) - used_bytes == outgoing(b"x", **option)[1]
+        assert handle.batch.timeout_ms == option.get("timeout_ms", 3_000)
         producer.flush()
-        stored = {message.message_id: message for message in read(producer, "meters")}
-        for handle, option in zip(handles, options, strict=True):
-            message = stored[handle.message_id]
-            assert (message.tag, list(message.keys)) == (option.get("tag"), option.get("keys", []))
-            assert (message.properties, message.message_group) == (option.get("properties", {}), option.get("message_group"))
+        (message,) = [each for each in read(producer, "meters") if each.message_id == handle.message_id]
+    assert (message.tag, list(message.keys)) == (option.get("tag"), option.get("keys", []))
+    assert (message.properties, message.message_group) == (option.get("properties", {}), option.get("message_group"))
+
+
+def used(producer: Producer) -> int:
+    """Bytes of the buffer that are in open batches."""
+    with producer._accumulator._lock:
+        batches = list(producer._accumulator._open.values())
+        for batch in batches:
+            batch.stop_filler()
+            producer._accumulator._start_filler(batch)
+        return sum(batch.size_bytes - batch.room_bytes for batch in batches)
 
 
 def test_records_of_several_groups_keep_what_they_bring(producer: Producer) -> None:
-    records = [Record(b"%d" % number, tag=f"t{number}", message_group=f"g{number // 2 % 3}") for number in range(30)]
+    records = [Record(b"%d" % number, tag=f"t{number}", message_group=f"g{number // 2}") for number in range(30)]
     producer.send_batch("meters", records)
     assert {message.body: message.tag for message in read(producer, "meters")} == {each.body: each.tag for each in records}
 
