@@ -13,8 +13,10 @@
         for message in consumer:
             print(message.body)
 
-Both deliver at least once, and each queue in its order. What is finished is committed within `commit_interval_ms`, when a queue
-goes to another member, and at the end; what is not finished comes again, here or at another member of the group.
+Both deliver at least once. A `PullConsumer` gives each queue in its order; a `PushConsumer` does with `in_order=True` only.
+
+What is finished is committed within `commit_interval_ms`, when a queue goes to another member, and at the end; what is not
+finished comes again, here or at another member of the group.
 """
 
 from __future__ import annotations
@@ -76,6 +78,9 @@ class PushConsumer(Consumer):
 
     A listener that returns finishes the message. One that raises gets it again after 1 s, 2 s, 4 s, ... 60 s, for as long as it
     raises, with `delivery_attempt` counted up; meanwhile others go on and the commit waits, or, `in_order`, its queue waits.
+
+    A queue's order holds only with `in_order=True`. Without it calls run side by side, and of messages handed out together those
+    left when one took long get in line again, behind later ones: `concurrency=1` alone keeps no order.
 
     Members of a group share the queues. When one comes or goes, a queue changes hands after what is in work was finished.
     """

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+import zrmq.consumer
 from tests.tidy.source import PAGES, ROOT
 from tests.unit.real_cluster import running_cluster
 from zrmq.cli.main import main
@@ -79,6 +80,17 @@ def test_the_tour_leaves_nothing_out() -> None:
         if path.suffix == ".py" or (path.is_dir() and any(path.glob("*.py")))
     }
     assert tree - inside - {"__init__.py", "__main__.py"} == set(), "Name it in README.md, 'A tour of the folders'."
+
+
+# --- promises -----------------------------------------------------------------------------------------------------------
+
+
+def test_who_reads_of_order_reads_what_it_takes() -> None:
+    """Where order is promised, the option that a listener needs for it is named."""
+    [order] = re.findall(r"^- \*\*Order\*\*.*?(?=^- )", section("Good to know"), re.DOTALL | re.MULTILINE)
+    for text in (order, zrmq.consumer.__doc__, zrmq.PushConsumer.__doc__):
+        assert text is not None
+        assert re.search(r"only\s+with\s+`in_order=True`|with\s+`in_order=True`\s+only", text)
 
 
 # --- links --------------------------------------------------------------------------------------------------------------

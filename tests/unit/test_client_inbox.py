@@ -13,9 +13,10 @@ from tests.unit.reading_cluster import ReadyList
 from tests.unit.stored import stored_batch
 from zrmq.client.consumer_engine import ThreadQueue
 from zrmq.client.inbox import Inbox
+from zrmq.client.listening import Pace, run_unit
 from zrmq.client.process_queue import Chunk, ProcessQueue, Unit
 from zrmq.clock import SystemClock
-from zrmq.message import MessageQueue
+from zrmq.message import Message, MessageQueue
 from zrmq.testing.clock import ManualClock
 
 Q0, Q1 = MessageQueue("meters", "broker-a", 0), MessageQueue("meters", "broker-a", 1)
@@ -167,6 +168,26 @@ def test_in_order_a_failed_part_holds_its_queue() -> None:
     desk.inbox.put_back(part)
     desk.inbox.done(desk.taken())
     assert offsets(desk.taken()) == [4, 5]
+
+
+@pytest.mark.parametrize(("in_order", "expected"), [(False, [[0], [4, 5], [1, 2, 3]]), (True, [[0], [1, 2, 3], [4, 5]])])
+def test_what_a_slow_listener_left_comes_in_its_place_only_in_order(in_order: bool, expected: list[list[int]]) -> None:
+    desk, given = Desk(in_order=in_order), []
+    queue = desk.queue()
+    desk.put(queue, 4)
+    desk.put(queue, 2)
+
+    def listen(message: Message) -> None:
+        given[-1].append(message.queue_offset)
+        desk.clock.advance(1_000.0 if message.queue_offset == 0 else 0.0)
+
+    while (unit := desk.take()) is not None:
+        given.append([])
+        outcome = run_unit(unit, listen, Pace(), desk.clock, in_order=in_order)
+        desk.inbox.done(unit, [failure.unit for failure in outcome.failures], outcome.stop_offset)
+        for failure in outcome.failures:
+            desk.inbox.put_back(failure.unit)
+    assert given == expected
 
 
 def test_what_was_not_touched_stays_unfinished(desk: Desk) -> None:
