@@ -16,7 +16,9 @@ from zrmq.cli.main import main
 from zrmq.cli.send import parse_property, send_lines
 from zrmq.cli.tail import facts_of, parse_start
 from zrmq.client.admin import Admin
+from zrmq.errors import RequestTimeoutError
 from zrmq.message import BatchSource, ConsumeFrom, Message
+from zrmq.protocol.limits import check_body
 
 Run = Callable[..., Result]
 
@@ -139,8 +141,50 @@ def test_a_line_that_cannot_be_sent_is_told_with_what_was_stored(run: Run, topic
     assert result.exit_code == 1
     told = json.loads(result.stderr.splitlines()[-1])["error"]
     assert told["name"] == "MESSAGE_BODY_TOO_LARGE"
-    assert len(result.stdout.splitlines()) <= 1
-    assert [message["body"] for message in everything(run, topic)] == ["one"]
+    assert told["message"].startswith("Line 2: The body has 5242880 bytes")
+    assert told["facts"]["line"] == 2
+    assert result.stderr.splitlines()[0] == f"stored 1 messages in {topic}"
+    [receipt] = result.stdout.splitlines()
+    [message] = everything(run, topic)
+    assert (message["body"], message["message_id"]) == ("one", json.loads(receipt)["message_id"])
+
+
+def test_a_line_that_cannot_be_sent_as_text(run: Run, topic: str) -> None:
+    result = run("send", topic, "-", input=b"one\ntwo\n" + bytes(5 * 1024 * 1024) + b"\nfour\n")
+    assert (result.exit_code, result.stdout) == (1, f"stored 2 messages in {topic}\n")
+    assert result.stderr.startswith("Error: Line 3: The body has 5242880 bytes")
+    assert sorted(message["body"] for message in everything(run, topic)) == ["one", "two"]
+
+
+class Line:
+    """What `send_async` gives for a line that a broker stores, or does not."""
+
+    def __init__(self, body: bytes) -> None:
+        self.body = body
+
+    def done(self) -> bool:
+        return False
+
+    def result(self) -> bytes:
+        if self.body.startswith(b"lost"):
+            raise RequestTimeoutError("No answer.", topic="meters")
+        return self.body
+
+    @classmethod
+    def send_async(cls, topic: str, body: bytes) -> Line:
+        check_body(body)
+        return cls(body)
+
+
+@pytest.mark.parametrize("last", [b"last", bytes(5 * 1024 * 1024)])
+def test_lines_behind_one_that_a_broker_refused_are_counted_too(last: bytes) -> None:
+    receipts: list[Any] = []
+    producer: Any = Line
+    with pytest.raises(RequestTimeoutError, match="^Line 2: No answer") as caught:
+        for receipt in send_lines(producer, "meters", [b"one", b"lost", b"three", b"lost too", last], {}):
+            receipts.append(receipt)
+    assert caught.value.facts == {"topic": "meters", "line": 2}
+    assert receipts == [b"one", b"three", *([last] if last == b"last" else [])]
 
 
 def test_receipts_come_while_lines_still_do(nameservers: str, topic: str) -> None:

@@ -12,9 +12,10 @@ import msgspec
 
 from zrmq.cli.options import client_options, examples
 from zrmq.cli.printing import print_json
-from zrmq.errors import InvalidArgumentError
+from zrmq.errors import InvalidArgumentError, ZrmqError
 
 if TYPE_CHECKING:
+    from zrmq.client.batch import SendHandle
     from zrmq.message import SendReceipt
     from zrmq.producer import Producer
 
@@ -71,21 +72,40 @@ def send_stdin(producer: Producer, topic: str, parts: dict[str, Any], as_json: b
             if as_json:
                 print_receipt(receipt, as_json)
     except BrokenPipeError:  # nobody reads the receipts any more; the lines are sent all the same
-        count += sum(1 for _ in receipts)
+        for _ in receipts:
+            count += 1
         raise
     finally:
         click.echo(f"stored {count} messages in {topic}", err=as_json)
 
 
 def send_lines(producer: Producer, topic: str, lines: Iterable[bytes], parts: dict[str, Any]) -> Iterator[SendReceipt]:
-    """Send each line without its end; the receipts in the order of the lines, a while behind them."""
-    handles: deque[Any] = deque()
-    for line in lines:
-        handles.append(producer.send_async(topic, line.rstrip(b"\r\n"), **parts))
-        while handles and (len(handles) > AHEAD_MAX or handles[0].done()):
-            yield handles.popleft().result()
-    while handles:
-        yield handles.popleft().result()
+    """Send each line without its end; the receipts in the order of the lines, a while behind them.
+
+    Sends no more when it notices that one failed. The receipts of all that are stored come first; then the error of the first
+    line that is not is raised, with its number, from 1, in the sentence and in `facts["line"]`.
+    """
+    handles: deque[tuple[int, SendHandle]] = deque()
+    failures: dict[int, ZrmqError] = {}  # by line
+    number = 0
+    try:
+        for number, line in enumerate(lines, 1):
+            handles.append((number, producer.send_async(topic, line.rstrip(b"\r\n"), **parts)))
+            while handles and (len(handles) > AHEAD_MAX or handles[0][1].done()):
+                number, handle = handles.popleft()
+                yield handle.result()
+    except ZrmqError as error:
+        failures[number] = error
+    for number, handle in handles:
+        try:
+            yield handle.result()
+        except ZrmqError as error:
+            failures[number] = error
+    if failures:
+        number, failure = min(failures.items())
+        failure.message = f"Line {number}: {failure.message}"
+        failure.facts = {**failure.facts, "line": number}
+        raise failure
 
 
 def print_receipt(receipt: SendReceipt, as_json: bool) -> None:
