@@ -839,7 +839,7 @@ def test_a_group_has_a_groups_name(group: str) -> None:
 
 
 def test_a_push_consumer_needs_a_group() -> None:
-    with pytest.raises(InvalidArgumentError, match="A group needs a name"):
+    with pytest.raises(InvalidArgumentError, match="The group is of type NoneType; give a str"):
         zrmq.PushConsumer(None)  # type: ignore[arg-type]
 
 
@@ -880,7 +880,7 @@ def test_what_is_subscribed_wrongly_is_refused_at_once() -> None:
     consumer = zrmq.PushConsumer("reports")
     with pytest.raises(InvalidArgumentError, match=r"a listener comes third: subscribe\(t, '\*', f\)"):
         consumer.subscribe("meters", print)  # type: ignore[call-overload]
-    with pytest.raises(InvalidArgumentError, match="A topic needs a name"):
+    with pytest.raises(InvalidArgumentError, match="The topic is of type builtin_function_or_method; give a str"):
         consumer.subscribe(print)  # type: ignore[call-overload]
     with pytest.raises(InvalidArgumentError, match="has an empty tag"):
         consumer.subscribe("meters", "a || ")

@@ -44,15 +44,22 @@ def test_names_of_groups(name: str) -> None:
         ("a.b", "contains '.'"),
         ("a/../b", "contains"),
         ("\x00", "contains"),
-        (None, "needs a name"),
-        (5, "needs a name"),
-        (b"meters", "needs a name"),
+        (None, "The topic is of type NoneType; give a str"),
+        (5, "The topic is of type int; give a str"),
+        (b"meters", "The topic is of type bytes; give a str"),
     ],
 )
 def test_what_is_no_name(name: Any, sentence: str) -> None:
     with pytest.raises(InvalidArgumentError, match=sentence) as raised:
         check_topic(name)
     assert raised.value.code is Code.ILLEGAL_TOPIC
+
+
+def test_a_group_of_another_type_is_told_which() -> None:
+    with pytest.raises(InvalidArgumentError, match="The group is of type bytes; give a str") as raised:
+        check_group(b"g")  # type: ignore[arg-type]
+    assert raised.value.code is Code.ILLEGAL_CONSUMER_GROUP
+    assert raised.value.facts == {"type": "bytes"}
 
 
 def test_groups_have_a_code_and_a_limit_of_their_own() -> None:
@@ -86,8 +93,9 @@ def test_tags(tag: str) -> None:
     "tag, sentence",
     [
         ("", "not blank"), ("  ", "not blank"), ("a|b", r"contains '\|'"), ("a\tb", "control character"), ("a\x9f", "control"),
-        ("\ud800", "surrogate"), (" a", "blank"), ("a ", "blank"), ("a\u2003", "blank"), (5, "must be text"),
-        (b"a", "must be text"),
+        ("\ud800", "surrogate"), (" a", "blank"), ("a ", "blank"), ("a\u2003", "blank"),
+        (5, "The tag is of type int; give a str"),
+        (b"a", "The tag is of type bytes; give a str"),
     ],
 )
 def test_what_is_no_tag(tag: Any, sentence: str) -> None:
@@ -162,6 +170,22 @@ def test_what_is_no_message(parts: dict[str, Any], code: Code) -> None:
         record(**parts)
     assert raised.value.code is code
     assert raised.value.message.endswith((".", "]."))
+
+
+@pytest.mark.parametrize(
+    "parts, sentence",
+    [
+        ({"tag": 5}, "The tag is of type int; give a str."),
+        ({"keys": ["a", b"b"]}, "The key is of type bytes; give a str."),
+        ({"message_group": 5}, "The message group is of type int; give a str."),
+        ({"properties": {5: "b"}}, "The property name is of type int; give a str."),
+        ({"properties": {None: "b"}}, "The property name is of type NoneType; give a str."),
+    ],
+)
+def test_a_wrong_type_is_named(parts: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InvalidArgumentError) as raised:
+        record(**parts)
+    assert raised.value.message == sentence
 
 
 @pytest.mark.parametrize(

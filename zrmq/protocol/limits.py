@@ -57,7 +57,9 @@ _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 def _check_name(name: str, what: str, chars_max: int, code: Code) -> None:
-    if not isinstance(name, str) or not name:
+    if not isinstance(name, str):
+        _wrong_type(name, what, code)
+    if not name:
         raise InvalidArgumentError(f"A {what} needs a name; give at least one character.", code=code, name=name)
     if len(name) > chars_max:
         raise InvalidArgumentError(
@@ -87,16 +89,19 @@ def check_text(text: str, what: str, code: Code) -> None:
     """Raise unless `text` is non-empty, has no control character and can be written as UTF-8."""
     if isinstance(text, str) and text.isprintable() and text.strip():
         return  # hot: what can be printed has neither, and nearly everything can
-    if not isinstance(text, str) or not text.strip():
-        _not_text(what, code)
+    if not isinstance(text, str):
+        _wrong_type(text, what, code)
+    if not text.strip():
+        raise InvalidArgumentError(f"A {what} must be text and not blank; leave it out instead.", code=code)
     if _CONTROL.search(text) or _SURROGATE.search(text):
         raise InvalidArgumentError(
             f"The {what} {text[:40]!r} contains a control character or half of a surrogate pair; remove it.", code=code
         )
 
 
-def _not_text(what: str, code: Code) -> NoReturn:
-    raise InvalidArgumentError(f"A {what} must be text and not blank; leave it out instead.", code=code)
+def _wrong_type(given: object, what: str, code: Code) -> NoReturn:
+    kind = type(given).__name__
+    raise InvalidArgumentError(f"The {what} is of type {kind}; give a str.", code=code, type=kind)
 
 
 def check_tag(tag: str) -> None:
@@ -140,7 +145,7 @@ def check_extras(
     """
     size = 0
     if tag is not None:
-        size += _tag_bytes(tag) if isinstance(tag, str) else _not_text("tag", Code.ILLEGAL_MESSAGE_TAG)
+        size += _tag_bytes(tag) if isinstance(tag, str) else _wrong_type(tag, "tag", Code.ILLEGAL_MESSAGE_TAG)
     if keys:
         size += _check_keys(keys)
     if message_group is not None:
