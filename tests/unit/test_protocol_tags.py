@@ -42,6 +42,14 @@ def test_what_is_no_expression(expression: str) -> None:
     assert raised.value.code in (Code.ILLEGAL_FILTER_EXPRESSION, Code.ILLEGAL_MESSAGE_TAG)
 
 
+@pytest.mark.parametrize("expression", ["a |", "a | b", "a|b", "| a", "|", "a ||| b", "a || b | c"])
+def test_a_single_bar_is_told_from_two(expression: str) -> None:
+    with pytest.raises(InvalidArgumentError) as raised:
+        parse_expression(expression)
+    assert raised.value.message == f"The filter {expression!r} has a single '|'; write tags joined by '||', as in 'a || b'."
+    assert raised.value.code is Code.ILLEGAL_FILTER_EXPRESSION
+
+
 def test_expressions_have_a_limit() -> None:
     parse_expression("a" * EXPRESSION_CHARS_MAX)
     with pytest.raises(InvalidArgumentError, match="use at most 4096"):

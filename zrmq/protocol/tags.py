@@ -33,7 +33,7 @@ def tag_mask(tags: Iterable[str | None]) -> int:
 
 
 def parse_expression(expression: str) -> frozenset[str] | None:
-    """The wanted tags, or None for all messages. Raises `InvalidArgumentError` for an empty tag between bars.
+    """The wanted tags, or None for all messages. Raises `InvalidArgumentError` for what is none.
 
     >>> sorted(parse_expression("kitchen || hall"))
     ['hall', 'kitchen']
@@ -48,6 +48,11 @@ def parse_expression(expression: str) -> frozenset[str] | None:
         return None
     tags = [part.strip() for part in text.split("||")]
     for tag in tags:
+        if "|" in tag:
+            raise InvalidArgumentError(
+                f"The filter {expression!r} has a single '|'; write tags joined by '||', as in 'a || b'.",
+                code=Code.ILLEGAL_FILTER_EXPRESSION, expression=expression,
+            )
         if not tag:
             raise InvalidArgumentError(
                 f"The filter {expression!r} has an empty tag; write tags joined by '||', or '*' for all.",
