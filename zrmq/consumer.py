@@ -41,6 +41,8 @@ from zrmq.client.consumer_base import (
     Consumer,
     When,
     check_count,
+    check_queues,
+    check_timeout,
     time_ms,
 )
 from zrmq.client.consumer_engine import Engine
@@ -188,6 +190,7 @@ class PushConsumer(Consumer):
         A listener that takes longer than `timeout_ms` is left alone, and its message comes again. Called by a listener it returns
         at once, and the consumer closes when that listener has returned.
         """
+        check_timeout(timeout_ms)
         self._ended.put(None)
         if threading.current_thread() in self._workers:
             threading.Thread(target=self._close, args=(timeout_ms,), name="zrmq-consumer-close").start()
@@ -355,12 +358,7 @@ class PullConsumer(Consumer):
         self._check_usable()
         if self._filters:
             raise InvalidArgumentError("This consumer subscribes to topics; use another one to assign queues.")
-        chosen = list(queues)
-        for queue in chosen:
-            if not isinstance(queue, MessageQueue):
-                raise InvalidArgumentError(f"{queue!r} is no message queue; take some from queues(), or make a MessageQueue.")
-            check_topic(queue.topic)
-        assigned = self._assigned = frozenset(chosen)
+        assigned = self._assigned = frozenset(check_queues(queues))
         if self._engine is not None:
             engine = self._engine
             engine.started.clear()
@@ -379,6 +377,7 @@ class PullConsumer(Consumer):
 
         What the last `poll` returned, or an iteration gave last, is not finished: it comes again unless `commit` was called.
         """
+        check_timeout(timeout_ms)
         self._close(timeout_ms)
 
     def __enter__(self) -> Self:
@@ -396,10 +395,9 @@ class PullConsumer(Consumer):
 
         Raises what the group refuses (see `start`), `ClosedError`.
         """
-        if max_messages < 1:
-            raise InvalidArgumentError(f"max_messages is {max_messages}; ask for 1 or more.")
-        if timeout_ms < 0:
-            raise InvalidArgumentError(f"timeout_ms is {timeout_ms}; wait for 0 or more.")
+        if not isinstance(max_messages, int) or isinstance(max_messages, bool) or max_messages < 1:
+            raise InvalidArgumentError(f"max_messages is {max_messages!r}; ask for 1 or more, a whole number.")
+        check_timeout(timeout_ms)
         engine, cursor = self._ready()
         if self._auto_commit:
             cursor.finish()
@@ -464,6 +462,7 @@ class PullConsumer(Consumer):
         Raises `FencedError` for queues that went to another member meanwhile (the others are committed), `RequestTimeoutError`,
         `InvalidArgumentError` without a group.
         """
+        check_timeout(timeout_ms)
         engine, cursor = self._ready()
         self._check_group("has nowhere to commit to")
         cursor.finish_given()
@@ -474,6 +473,7 @@ class PullConsumer(Consumer):
     def queues(self, topic: str, timeout_ms: int = ASK_MS) -> list[MessageQueue]:
         """All queues of the topic in the cluster, sorted. Raises `TopicNotFoundError`, `UnreachableError`."""
         check_topic(topic)
+        check_timeout(timeout_ms)
         if self._engine is None and not self._filters and self._assigned is None:
             self._assigned = frozenset()  # whoever asks for queues first will assign some
         instance = self._ready()[0].instance
@@ -486,9 +486,10 @@ class PullConsumer(Consumer):
         What was given of the queue and is not finished is forgotten. The next commit tells the group, also when it goes back.
         Raises `InvalidArgumentError` for a queue that is not `assigned()` to this consumer now.
         """
-        core = self._ready()[0].core
         if isinstance(where, int):
+            check_queues([queue])
             offset = check_count("where", where, 0)
+            core = self._ready()[0].core
             self._call(lambda: core.seek(queue, offset))
         else:
             self._seek_all([queue], _asked(where))
@@ -507,6 +508,7 @@ class PullConsumer(Consumer):
 
     def position(self, queue: MessageQueue) -> int:
         """The offset of the next message this consumer will give of the queue. Raises as `seek`."""
+        check_queues([queue])
         engine, cursor = self._ready()
         return cursor.position(self._call(lambda: engine.core.reading(queue).process_queue))
 
@@ -515,6 +517,7 @@ class PullConsumer(Consumer):
 
         Raises `InvalidArgumentError` without a group, `TopicNotFoundError`, `UnreachableError`, `RequestTimeoutError`.
         """
+        check_queues([queue])
         self._ready()
         self._check_group("has committed nothing")
         reply = self._ask(queue.broker_name, QueryCommitted, queue.topic)
@@ -570,15 +573,17 @@ class PullConsumer(Consumer):
             raise InvalidArgumentError(f"A consumer without a group {what}; make it with a group.")
 
     def _seek_all(self, queues: Sequence[MessageQueue], where: int) -> None:
+        given = check_queues(queues)
         core = self._ready()[0].core
-        chosen = list(queues) or self.assigned()
+        chosen = given or self.assigned()
         self._call(lambda: [core.reading(queue) for queue in chosen])
         for queue, offset in self._offsets_at(chosen, where).items():
             self._call(partial(core.seek, queue, offset))
 
     def _pause(self, queues: Sequence[MessageQueue], is_paused: bool) -> None:
+        given = check_queues(queues)
         core = self._ready()[0].core
-        chosen = list(queues) or self.assigned()
+        chosen = given or self.assigned()
         self._call(lambda: core.pause(chosen, is_paused))
 
 

@@ -988,6 +988,56 @@ def test_assigning_what_is_no_queue() -> None:
         zrmq.PullConsumer().assign(["meters"])  # type: ignore[list-item]
 
 
+NO_QUEUE: list[Any] = [5, None, "meters", [MessageQueue("meters", "broker-a", 0)], ("meters", "broker-a", 0)]
+NO_TIMEOUT: list[Any] = ["1", None, -1, True, float("nan"), float("inf"), 1 << 70, [1]]
+QUEUE = MessageQueue("meters", "broker-a", 0)
+
+
+@pytest.mark.parametrize(("kind", "call", "wrong", "reason"), [
+    (zrmq.PushConsumer, lambda it, x: it.subscribe("meters", x, print), [["a", "b"], 5, b"a", None], "The filter is of type"),
+    (zrmq.PushConsumer, lambda it, x: it.subscribe("meters", x), [["a", "b"], 5, b"a", None, {"a"}], "The filter is of type"),
+    (zrmq.PushConsumer, lambda it, x: it.subscribe("meters", "*", x), [5, "print", [print]], "cannot be called; give a function"),
+    (zrmq.PushConsumer, lambda it, x: it.subscribe("meters")(x), [5, None, "print"], "cannot be called; give a function"),
+    (zrmq.PushConsumer, lambda it, x: it.subscribe(x, "*", print), [5, None, ["meters"]], "The topic is of type"),
+    (zrmq.PushConsumer, lambda it, x: it.close(x), NO_TIMEOUT, "timeout_ms is .*; wait for 0 or more"),
+    (zrmq.PushConsumer, lambda it, x: it.stop(x), NO_TIMEOUT, "timeout_ms is .*; wait for 0 or more"),
+    (zrmq.PullConsumer, lambda it, x: it.subscribe("meters", x), [["a", "b"], 5, b"a", None, print], "The filter is of type"),
+    (zrmq.PullConsumer, lambda it, x: it.subscribe(x), [5, None, ["meters"]], "The topic is of type"),
+    (zrmq.PullConsumer, lambda it, x: it.close(x), NO_TIMEOUT, "timeout_ms is .*; wait for 0 or more"),
+    (zrmq.PullConsumer, lambda it, x: it.commit(x), NO_TIMEOUT, "timeout_ms is .*; wait for 0 or more"),
+    (zrmq.PullConsumer, lambda it, x: it.poll(1, x), NO_TIMEOUT, "timeout_ms is .*; wait for 0 or more"),
+    (zrmq.PullConsumer, lambda it, x: it.queues("meters", x), NO_TIMEOUT, "timeout_ms is .*; wait for 0 or more"),
+    (zrmq.PullConsumer, lambda it, x: it.queues(x), [5, None, ["meters"]], "The topic is of type"),
+    (zrmq.PullConsumer, lambda it, x: it.poll(x), ["1", None, 0, 1.5, True, [1]], "max_messages is .*; ask for 1 or more"),
+    (zrmq.PullConsumer, lambda it, x: it.assign(x), [5, None, QUEUE], "is no list of message queues"),
+    (zrmq.PullConsumer, lambda it, x: it.assign([x]), NO_QUEUE, "is no message queue"),
+    (zrmq.PullConsumer, lambda it, x: it.seek(x, 0), NO_QUEUE, "is no message queue"),
+    (zrmq.PullConsumer, lambda it, x: it.seek(x, EARLIEST), NO_QUEUE, "is no message queue"),
+    (zrmq.PullConsumer, lambda it, x: it.seek(QUEUE, x), ["0", None, 1.5, [0]], "is no time"),
+    (zrmq.PullConsumer, lambda it, x: it.seek(QUEUE, x), [-1, True], "where is .*; give a whole number"),
+    (zrmq.PullConsumer, lambda it, x: it.seek_to_earliest(x), NO_QUEUE, "is no message queue"),
+    (zrmq.PullConsumer, lambda it, x: it.seek_to_latest(x), NO_QUEUE, "is no message queue"),
+    (zrmq.PullConsumer, lambda it, x: it.seek_to_timestamp(0, x), NO_QUEUE, "is no message queue"),
+    (zrmq.PullConsumer, lambda it, x: it.seek_to_timestamp(x), ["0", None, 1.5, [0]], "is no time"),
+    (zrmq.PullConsumer, lambda it, x: it.position(x), NO_QUEUE, "is no message queue"),
+    (zrmq.PullConsumer, lambda it, x: it.committed(x), NO_QUEUE, "is no message queue"),
+    (zrmq.PullConsumer, lambda it, x: it.pause(x), NO_QUEUE, "is no message queue"),
+    (zrmq.PullConsumer, lambda it, x: it.resume(x), NO_QUEUE, "is no message queue"),
+    (zrmq.PullConsumer, lambda it, x: it.assign([MessageQueue(x, "broker-a", 0)]), [5, None], "The topic is of type"),
+    (zrmq.PullConsumer, lambda it, x: it.pause(MessageQueue("meters", x, 0)), [5, None], "broker name that is no text"),
+    (zrmq.PullConsumer, lambda it, x: it.pause(MessageQueue("meters", "broker-a", x)), ["0", None, -1], "queue_id is"),
+])
+def test_what_a_door_cannot_use_is_refused_in_a_sentence(
+    kind: type[Any], call: Callable[[Any, Any], object], wrong: list[Any], reason: str
+) -> None:
+    """Before anything is started, so by a consumer without a cluster."""
+    for value in wrong:
+        with pytest.raises(InvalidArgumentError, match=reason) as caught:
+            call(kind("reports"), value)
+        assert caught.value.message.endswith(".")
+        assert "\n" not in caught.value.message
+
+
 def test_queues_of_a_topic_that_does_not_exist(consumers: Callable[..., Any], name: str) -> None:
     with pytest.raises(TopicNotFoundError, match=f"Topic '{name}' does not exist"):
         consumers(zrmq.PullConsumer).queues(name, timeout_ms=200)

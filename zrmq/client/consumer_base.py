@@ -37,6 +37,7 @@ START_MS = 5_000  # how long a start waits for brokers before it goes on trying 
 CLOSE_MS = 10_000
 ASK_MS = 5_000
 ANSWER_MARGIN_MS = 1_000  # a request's own deadline comes first
+TIMEOUT_MS_MAX = 1 << 40  # 35 years; Python's locks take no more than some hundred
 
 T = TypeVar("T")
 When = datetime | int  # an int: milliseconds since 1970-01-01 UTC
@@ -242,6 +243,27 @@ def check_count(name: str, value: int, least: int, most: int | None = None) -> i
         bounds = f"a whole number from {least} to {most}" if most is not None else f"a whole number, {least} or more"
         raise InvalidArgumentError(f"{name} is {value!r}; give {bounds}.")
     return value
+
+
+def check_timeout(timeout_ms: float) -> None:
+    """`InvalidArgumentError` unless it is a number of milliseconds that can be waited."""
+    if not isinstance(timeout_ms, int | float) or isinstance(timeout_ms, bool) or not 0 <= timeout_ms <= TIMEOUT_MS_MAX:
+        raise InvalidArgumentError(f"timeout_ms is {timeout_ms!r}; wait for 0 or more, at most {TIMEOUT_MS_MAX} milliseconds.")
+
+
+def check_queues(queues: Iterable[MessageQueue]) -> list[MessageQueue]:
+    """A list of them, or `InvalidArgumentError` unless each is a message queue."""
+    if not isinstance(queues, Iterable):
+        raise InvalidArgumentError(f"{queues!r} is no list of message queues; give one, such as queues() has.")
+    chosen = list(queues)
+    for queue in chosen:
+        if not isinstance(queue, MessageQueue):
+            raise InvalidArgumentError(f"{queue!r} is no message queue; take some from queues(), or make a MessageQueue.")
+        check_topic(queue.topic)
+        if not isinstance(queue.broker_name, str):
+            raise InvalidArgumentError(f"{queue!r} has a broker name that is no text; give a str.")
+        check_count("queue_id", queue.queue_id, 0)
+    return chosen
 
 
 def time_ms(given: When) -> int:

@@ -38,6 +38,11 @@ def parse_expression(expression: str) -> frozenset[str] | None:
     >>> sorted(parse_expression("kitchen || hall"))
     ['hall', 'kitchen']
     """
+    if not isinstance(expression, str):
+        raise InvalidArgumentError(
+            f"The filter is of type {type(expression).__name__}; give a str, tags joined by '||' as in 'a || b'.",
+            code=Code.ILLEGAL_FILTER_EXPRESSION,
+        )
     text = expression.strip()
     if len(text) > EXPRESSION_CHARS_MAX:
         raise InvalidArgumentError(
