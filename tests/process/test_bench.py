@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from zrmq.cli.bench import Stage, failure
 from zrmq.cli.bench_figures import FIGURES
+from zrmq.cli.bench_players import Spec
 from zrmq.cli.children import await_brokers, start_broker, start_nameserver
+from zrmq.cli.failures import EXIT_FAILED, Invocation, run_command
+from zrmq.errors import InvalidArgumentError, UnreachableError, ZrmqError
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -67,6 +72,33 @@ def test_a_running_cluster_can_be_measured_and_is_left_clean(tmp_path: Path) -> 
             command = [sys.executable, "-m", "zrmq", "topic", "list", "--json", "--nameservers", address]
             listed = subprocess.run(command, capture_output=True, text=True)
     assert (listed.returncode, listed.stdout) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("part", "sentence"),
+    [
+        ("produce", r"failed: The topic name 'a b' contains ' '; use letters, .* \[40002 ILLEGAL_TOPIC\]"),
+        ("no_part", r"ended with code 1; its log, .*, says why\. \[\d+ INTERNAL_ERROR\]"),
+    ],
+)
+def test_a_player_that_fails_is_told_in_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str, sentence: str
+) -> None:
+    """With one code, though the player's log has its own; the log is named, and has the details."""
+    nowhere = "tcp://127.0.0.1:1"
+    spec = Spec(part, nameservers=nowhere, topic="a b", messages=1, warm_messages=1)
+    stage = Stage(nowhere, tmp_path, 1, 8)
+    assert run_command(lambda: stage._run([spec]), Invocation()) == EXIT_FAILED
+    [told] = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(rf"Error: The player {part} .*{sentence}", told)
+    log_file = tmp_path / "logs" / f"{part}.log"
+    assert str(log_file) in told
+    assert "Traceback" in log_file.read_text()
+
+
+def test_a_player_that_reaches_nobody_ends_as_a_command_does_that_does_not(tmp_path: Path) -> None:
+    assert type(failure("send", tmp_path, UnreachableError.code, "Nobody answers.")) is UnreachableError
+    assert type(failure("send", tmp_path, InvalidArgumentError.code, "It cannot be.")) is ZrmqError
 
 
 def test_wrong_usage(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from zrmq.cli.children import Child, await_brokers, start_broker, start_nameserv
 from zrmq.cli.options import examples, json_option
 from zrmq.cli.printing import print_json, print_table
 from zrmq.client.admin import Admin
-from zrmq.errors import ZrmqError
+from zrmq.errors import Code, UnreachableError, ZrmqError
 from zrmq.message import FlushMode
 from zrmq.protocol.requests import TopicInfo
 
@@ -92,11 +92,24 @@ def check_stored(brokers: Mapping[str, TopicInfo], spec: Spec) -> None:
 
 
 def _fact(player: Child, name: str) -> Any:
-    """What a player tells under this name, next."""
+    """What a player tells under this name, next. Raises `ZrmqError` when it fails first, in one sentence that names its log."""
     while True:
-        told = msgspec.json.decode(player.wait_line(_JSON_LINE, PLAYER_TIMEOUT_S)[0])
+        try:
+            told = msgspec.json.decode(player.wait_line(_JSON_LINE, PLAYER_TIMEOUT_S)[0])
+        except UnreachableError:  # a process that ends is no server that does not answer
+            raise ZrmqError(
+                f"The player {player.name} ended with code {player.wait()}; its log, {player.log_file}, says why."
+            ) from None
+        if "failed" in told:
+            raise failure(player.name, player.log_file, *told["failed"])
         if name in told:
             return told[name]
+
+
+def failure(name: str, log_file: Path, code: int, message: str) -> ZrmqError:
+    """What a player failed with, as this command's own: nobody answered, or it did not get done what was asked for."""
+    kind = UnreachableError if code == UnreachableError.code else ZrmqError
+    return kind(f"The player {name} (its log: {log_file}) failed: {message}", code=Code(code))
 
 
 def measure(stage: Stage, figures: Sequence[Figure], rounds: int, progress: Progress) -> list[Row]:

@@ -1,8 +1,9 @@
 """The processes of a benchmark: each plays one part, warms up, waits for the start, and reports what it measured.
 
 A player is started with its `Spec` as the only argument. It prints one JSON object per line: what others need to know before they
-start (`address`), `{"ready": true}` when it is warm, and its result; between the last two it waits for a line on stdin. Times are
-CLOCK_MONOTONIC in milliseconds, which all processes of a machine share.
+start (`address`), `{"ready": true}` when it is warm, and its result; between the last two it waits for a line on stdin. One that
+fails prints the error's code and message (`failed`) instead of what would come next. Times are CLOCK_MONOTONIC in milliseconds,
+which all processes of a machine share.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import msgspec
 
 import zrmq
 from zrmq.clock import Clock, SystemClock
-from zrmq.errors import RequestTimeoutError
+from zrmq.errors import RequestTimeoutError, ZrmqError
 from zrmq.message import ConsumeFrom
 
 LIST_RECORDS = 10_000  # of one `send_batch`
@@ -232,7 +233,11 @@ def play(argument: str) -> None:
     spec = msgspec.json.decode(argument, type=Spec)
     part = PARTS.get(spec.part) or getattr(import_module("zrmq.cli.bench_limits"), spec.part)
     gate = Gate()
-    gate.tell(result=part(spec, gate))
+    try:
+        gate.tell(result=part(spec, gate))
+    except ZrmqError as error:
+        gate.tell(failed=(error.code, error.message))
+        raise
 
 
 if __name__ == "__main__":
