@@ -32,9 +32,9 @@ PER_FILE = 10
 class Case:
     """A queue on a shelf with small files. Batch n has two records, offsets 2n and 2n+1, lies at 100n, came at second n."""
 
-    def __init__(self, count: int = 0, seed: int = 0) -> None:
+    def __init__(self, count: int = 0, seed: int = 0, per_file: int = PER_FILE, open_files_max: int = 2) -> None:
         self.files = FaultyFiles(seed)
-        self.shelf = Shelf(self.files, FOLDER, OpenFiles(self.files, 2), PER_FILE)
+        self.shelf = Shelf(self.files, FOLDER, OpenFiles(self.files, open_files_max), per_file)
         topic = Topic(17, TopicConfig("meters", 1))
         topic.grow(1)
         self.queue = topic.queues[0]
@@ -185,6 +185,25 @@ def test_sequential_readers_do_not_search() -> None:
     assert case.files.counts["pread"] > before
 
 
+def test_a_search_reads_the_last_of_its_way_at_once() -> None:
+    """12 halves of 4,000 entries: five until 125 are left, and those together."""
+    case = Case(4_000, per_file=5_000)
+    case.index.spill()
+    for offset in (0, 1, 2_500, 7_999):
+        before = case.files.counts["pread"]
+        assert case.index.find_offset(offset) == offset // 2
+        assert case.files.counts["pread"] - before <= 6
+
+
+@pytest.mark.parametrize("spilled", [0, 100, 450, 1_000])
+def test_a_long_queue_is_searched_by_offset_and_time_across_files_and_memory(spilled: int) -> None:
+    case = Case(spilled, per_file=400)
+    case.index.spill()
+    case.add(1_000 - spilled)
+    assert [case.index.find_offset(offset) for offset in range(2_000)] == [offset // 2 for offset in range(2_000)]
+    assert [case.index.find_time(number * 1000 - 500) for number in range(1_001)] == list(range(1_001))
+
+
 def test_a_hint_ahead_of_the_last_entry_counts_once_it_is_there() -> None:
     case = Case(5)
     case.index.remember(10, 5, asked_offset=0)
@@ -226,7 +245,7 @@ def test_trimming_forgets_what_is_before_the_log(spilled: int, log_start: int) -
 
 
 def test_trimming_lets_go_of_the_files_that_are_to_be_removed() -> None:
-    case = Case(3 * PER_FILE)
+    case = Case(3 * PER_FILE, open_files_max=3)
     case.index.spill()
     held = case.shelf._open_files.get(case.folder / f"{0:020d}")
     case.index.trim(100 * (PER_FILE - 1))

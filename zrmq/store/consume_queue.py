@@ -29,8 +29,9 @@ from __future__ import annotations
 
 import errno
 import struct
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 from zlib import crc32
@@ -45,7 +46,8 @@ ENTRIES_PER_FILE = 65_536
 TAIL_BYTES_MAX = 64 * 1024  # a longer tail is written to a file at the end of the turn
 ROW_TAIL_BYTES_MAX = 4 * 1024  # a longer tail is written to a file when the views are saved
 HINTS_MAX = 8  # sequential readers of one queue that find their place without a search
-BLOCK_ENTRIES = 128
+BLOCK_ENTRIES = 128  # read at once: costs little more than to read one
+PATHS_MAX = 128  # remembered of the files that were searched last
 
 _BODY = struct.Struct("<QQIIqQ")
 _CRC = struct.Struct("<I")
@@ -96,6 +98,7 @@ class Shelf:
         self.folder = folder
         self._open_files = open_files
         self._entries_per_file = entries_per_file
+        self._path = lru_cache(PATHS_MAX)(_path)  # hot in a search: to make a path and its hash costs more than to read
 
     def folder_of_topic(self, topic: Topic) -> Path:
         """Folder of a topic's queues. With its id: a topic deleted and made again is another one."""
@@ -108,7 +111,7 @@ class Shelf:
     def read(self, folder: Path, number: int, count: int) -> bytes:
         """Up to `count` packed entries from `number` on, of one file. Raises `DamageError`; `OSError` if it may work later."""
         first = number - number % self._entries_per_file
-        path = folder / f"{first:020d}"
+        path = self._path(folder, first)
         size = min(count, first + self._entries_per_file - number) * ENTRY_BYTES
         try:
             data = read_fully(self._open_files.get(path), size, (number - first) * ENTRY_BYTES)
@@ -131,7 +134,7 @@ class Shelf:
             number += size // ENTRY_BYTES
 
     def _write_part(self, folder: Path, first: int, position: int, part: bytes) -> None:
-        path = folder / f"{first:020d}"
+        path = _path(folder, first)
         try:
             file = self.files.open(path, create=True)
         except FileNotFoundError:
@@ -179,14 +182,18 @@ class Shelf:
 
     def _paths(self, folder: Path, number: int, end: int) -> list[Path]:
         first = number - number % self._entries_per_file
-        return [folder / f"{start:020d}" for start in range(first, end, self._entries_per_file)] if number < end else []
+        return [_path(folder, start) for start in range(first, end, self._entries_per_file)] if number < end else []
+
+
+def _path(folder: Path, first: int) -> Path:
+    return folder / f"{first:020d}"
 
 
 class ConsumeQueue:
     """The entries of one queue. Loop thread only. Small: a broker has up to 10,000 of them, most of them quiet."""
 
     __slots__ = (
-        "_hints", "filed", "first", "first_position", "is_spilling", "max_timestamp_ms", "queue", "saved_min_offset",
+        "_folder", "_hints", "filed", "first", "first_position", "is_spilling", "max_timestamp_ms", "queue", "saved_min_offset",
         "saved_next_offset", "shelf", "synced", "tail",
     )
 
@@ -201,6 +208,7 @@ class ConsumeQueue:
         self.is_spilling = False  # a job counts on the numbers: neither spill nor trim
         self.saved_min_offset = self.saved_next_offset = 0  # what views.db has
         self.shelf = shelf
+        self._folder: Path | None = None
         self._hints: dict[int, int] | None = None  # offset a reader goes on at, to the number of its entry
 
     @property
@@ -211,7 +219,10 @@ class ConsumeQueue:
     @property
     def folder(self) -> Path:
         """Where its files are, if it has any. Any thread."""
-        return self.shelf.folder_of(self.queue)
+        folder = self._folder
+        if folder is None:
+            folder = self._folder = self.shelf.folder_of(self.queue)
+        return folder
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
@@ -243,8 +254,7 @@ class ConsumeQueue:
         """Forget the batches before this position of the log; the queue's first offset moves. Raises `DamageError`."""
         if self.first_position >= log_start or self.is_spilling:
             return
-        numbers = range(self.first, self.end)
-        first = self.first + bisect_left(numbers, log_start, key=lambda number: self.entry(number).position)
+        first = self._find(lambda entry: entry.position >= log_start)
         self._begin_with(first)
         if self.shelf.next_file(self.first) <= first:
             self.shelf.forget(self.folder)
@@ -306,13 +316,37 @@ class ConsumeQueue:
         hint = self._hints.get(offset) if self._hints else None
         if hint is not None and self.first <= hint < self.end:
             return hint
-        numbers = range(self.first, self.end)
-        return self.first + bisect_right(numbers, offset, key=lambda number: self.entry(number).base_offset) - 1
+        return self._find(lambda entry: entry.base_offset > offset) - 1
 
     def find_time(self, timestamp_ms: int) -> int:
         """Number of the first entry stored at or after this time, `end` if there is none. Raises `DamageError`."""
-        numbers = range(self.first, self.end)
-        return self.first + bisect_left(numbers, timestamp_ms, key=lambda number: self.entry(number).store_timestamp_ms)
+        return self._find(lambda entry: entry.store_timestamp_ms >= timestamp_ms)
+
+    def _find(self, is_behind: Callable[[QueueEntry], bool]) -> int:
+        """Number of the first entry it holds for, `end` if there is none; it holds for all behind that too.
+
+        By halves, the last few of which are read at once. Raises `DamageError`.
+        """
+        low, high = self.first, self.end
+        while high - low > BLOCK_ENTRIES:
+            middle = (low + high) // 2
+            low, high = (low, middle) if is_behind(self.entry(middle)) else (middle + 1, high)
+        packed = self._packed(low, high)
+
+        def is_behind_at(index: int) -> bool:
+            return is_behind(_checked(QueueEntry._make(_ENTRY.unpack_from(packed, index * ENTRY_BYTES))))
+
+        return low + bisect_left(range(high - low), True, key=is_behind_at)
+
+    def _packed(self, number: int, end: int) -> bytes:
+        """The entries from `number` up to `end`, as they are stored. Raises `DamageError`."""
+        blocks = []
+        while number < min(end, self.filed):
+            blocks.append(self.shelf.read(self.folder, number, min(end, self.filed) - number))
+            number += len(blocks[-1]) // ENTRY_BYTES
+        if number < end:
+            blocks.append(bytes(self.tail[(number - self.filed) * ENTRY_BYTES : (end - self.filed) * ENTRY_BYTES]))
+        return b"".join(blocks)
 
     def number_at(self, position: int) -> int:
         """Number of the first entry, of those in memory, that is at or behind this position of the log."""
