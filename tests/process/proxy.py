@@ -1,0 +1,167 @@
+"""A TCP proxy that can lose, hold or slow what passes: the network between clients and one server, for tests that break it.
+
+A server that listens at 127.0.0.1 advertises 127.0.0.2 (`--advertise-host`, which keeps the port), and there the proxy listens at
+the same port; so everybody who learns of the server by its NameServer comes this way. Linux answers at all of 127.0.0.0/8.
+Each fault may be for all connections or only for those of one process, so two clients can see two networks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Coroutine
+from contextlib import suppress
+from typing import Any, Literal, Self
+
+import psutil
+
+HOST = "127.0.0.2"  # what a proxied server has to advertise
+CHUNK_BYTES = 65_536
+CALL_TIMEOUT_S = 10.0
+
+Mode = Literal["open", "cut", "stall", "freeze"]
+
+
+def free_port() -> int:
+    """A port that is free at the server's and at the proxy's address, unless somebody takes it at once."""
+    while True:
+        with socket.socket() as there, socket.socket() as here, suppress(OSError):
+            there.bind((HOST, 0))
+            here.bind(("127.0.0.1", there.getsockname()[1]))
+            return int(here.getsockname()[1])
+
+
+class _Connection:
+    """One client's connection. It swallows from its first stall on for ever: nobody will send again what it has lost."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer = reader, writer
+        self.port: int = writer.get_extra_info("peername")[1]
+        self.is_swallowing = False
+        self.goes_on = asyncio.Event()
+        self.goes_on.set()
+
+    def is_of(self, pid: int | None) -> bool:
+        """Whether the process is at its other end; None: any."""
+        with suppress(psutil.NoSuchProcess):
+            return pid is None or any(each.laddr.port == self.port for each in psutil.Process(pid).net_connections("tcp"))
+        return False
+
+
+class Proxy:
+    """Between clients and the server at 127.0.0.1:`port`. Any thread may use it; close it. `accepted` counts connections."""
+
+    def __init__(self, port: int) -> None:
+        self.accepted = 0
+        self._port = port
+        self._mode: Mode = "open"
+        self._pid: int | None = None
+        self._delay_s = 0.0
+        self._connections: dict[_Connection, asyncio.Task[None]] = {}
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=f"proxy-{port}", daemon=True)
+        self._thread.start()
+        try:
+            self._server = self._run(asyncio.start_server(self._take, HOST, port))
+        except BaseException:
+            self._end_loop()
+            raise
+
+    def set(self, mode: Mode, pid: int | None = None) -> None:
+        """What becomes of all connections, or of those of one process, and of new ones.
+
+        `cut` resets them. `stall` accepts everything and passes nothing on: half-open, and for ever. `freeze` passes nothing on
+        and loses nothing, as when packets get lost for a while. `open` heals: all but stalled ones go on.
+        """
+        self._run(self._set(mode, pid))
+
+    def delay(self, ms: float) -> None:
+        """Hold each piece of up to 64 KiB for so long, in both directions; 0 heals."""
+        self._delay_s = ms / 1000
+
+    def close(self) -> None:
+        """Reset all connections and let go of the port."""
+        if not self._loop.is_closed():
+            self._run(self._close())
+            self._end_loop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    # --- in the loop's thread -----------------------------------------------------------------------------------------
+
+    async def _set(self, mode: Mode, pid: int | None) -> None:
+        self._mode, self._pid = mode, pid
+        for connection in self._connections:
+            self._strike(connection)
+
+    def _strike(self, connection: _Connection) -> None:
+        if self._mode == "open":
+            connection.goes_on.set()
+        elif connection.is_of(self._pid):
+            if self._mode == "cut":
+                self._connections[connection].cancel()
+            elif self._mode == "stall":
+                connection.is_swallowing = True
+            else:
+                connection.goes_on.clear()
+
+    def _take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.accepted += 1
+        connection = _Connection(reader, writer)
+        self._connections[connection] = self._loop.create_task(self._serve(connection))
+        self._strike(connection)
+
+    async def _serve(self, connection: _Connection) -> None:
+        pumps: list[asyncio.Task[None]] = []
+        writers = [connection.writer]
+        try:
+            reader, writer = connection.reader, connection.writer
+            if not connection.is_swallowing:
+                await connection.goes_on.wait()
+                reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
+                writers.append(writer)
+                pumps.append(asyncio.create_task(self._pump(connection, reader, connection.writer)))
+            pumps.append(asyncio.create_task(self._pump(connection, connection.reader, writer)))
+            await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+            if connection.is_swallowing:  # the server may give it up, and its client hears nothing of that
+                await pumps[-1]
+        except (OSError, asyncio.CancelledError):
+            pass  # there is no server, or this connection is cut
+        finally:
+            del self._connections[connection]
+            for pump in pumps:
+                pump.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
+            for writer in writers:
+                writer.transport.abort()
+
+    async def _pump(self, connection: _Connection, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(CHUNK_BYTES):
+            await asyncio.sleep(self._delay_s)
+            await connection.goes_on.wait()
+            if not connection.is_swallowing:
+                writer.write(data)
+                await writer.drain()
+
+    async def _close(self) -> None:
+        self._server.close()
+        tasks = list(self._connections.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0)  # for the transports that were aborted
+
+    # --- in the caller's ----------------------------------------------------------------------------------------------
+
+    def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(CALL_TIMEOUT_S)
+
+    def _end_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
