@@ -581,6 +581,18 @@ def test_one_way_messages_wait_for_a_broker_and_are_counted_when_none_comes(caps
     assert "messages_failed" in capsys.readouterr().err
 
 
+def test_one_way_messages_take_a_new_connection_when_the_broker_was_silent() -> None:
+    desk = one()
+    desk.finish(desk.send(b"before", OneWay("t")))
+    desk.network.run_for(10)
+    desk.network.half_open("producer", "a")
+    desk.network.run_until(lambda: not desk.core.reachable)
+    desk.network.run_until(lambda: bool(desk.core.reachable))
+    desk.finish(desk.send(b"after", OneWay("t")))
+    desk.network.run_for(10)
+    assert [body for entry in desk.cluster["a"].one_way for body in entry.bodies] == [b"before", b"after"]
+
+
 # --- the end --------------------------------------------------------------------------------------------------------------
 
 

@@ -232,6 +232,7 @@ class ProducerCore:
         self._links.pop(broker_name, None)
         self._publish_reachable()
         self.faults.record_failure(broker_name, self._now_ms())
+        self._end_push(broker_name)
         self._soon()
 
     def on_notice(self, broker_name: str, link: Link, notice: AnyReply) -> None:
@@ -405,6 +406,13 @@ class ProducerCore:
                     break
             else:
                 return
+
+    def _end_push(self, broker_name: str) -> None:
+        """The next one-way message takes a new connection: of this one nobody would ever say that it is half-open."""
+        broker = None if self.route is None else self.route.brokers.get(broker_name)
+        push = None if broker is None else self._pushes.pop(broker.ingest_address, None)
+        if push is not None:
+            push.close()
 
     def _push(self, queue: MessageQueue, batch: Batch) -> bool:
         broker = None if self.route is None else self.route.brokers.get(queue.broker_name)

@@ -12,8 +12,8 @@ from zrmq.transport.interface import Frames
 if TYPE_CHECKING:
     from zrmq.transport.memory import MemoryConnection, MemoryEndpoint, MemoryLoop
 
-HEARTBEAT_TIMEOUT_MS = 9_000.0  # as in options.py
-HEARTBEAT_INTERVAL_MS = 3_000.0
+UNANSWERED_MS_MAX = 9_000.0  # as in options.py
+KEEPALIVE_INTERVAL_MS = 3_000.0
 PIPE_MESSAGES_MAX = 10_000  # under way in one direction; then send() is False
 
 
@@ -26,7 +26,7 @@ class Circuit:
         self.is_dead = False  # half-open: swallows everything, the news of its end included
         self._connection, self._endpoint = connection, endpoint
         self._client_believes = self._server_believes = True
-        self._silence = 0  # counts the times it fell mute, so that an old heartbeat's end is recognised
+        self._silence = 0  # counts the times it fell mute, so that an old one's end is recognised
         number = self.network.draw_number()
         self.peer = b"\0" + number.to_bytes(8, "big")
         self.to_server = Stream(self, self.client, self.server, lambda frames: endpoint.receive(self, frames))
@@ -53,11 +53,11 @@ class Circuit:
         self._tell_client()
 
     def fall_mute(self) -> None:
-        """Heartbeats pass no more: each side that is awake gives up when their time is over, unless they pass again."""
+        """Nothing passes any more: each side that is awake gives up when its time is over, unless something passes again."""
         self._silence += 1
         silence = self._silence
         for give_up in (self._give_up_client, self._give_up_server):
-            wait_ms = HEARTBEAT_TIMEOUT_MS + self.network.rng.uniform(0.0, HEARTBEAT_INTERVAL_MS)
+            wait_ms = UNANSWERED_MS_MAX + self.network.rng.uniform(0.0, KEEPALIVE_INTERVAL_MS)
             self.network.schedule(None, wait_ms, lambda give_up=give_up: give_up(silence))  # type: ignore[misc]
 
     def speak_again(self) -> None:

@@ -5,12 +5,12 @@ What it shows of the world is what ZeroMQ would show:
 - A connection delivers in order, each message after a delay of its own, or breaks. Of what is under way when it breaks a random
   number of the oldest still arrives and the rest is lost; neither side is told which.
 - A client's end reconnects by itself, ever more slowly. Each time the server sees a new peer.
-- A *cut* between two loops holds everything back. What was sent before it heals arrives late, unless the heartbeats of ZMTP gave
-  up first, after 9 to 12 s and at each side at a time of its own, so that one side may still believe in a connection that the
-  other has replaced. A one-way cut ends connections just so, since heartbeats need both ways.
-- A *half-open* connection swallows everything, and its sides find out by heartbeat. New connections work.
-- A *paused* loop (SIGSTOP, a machine that sleeps) does nothing; its peers' heartbeats give up on it. Resumed, it finds what
-  arrived meanwhile, and all timers that are due, in one turn.
+- A *cut* between two loops holds everything back. What was sent before it heals arrives late, unless TCP gave up first,
+  after 9 to 12 s and at each side at a time of its own, so that one side may still believe in a connection that the other has
+  replaced. A one-way cut ends connections just so, since TCP needs both ways.
+- A *half-open* connection swallows everything, and is never told to be so, as behind a proxy. New connections work.
+- A *paused* loop (SIGSTOP, a machine that sleeps) does nothing; its peers give up on it as on one behind a cut. Resumed, it finds
+  what arrived meanwhile, and all timers that are due, in one turn.
 - A closed loop (a crash) never runs again; its peers see their connections break.
 
 Everything random comes from one `random.Random`: the same seed and the same calls give the same run.
@@ -186,12 +186,11 @@ class MemoryNetwork:
             circuit.break_now()
 
     def half_open(self, name: str, other: str) -> None:
-        """All present connections between the two swallow everything from now on, and nobody is told."""
+        """All present connections between the two swallow everything from now on, and nobody is ever told."""
         for circuit in self._between(name, other):
             circuit.is_dead = True
             circuit.to_server.lose_all()
             circuit.to_client.lose_all()
-            circuit.fall_mute()
 
     def _between(self, name: str, other: str) -> list[Circuit]:
         pair = {name, other}
