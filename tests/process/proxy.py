@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from contextlib import suppress
 from typing import Any, Literal, Self
 
@@ -37,7 +37,7 @@ class _Connection:
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader, self.writer = reader, writer
-        self.port: int = writer.get_extra_info("peername")[1]
+        self._port: int = writer.get_extra_info("peername")[1]
         self.is_swallowing = False
         self.goes_on = asyncio.Event()
         self.goes_on.set()
@@ -45,7 +45,7 @@ class _Connection:
     def is_of(self, pid: int | None) -> bool:
         """Whether the process is at its other end; None: any."""
         with suppress(psutil.NoSuchProcess):
-            return pid is None or any(each.laddr.port == self.port for each in psutil.Process(pid).net_connections("tcp"))
+            return pid is None or self._port in {each.laddr.port for each in psutil.Process(pid).net_connections("tcp")}
         return False
 
 
@@ -62,11 +62,7 @@ class Proxy:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=f"proxy-{port}", daemon=True)
         self._thread.start()
-        try:
-            self._server = self._run(asyncio.start_server(self._take, HOST, port))
-        except BaseException:
-            self._end_loop()
-            raise
+        self._server = self._run(asyncio.start_server(self._take, HOST, port))
 
     def set(self, mode: Mode, pid: int | None = None) -> None:
         """What becomes of all connections, or of those of one process, and of new ones.
@@ -82,17 +78,16 @@ class Proxy:
 
     def close(self) -> None:
         """Reset all connections and let go of the port."""
-        if not self._loop.is_closed():
-            self._run(self._close())
-            self._end_loop()
+        self._run(self._close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
-
-    # --- in the loop's thread -----------------------------------------------------------------------------------------
 
     async def _set(self, mode: Mode, pid: int | None) -> None:
         self._mode, self._pid = mode, pid
@@ -113,18 +108,21 @@ class Proxy:
     def _take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.accepted += 1
         connection = _Connection(reader, writer)
-        self._connections[connection] = self._loop.create_task(self._serve(connection))
+        task = self._connections[connection] = self._loop.create_task(self._serve(connection))
+        task.add_done_callback(lambda _: self._forget(connection))
         self._strike(connection)
+
+    def _forget(self, connection: _Connection) -> None:
+        del self._connections[connection]
+        connection.writer.transport.abort()
 
     async def _serve(self, connection: _Connection) -> None:
         pumps: list[asyncio.Task[None]] = []
-        writers = [connection.writer]
+        writer = connection.writer
         try:
-            reader, writer = connection.reader, connection.writer
             if not connection.is_swallowing:
                 await connection.goes_on.wait()
                 reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
-                writers.append(writer)
                 pumps.append(asyncio.create_task(self._pump(connection, reader, connection.writer)))
             pumps.append(asyncio.create_task(self._pump(connection, connection.reader, writer)))
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
@@ -133,12 +131,8 @@ class Proxy:
         except (OSError, asyncio.CancelledError):
             pass  # there is no server, or this connection is cut
         finally:
-            del self._connections[connection]
-            for pump in pumps:
-                pump.cancel()
-            await asyncio.gather(*pumps, return_exceptions=True)
-            for writer in writers:
-                writer.transport.abort()
+            await _end(pumps)
+            writer.transport.abort()
 
     async def _pump(self, connection: _Connection, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(CHUNK_BYTES):
@@ -150,18 +144,16 @@ class Proxy:
 
     async def _close(self) -> None:
         self._server.close()
-        tasks = list(self._connections.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.sleep(0)  # for the transports that were aborted
-
-    # --- in the caller's ----------------------------------------------------------------------------------------------
+        await _end(self._connections.values())
+        for _ in range(3):  # turns of the loop, in which tasks are forgotten and their transports end
+            await asyncio.sleep(0)
 
     def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(CALL_TIMEOUT_S)
 
-    def _end_loop(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+
+async def _end(tasks: Iterable[asyncio.Task[None]]) -> None:
+    ending = list(tasks)
+    for task in ending:
+        task.cancel()
+    await asyncio.gather(*ending, return_exceptions=True)

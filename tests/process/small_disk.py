@@ -6,6 +6,7 @@ import ctypes
 import os
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -33,11 +34,11 @@ class SmallDisk:
             raise
 
     def fill(self, leave_bytes: int = 0) -> None:
-        """Write a ballast file until only so much is free, if as much is."""
-        free_bytes = shutil.disk_usage(self.folder).free
+        """Write a ballast file until only so much is free, if as much is. Others may write at the same time."""
         with self._ballast.open("ab") as file:
-            if free_bytes > leave_bytes:
-                os.posix_fallocate(file.fileno(), file.tell(), free_bytes - leave_bytes)
+            while (free_bytes := shutil.disk_usage(self.folder).free) > leave_bytes:
+                with suppress(OSError):  # somebody was faster: less is left to take
+                    os.posix_fallocate(file.fileno(), file.seek(0, os.SEEK_END), free_bytes - leave_bytes)
 
     def free(self) -> None:
         """Take the ballast away."""

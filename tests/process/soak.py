@@ -2,10 +2,10 @@
 
     python tests/process/soak.py --minutes 3 --seed 1 [--json] [--data DIR]
 
-Two NameServers, two brokers, two producers that send in every way, a clustering group of three and a broadcasting group of two, each
-a process of its own. The seed says who is killed, stopped (SIGSTOP), restarted, cut off, or gets a full disk, and when; which moment
-of their work that meets is luck. In the end everything is healed and read back. Exit code 0 only if every promise held; 130 after
-Ctrl-C. Nothing is left behind, unless a folder is given. Needs Linux; full disks need root.
+Two NameServers, two brokers, two producers that send in every way, a clustering group of three and a broadcasting group of two,
+each a process of its own. The seed says who is killed, stopped (SIGSTOP), restarted, cut off, or gets a full disk, and when;
+which moment of their work that meets is luck. In the end everything is healed and read back. Exit code 0 only if every promise
+held; 130 after Ctrl-C. Nothing is left behind, unless a folder is given. Needs Linux; full disks need root.
 """
 
 from __future__ import annotations
@@ -24,21 +24,15 @@ import msgspec
 
 import zrmq
 from tests.process import small_disk
-from tests.process.soak_cast import Cast
-from tests.process.soak_player import FAST, SAFE, TOPICS, now_ms
+from tests.process.soak_cast import SORTERS_GROUP, Cast
+from tests.process.soak_player import TOPICS, now_ms
 from tests.process.soak_verdict import Verdict, judge
-from zrmq.cli.children import await_brokers
-from zrmq.message import FlushMode, MessageQueue
 
 NAMESERVERS = ("nameserver-1", "nameserver-2")
 BROKERS = ("broker-a", "broker-b")
 PRODUCERS = ("producer-1", "producer-2")
 SORTERS = ("sorter-1", "sorter-2", "sorter-3")
 SCREENS = ("screen-1", "screen-2")
-READERS = {name: "sorters" for name in SORTERS} | {name: name for name in SCREENS}
-QUEUE_COUNT = 4
-
-PATIENCE_S = 60.0  # for what should be so within seconds
 SETTLED_S = 3.0  # before the first fault
 GAPS_S = (0.3, 6.0)  # between the beginnings of two faults
 NETWORK_FAULTS = ("cut", "stall", "freeze", "delay")
@@ -124,36 +118,12 @@ def end(cast: Cast, fault: Fault) -> None:
 def run(folder: Path, seconds: float, seed: int, say: Say, *, has_disks: bool) -> Verdict:
     """One soak. Raises when the cluster does not even come up."""
     verdict = Verdict(seed=seed, seconds=seconds)
-    with Cast(folder, READERS, has_disks=has_disks) as cast:
-        _raise_curtain(cast)
+    with Cast(folder, has_disks=has_disks) as cast:
+        cast.raise_curtain(NAMESERVERS, BROKERS, SORTERS, SCREENS, PRODUCERS)
         say(f"seed {seed}: everybody is there; faults for {seconds:.0f} s")
         _play(cast, list(draw(random.Random(seed), seconds, has_disks=has_disks)), verdict, say)
-        _heal(cast, verdict, say)
-        messages = _read_back(cast, verdict, say)
-        judge(cast.book, messages, ["sorters"], verdict)
-        for name in (*SORTERS, *SCREENS, *BROKERS, *NAMESERVERS):
-            cast.stop(name)
-        verdict.problems += [*cast.problems, *cast.complaints()]
-        verdict.memory_mib = {name: round(used / (1 << 20), 1) for name, used in sorted(cast.memory_bytes.items())}
+        settle(cast, verdict, say)
     return verdict
-
-
-def _raise_curtain(cast: Cast) -> None:
-    for name in NAMESERVERS:
-        cast.add_nameserver(name)
-    for name in BROKERS:
-        cast.add_broker(name)
-    await_brokers(cast.nameservers, len(BROKERS))
-    with zrmq.connect(cast.nameservers) as fabric:
-        fabric.admin().create_topic(SAFE, queue_count=QUEUE_COUNT)
-        fabric.admin().create_topic(FAST, queue_count=QUEUE_COUNT, flush_mode=FlushMode.ASYNC.value)
-    for name in SORTERS:
-        cast.add_player(name, "clustering", "sorters")
-    for name in SCREENS:
-        cast.add_player(name, "broadcasting", "screens")
-    _wait(cast, lambda: len(cast.book.ready) == len(READERS))
-    for name in PRODUCERS:
-        cast.add_player(name)
 
 
 def _play(cast: Cast, faults: list[Fault], verdict: Verdict, say: Say) -> None:
@@ -174,58 +144,52 @@ def _play(cast: Cast, faults: list[Fault], verdict: Verdict, say: Say) -> None:
             end(cast, fault)
 
 
-def _wait(cast: Cast, is_so: Callable[[], bool], patience_s: float = PATIENCE_S) -> bool:
-    deadline_ms = now_ms() + patience_s * 1000
-    while not is_so():
-        if now_ms() > deadline_ms:
-            return False
-        cast.feed(0.05)
-    return True
+def settle(cast: Cast, verdict: Verdict, say: Say = lambda _: None) -> None:
+    """Everything is healed: wait until it works again and all are through, read it back, end everybody, and judge."""
+    _await_health(cast, verdict, say)
+    for name in cast.producers:
+        cast.stop(name)
+    messages = _read_back(cast, verdict, say)
+    judge(cast.book, messages, [SORTERS_GROUP], verdict)
+    for name in [name for name in reversed(cast.members) if name not in cast.producers]:  # servers after who uses them
+        cast.stop(name)
+    verdict.problems += [*cast.problems, *cast.complaints()]
+    verdict.memory_mib = {name: round(used / (1 << 20), 1) for name, used in sorted(cast.memory_bytes.items())}
 
 
-def _heal(cast: Cast, verdict: Verdict, say: Say) -> None:
-    """Wait until new messages come through everywhere and each queue has one owner; then let the producers end."""
+def _await_health(cast: Cast, verdict: Verdict, say: Say) -> None:
+    """Wait until new messages come through everywhere and each queue has one owner."""
     book, healed_ms = cast.book, now_ms()
 
     def is_flowing() -> bool:
         fresh = [report for report in book.acknowledged.values() if report.handed_over_ms > healed_ms]
         return all(
             any(report.body in got for report in fresh if report.queue.broker_name == broker)
-            for broker in BROKERS for got in book.bodies.values()
+            for broker in cast.brokers for got in book.bodies.values()
         )
 
-    def is_owned() -> bool:
-        owners = book.owners("sorters")
-        return len(owners) == QUEUE_COUNT * len(TOPICS) * len(BROKERS) and all(len(who) == 1 for who in owners.values())
-
-    if _wait(cast, lambda: is_owned() and is_flowing()):
+    if cast.wait(lambda: cast.is_owned() and is_flowing()):
         verdict.healthy_after_s = round((now_ms() - healed_ms) / 1000, 2)
         say(f"healthy {verdict.healthy_after_s} s after the last fault")
     else:
-        unowned = {str(queue): who for queue, who in book.owners("sorters").items() if len(who) != 1}
-        verdict.problems.append(f"unhealthy: after {PATIENCE_S:.0f} s; flowing: {is_flowing()}; owners: {unowned}")
-    for name in PRODUCERS:
-        cast.stop(name)
+        unowned = {str(queue): who for queue, who in book.owners(SORTERS_GROUP).items() if len(who) != 1}
+        verdict.problems.append(f"unhealthy: after a minute; flowing: {is_flowing()}; queues without one owner: {unowned}")
 
 
 def _read_back(cast: Cast, verdict: Verdict, say: Say) -> list[zrmq.Message]:
     """Everything in the logs, when everybody has got it, or patience is at its end."""
-    _wait(cast, lambda: not any(cast.book.missing(cast.book.acknowledged).values()))
+    cast.wait(lambda: not any(cast.book.missing(cast.book.acknowledged).values()))
     messages: list[zrmq.Message] = []
-    for topic in TOPICS:
-        with zrmq.connect(cast.nameservers) as fabric:
-            ends = {
-                MessageQueue(topic, broker, state.queue_id): state.max_offset
-                for broker, info in fabric.admin().topic(topic).items() for state in info.queues
-            }
+    with zrmq.connect(cast.nameservers) as fabric:
+        for topic in TOPICS:
+            left = sum(queue.max_offset for info in fabric.admin().topic(topic).values() for queue in info.queues)
             reader = fabric.pull_consumer(None, topic, consume_from=zrmq.ConsumeFrom.EARLIEST)
-            left = sum(ends.values())
             while left > 0 and (got := reader.poll(timeout_ms=10_000)):
                 messages += got
                 left -= len(got)
             if left:
                 verdict.problems.append(f"unread: {left} messages of {topic} cannot be read back")
-    _wait(cast, lambda: not any(cast.book.missing(message.body.decode() for message in messages).values()), PATIENCE_S / 2)
+    cast.wait(lambda: not any(cast.book.missing(message.body.decode() for message in messages).values()))
     say(f"{len(messages):,} messages read back")
     return messages
 

@@ -1,10 +1,10 @@
-"""Everybody who plays in a soak: servers behind proxies, brokers on small disks, players; each can be broken and mended by name."""
+"""Who plays in a soak: servers behind proxies, brokers on small disks, players; each can be broken and mended by name."""
 
 from __future__ import annotations
 
 import queue
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Self
@@ -12,16 +12,21 @@ from typing import Self
 import msgspec
 import psutil
 
+import zrmq
 from tests.process.proxy import HOST, Mode, Proxy, free_port
 from tests.process.small_disk import SmallDisk
-from tests.process.soak_player import Spec, decoder, now_ms
+from tests.process.soak_player import FAST, SAFE, TOPICS, Spec, decoder, now_ms
 from tests.process.soak_verdict import Book
-from zrmq.cli.children import Child, start_broker, start_nameserver
+from zrmq.cli.children import Child, await_brokers, start_broker, start_nameserver
+from zrmq.message import FlushMode
 
 MIB = 1 << 20
 DISK_BYTES = 192 * MIB
 REFUSE_BYTES = 24 * MIB
-SESSION_TIMEOUT_MS = 3_000
+SESSION_TIMEOUT_MS = 2_500
+QUEUE_COUNT = 4
+PATIENCE_S = 60.0  # for what should be so within seconds
+SORTERS_GROUP = "sorters"
 STORE_OPTIONS = {  # on so small a disk; nothing may be deleted, as everything is read back
     "segment-bytes": 8 * MIB, "free-refuse-bytes": REFUSE_BYTES, "free-delete-bytes": 0, "free-warn-bytes": 0,
     "checkpoint-ms": 2_000, "checkpoint-bytes": MIB, "spare-segments-max": 1,
@@ -44,8 +49,8 @@ class Member:
 class Cast:
     """Close it, whatever happened: nothing is left behind. One thread."""
 
-    def __init__(self, folder: Path, readers: dict[str, str], *, has_disks: bool) -> None:
-        self.book = Book(readers)
+    def __init__(self, folder: Path, *, has_disks: bool = False) -> None:
+        self.book = Book()
         self.members: dict[str, Member] = {}
         self.memory_bytes: dict[str, int] = {}
         self.problems: list[str] = []
@@ -57,17 +62,41 @@ class Cast:
         self._looked_ms = 0.0
         self._is_over = False
         self.nameservers = ""
+        self.brokers: Sequence[str] = ()
+        self.producers: Sequence[str] = ()
+
+    def raise_curtain(
+        self, nameservers: Sequence[str], brokers: Sequence[str], sorters: Sequence[str], screens: Sequence[str],
+        producers: Sequence[str],
+    ) -> None:
+        """Start everybody; return when the producers are about to. Raises what `Child.wait_address` and `await_brokers` do."""
+        self.brokers, self.producers = brokers, producers
+        for name in nameservers:
+            self._add_nameserver(name)
+        for name in brokers:
+            self._add_broker(name)
+        await_brokers(self.nameservers, len(brokers))
+        with zrmq.connect(self.nameservers) as fabric:
+            fabric.admin().create_topic(SAFE, queue_count=QUEUE_COUNT)
+            fabric.admin().create_topic(FAST, queue_count=QUEUE_COUNT, flush_mode=FlushMode.ASYNC.value)
+        for name in sorters:
+            self._add_player(name, "clustering", SORTERS_GROUP)
+        for name in screens:
+            self._add_player(name, "broadcasting", "screens")
+        assert self.wait(lambda: len(self.book.ready) == len(sorters) + len(screens) and self.is_owned())
+        for name in producers:
+            self._add_player(name)
 
     # --- who is there -------------------------------------------------------------------------------------------------
 
-    def add_nameserver(self, name: str) -> None:
+    def _add_nameserver(self, name: str) -> None:
         """A NameServer behind a proxy."""
         port = free_port()
         log_file = self._log_file(name)
         self._enter(Member(name, lambda: start_nameserver(name, log_file, port=port)[0]), port)
         self.nameservers = ",".join(filter(None, [self.nameservers, f"tcp://{HOST}:{port}"]))
 
-    def add_broker(self, name: str) -> None:
+    def _add_broker(self, name: str) -> None:
         """A broker behind two proxies, one for each port, on a disk of its own where that is possible."""
         port, ingest_port = free_port(), free_port()
         member = Member(name, lambda: start_broker(
@@ -79,7 +108,7 @@ class Cast:
             member.disk = self._stack.enter_context(SmallDisk(self._folder / name, DISK_BYTES))
         self._enter(member, port, ingest_port)
 
-    def add_player(self, name: str, model: str = "", group: str = "soakers", pause_ms: int = 100) -> None:
+    def _add_player(self, name: str, model: str = "", group: str = "soakers", pause_ms: int = 100) -> None:
         """A producer, or a consumer with a message model."""
 
         def start() -> Child:
@@ -91,6 +120,8 @@ class Cast:
                 on_line=lambda child, line: self._lines.put((life, line)),
             )
 
+        if model:
+            self.book.read_by(name, group if model == "clustering" else name)
         member = Member(name, start)
         self._enter(member)
 
@@ -178,6 +209,20 @@ class Cast:
                 member.child.kill()
                 member.child = None
                 self.start(member.name)
+
+    def wait(self, is_so: Callable[[], bool]) -> bool:
+        """Take reports until it is so; False when patience has an end."""
+        deadline_ms = now_ms() + PATIENCE_S * 1000
+        while not is_so():
+            if now_ms() > deadline_ms:
+                return False
+            self.feed(0.05)
+        return True
+
+    def is_owned(self) -> bool:
+        """Whether every queue has one owner among the sorters, by their own word."""
+        owners = self.book.owners(SORTERS_GROUP)
+        return len(owners) == QUEUE_COUNT * len(TOPICS) * len(self.brokers) and all(len(who) == 1 for who in owners.values())
 
     def _take(self, life: str, line: bytes | None) -> None:
         if line is None:

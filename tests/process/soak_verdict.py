@@ -1,7 +1,7 @@
 """The soak's verdict: from what players reported and what the logs have in the end to what was promised and not kept. Pure.
 
-A player that was killed comes back under a new life (`sorter-1#2`): nothing is expected of what its former one had in hand, but all
-that it had reported counts. What every group has to show:
+A player that was killed comes back under a new life (`sorter-1#2`): nothing is expected of what its former one had in hand, but
+all that it had reported counts. What every group has to show:
 
 - a clustering group as a whole, and every instance of a broadcasting one, got every message that is in the logs, as it is there;
 - within one tenure (from claiming a queue to losing it) offsets only rise;
@@ -67,15 +67,14 @@ class Verdict(msgspec.Struct):
 
 
 class Book:
-    """All that was reported, as it comes in. `readers` are those who have to get everything: groups, or instances."""
+    """All that was reported, as it comes in. A *reader* has to get everything: a clustering group, or an instance."""
 
-    def __init__(self, readers: dict[str, str]) -> None:
-        """`readers`: from a consumer's name to that of whoever has to get everything through it."""
-        self.readers = readers
+    def __init__(self) -> None:
+        self.readers: dict[str, str] = {}  # from a consumer's name
         self.acknowledged: dict[str, Acknowledged] = {}
         self.failed: dict[str, str] = {}
-        self.consumed: dict[str, Counter[tuple[MessageQueue, int, str]]] = {name: Counter() for name in readers.values()}
-        self.bodies: dict[str, set[str]] = {name: set() for name in readers.values()}
+        self.consumed: dict[str, Counter[tuple[MessageQueue, int, str]]] = {}
+        self.bodies: dict[str, set[str]] = {}
         self.tenures: dict[tuple[str, MessageQueue], list[Tenure]] = defaultdict(list)
         self.deliveries: list[tuple[Consumed, Tenure]] = []
         self.stops: dict[str, list[float]] = defaultdict(list)  # when a life went on after it was stopped
@@ -84,6 +83,12 @@ class Book:
         self.problems: list[tuple[str, str]] = []
         self.disordered = 0
         self._last: dict[tuple[str, MessageQueue], Tenure] = {}
+
+    def read_by(self, consumer: str, reader: str) -> None:
+        """From now on the consumer's messages count for the reader."""
+        self.readers[consumer] = reader
+        self.consumed.setdefault(reader, Counter())
+        self.bodies.setdefault(reader, set())
 
     def take(self, life: str, report: AnyReport) -> None:
         """One report of one life, each life's in their order."""
