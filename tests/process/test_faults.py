@@ -1,4 +1,4 @@
-"""Single faults that last longer than a session may be silent, at clusters of real processes under load; then the soak's verdict."""
+"""Single faults that last longer than a session may be silent, at real processes under load; then the soak's verdict."""
 
 from __future__ import annotations
 

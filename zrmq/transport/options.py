@@ -21,8 +21,8 @@ HWM_MESSAGES = 10_000  # a backstop; memory is bounded by our own credit
 # Of one client, and not read yet: each may have megabytes, and who has no credit, or keeps to none, sends as many as it likes.
 # Here the mark is what bounds them; what is beyond waits with the client.
 UNREAD_REQUESTS_MAX = 64
-# A connection whose other end is out of reach ends after some 9 s, by TCP itself. Not by ZMTP heartbeats: when a connection breaks
-# while its pipe is full, libzmq 4.3.5 aborts the process at the next PING that it sends or answers (its issue 4364).
+# A connection whose other end is out of reach ends after some 9 s, by TCP itself. Not by ZMTP heartbeats: when a connection
+# breaks while its pipe is full, libzmq 4.3.5 aborts the process at the next PING that it sends or answers (its issue 4364).
 KEEPALIVE_INTERVAL_S = 3
 KEEPALIVE_PROBES = 2
 UNANSWERED_MS_MAX = 9_000
