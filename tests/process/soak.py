@@ -35,6 +35,7 @@ SORTERS = ("sorter-1", "sorter-2", "sorter-3")
 SCREENS = ("screen-1", "screen-2")
 SETTLED_S = 3.0  # before the first fault
 GAPS_S = (0.3, 6.0)  # between the beginnings of two faults
+AGAIN_S = 0.5  # between two looks whether a producer has its last answers
 NETWORK_FAULTS = ("cut", "stall", "freeze", "delay")
 DISK_FAULTS = ("fill", "fill+kill")
 LASTS_S = {
@@ -83,8 +84,10 @@ def begin(cast: Cast, fault: Fault) -> None:
     """Do it."""
     if fault.kind == "kill":
         cast.kill(fault.target)
-    elif fault.kind == "restart":
+    elif fault.kind == "restart" and fault.target in NAMESERVERS + BROKERS:
         cast.stop(fault.target)
+    elif fault.kind == "restart":
+        cast.dismiss(fault.target)
     elif fault.kind == "pause":
         cast.pause(fault.target)
     elif fault.kind == "delay":
@@ -98,8 +101,12 @@ def begin(cast: Cast, fault: Fault) -> None:
         cast.network(fault.target, fault.kind, fault.victim)  # type: ignore[arg-type]  # the rest are the proxy's
 
 
-def end(cast: Cast, fault: Fault) -> None:
-    """Undo it."""
+def end(cast: Cast, fault: Fault) -> bool:
+    """Undo it. False: not yet, it takes longer than was drawn."""
+    if fault.target in cast.leaving:
+        if not cast.has_left(fault.target):
+            return False
+        cast.stop(fault.target)
     if fault.kind in ("kill", "restart"):
         cast.start(fault.target)
     elif fault.kind == "pause":
@@ -110,6 +117,7 @@ def end(cast: Cast, fault: Fault) -> None:
         cast.disk(fault.target).free()
     else:
         cast.network(fault.target, "open")
+    return True
 
 
 # --- a run --------------------------------------------------------------------------------------------------------------
@@ -135,13 +143,13 @@ def _play(cast: Cast, faults: list[Fault], verdict: Verdict, say: Say) -> None:
     while events:
         at_s, number, is_beginning, fault = heapq.heappop(events)
         cast.feed(max(at_s - (now_ms() - started_ms) / 1000, 0.01))
-        if is_beginning:
+        if is_beginning and cast.leaving.isdisjoint((fault.target, fault.victim)):
             say(f"{(now_ms() - started_ms) / 1000:6.1f} s  {fault}")
             verdict.faults[fault.kind] = verdict.faults.get(fault.kind, 0) + 1
             begin(cast, fault)
             heapq.heappush(events, (at_s + fault.lasts_s, number, False, fault))
-        else:
-            end(cast, fault)
+        elif not is_beginning and not end(cast, fault):
+            heapq.heappush(events, (at_s + AGAIN_S, number, False, fault))
 
 
 def settle(cast: Cast, verdict: Verdict, say: Say = lambda _: None) -> None:

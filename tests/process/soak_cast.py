@@ -18,6 +18,7 @@ from tests.process.small_disk import SmallDisk
 from tests.process.soak_player import FAST, SAFE, TOPICS, Spec, decoder, now_ms
 from tests.process.soak_verdict import Book
 from zrmq.cli.children import Child, await_brokers, start_broker, start_nameserver
+from zrmq.errors import RequestTimeoutError
 from zrmq.message import FlushMode
 
 MIB = 1 << 20
@@ -54,13 +55,13 @@ class Cast:
         self.members: dict[str, Member] = {}
         self.memory_bytes: dict[str, int] = {}
         self.problems: list[str] = []
+        self.leaving: set[str] = set()  # players that were asked to end
         self._folder = folder
         self._has_disks = has_disks
         self._stack = ExitStack()
         self._lines: queue.SimpleQueue[tuple[str, bytes | None]] = queue.SimpleQueue()
         self._lives = 0
         self._looked_ms = 0.0
-        self._is_over = False
         self.nameservers = ""
         self.brokers: Sequence[str] = ()
         self.producers: Sequence[str] = ()
@@ -149,15 +150,26 @@ class Cast:
         self._child(name).kill()
         self.members[name].child = None
 
+    def dismiss(self, name: str) -> None:
+        """Ask a player to end in order: a producer waits for its answers, as long as that takes."""
+        self.leaving.add(name)
+        self._child(name).end_input()
+
+    def has_left(self, name: str) -> bool:
+        """Whether one that was asked to has ended."""
+        return self._child(name).exit_code is not None
+
     def stop(self, name: str) -> None:
         """End it in order; a problem when it takes too long or its exit code is not 0."""
-        child, member = self._child(name), self.members[name]
-        if not member.proxies:
-            child.end_input()
-            with suppress(Exception):  # what takes too long is seen by its exit code
+        child = self._child(name)
+        if name not in self.leaving and not self.members[name].proxies:
+            self.dismiss(name)
+        if name in self.leaving:
+            with suppress(RequestTimeoutError):  # what takes too long is seen by its exit code
                 child.wait()
         code = child.exit_code if child.exit_code is not None else child.stop()
-        member.child = None
+        self.leaving.discard(name)
+        self.members[name].child = None
         child.kill()
         if code:
             self.problems.append(f"exit: {name} ended with code {code}. {child.log_tail()}")
@@ -204,7 +216,7 @@ class Cast:
         if now_ms() > self._looked_ms + 1_000:
             self._look_at_memory()
         for member in self.members.values():
-            if member.child is not None and member.child.exit_code is not None and not self._is_over:
+            if member.child is not None and member.child.exit_code is not None and member.name not in self.leaving:
                 self.problems.append(f"crash: {member.name} ended with {member.child.exit_code}. {member.child.log_tail()}")
                 member.child.kill()
                 member.child = None
@@ -255,7 +267,6 @@ class Cast:
 
     def close(self) -> None:
         """Kill whoever is left, free ports and disks."""
-        self._is_over = True
         self._stack.close()
 
     def __enter__(self) -> Self:
