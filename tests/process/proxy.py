@@ -12,13 +12,12 @@ import socket
 import threading
 from collections.abc import Coroutine, Iterable
 from contextlib import suppress
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import psutil
 
 HOST = "127.0.0.2"  # what a proxied server has to advertise
 CHUNK_BYTES = 65_536
-CALL_TIMEOUT_S = 10.0
 
 Mode = Literal["open", "cut", "stall", "freeze"]
 
@@ -65,11 +64,8 @@ class Proxy:
         self._server = self._run(asyncio.start_server(self._take, HOST, port))
 
     def set(self, mode: Mode, pid: int | None = None) -> None:
-        """What becomes of all connections, or of those of one process, and of new ones.
-
-        `cut` resets them. `stall` accepts everything and passes nothing on: half-open, and for ever. `freeze` passes nothing on
-        and loses nothing, as when packets get lost for a while. `open` heals: all but stalled ones go on.
-        """
+        """All connections, or those of one process, and new ones: `cut` resets them, `stall` accepts everything and passes
+        nothing on (half-open, for ever), `freeze` holds everything, as when packets get lost. `open` heals all but stalled ones."""
         self._run(self._set(mode, pid))
 
     def delay(self, ms: float) -> None:
@@ -82,12 +78,6 @@ class Proxy:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
 
     async def _set(self, mode: Mode, pid: int | None) -> None:
         self._mode, self._pid = mode, pid
@@ -109,12 +99,8 @@ class Proxy:
         self.accepted += 1
         connection = _Connection(reader, writer)
         task = self._connections[connection] = self._loop.create_task(self._serve(connection))
-        task.add_done_callback(lambda _: self._forget(connection))
+        task.add_done_callback(lambda _: (self._connections.pop(connection), writer.transport.abort()))
         self._strike(connection)
-
-    def _forget(self, connection: _Connection) -> None:
-        del self._connections[connection]
-        connection.writer.transport.abort()
 
     async def _serve(self, connection: _Connection) -> None:
         pumps: list[asyncio.Task[None]] = []
@@ -133,10 +119,13 @@ class Proxy:
         finally:
             await _end(pumps)
             writer.transport.abort()
+            await asyncio.gather(writer.wait_closed(), return_exceptions=True)
 
     async def _pump(self, connection: _Connection, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(CHUNK_BYTES):
-            await asyncio.sleep(self._delay_s)
+            held = asyncio.Event()
+            self._loop.call_later(self._delay_s, held.set)
+            await held.wait()
             await connection.goes_on.wait()
             if not connection.is_swallowing:
                 writer.write(data)
@@ -144,12 +133,12 @@ class Proxy:
 
     async def _close(self) -> None:
         self._server.close()
+        writers = [connection.writer for connection in self._connections]
         await _end(self._connections.values())
-        for _ in range(3):  # turns of the loop, in which tasks are forgotten and their transports end
-            await asyncio.sleep(0)
+        await asyncio.gather(*(writer.wait_closed() for writer in writers), return_exceptions=True)
 
     def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(CALL_TIMEOUT_S)
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout=10)
 
 
 async def _end(tasks: Iterable[asyncio.Task[None]]) -> None:

@@ -1,6 +1,6 @@
 """Real processes under faults for minutes, then a verdict: was anything lost, doubled, out of order, missed, or owned by two?
 
-    python tests/process/soak.py --minutes 3 --seed 1 [--json] [--data DIR]
+    python -m tests.process.soak --minutes 3 --seed 1 [--json] [--data DIR]
 
 Two NameServers, two brokers, two producers that send in every way, a clustering group of three and a broadcasting group of two,
 each a process of its own. The seed says who is killed, stopped (SIGSTOP), restarted, cut off, or gets a full disk, and when;

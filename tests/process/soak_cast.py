@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import signal
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Self
 
@@ -128,7 +128,7 @@ class Cast:
 
     def _enter(self, member: Member, *ports: int) -> None:
         self.members[member.name] = member
-        member.proxies = [self._stack.enter_context(Proxy(port)) for port in ports]
+        member.proxies = [self._stack.enter_context(closing(Proxy(port))) for port in ports]
         self._stack.callback(self._kill_quietly, member)
         self.start(member.name)
 
