@@ -65,7 +65,7 @@ class Proxy:
 
     def set(self, mode: Mode, pid: int | None = None) -> None:
         """All connections, or those of one process, and new ones: `cut` resets them, `stall` accepts everything and passes
-        nothing on (half-open, for ever), `freeze` holds everything, as when packets get lost. `open` heals all but stalled ones."""
+        nothing on (half-open, for ever), `freeze` holds everything, as when packets get lost, `open` heals all but the stalled."""
         self._run(self._set(mode, pid))
 
     def delay(self, ms: float) -> None:
