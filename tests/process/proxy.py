@@ -65,7 +65,7 @@ class Proxy:
 
     def set(self, mode: Mode, pid: int | None = None) -> None:
         """All connections, or those of one process, and new ones: `cut` resets them, `stall` accepts everything and passes
-        nothing on (half-open, for ever), `freeze` holds everything, as when packets get lost, `open` heals all but the stalled."""
+        nothing on (half-open, for ever), `freeze` holds everything, as when packets get lost, `open` heals all but those."""
         self._run(self._set(mode, pid))
 
     def delay(self, ms: float) -> None:
@@ -99,7 +99,8 @@ class Proxy:
         self.accepted += 1
         connection = _Connection(reader, writer)
         task = self._connections[connection] = self._loop.create_task(self._serve(connection))
-        task.add_done_callback(lambda _: (self._connections.pop(connection), writer.transport.abort()))
+        task.add_done_callback(lambda _: self._connections.pop(connection))
+        task.add_done_callback(lambda _: writer.transport.abort())
         self._strike(connection)
 
     async def _serve(self, connection: _Connection) -> None:
