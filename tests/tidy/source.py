@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = sorted((ROOT / "zrmq").rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 OTHERS = sorted(file for folder in ("examples", "benchmarks") for file in (ROOT / folder).rglob("*.py"))
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "tests").rglob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(page for name in ("docs", "tests", "benchmarks") for page in (ROOT / name).rglob("*.md"))])
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
