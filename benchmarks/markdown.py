@@ -13,9 +13,10 @@ HOME = "zrmq"  # what the others are compared with
 
 def page(result: Result) -> str:
     """All tables, below the facts of the machine."""
-    facts = [f"{name}: {fact}" for name, fact in result.machine.items()]
-    facts += [f"{name.replace('_', ' ')}: {number:,}" for name, number in result.settings.items()]
-    return "\n".join(["; ".join(facts) + ".", "", *(line for row in result.rows() for line in _row(result, row))])
+    machine = [f"{name}: {fact}" for name, fact in result.machine.items()]
+    settings = [f"{name.replace('_', ' ')}: {number:,}" for name, number in result.settings.items()]
+    facts = ["; ".join(machine) + ".", "; ".join(settings) + "."]
+    return "\n".join([*facts, "", *(line for row in result.rows() for line in _row(result, row))])
 
 
 def _row(result: Result, row: str) -> Iterator[str]:

@@ -145,7 +145,7 @@ def test_better_is_more_of_a_rate_and_less_of_a_time() -> None:
 
 def test_a_page_has_the_facts_and_a_table_for_each_row() -> None:
     text = page(result(line("zrmq", 1e6), line("zrmq", 90.0, row="send", value="p50", unit="us")))
-    assert text.startswith("cores: 2; body bytes: 128.\n")
+    assert text.startswith("cores: 2.\nbody bytes: 128.\n")
     assert f"### produce: {ROWS['produce'].what}" in text
     assert f"| {CACHE} | p50 | **zrmq** | 90.0 us | 90.0 us - 90.0 us | 1 |  |" in text
 
