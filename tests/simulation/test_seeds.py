@@ -15,6 +15,7 @@ from zrmq.testing.simulation import __main__ as command
 from zrmq.testing.simulation.plan import FAULTS, draw_plan
 from zrmq.testing.simulation.run import run_seed
 from zrmq.testing.simulation.trace import BrokenPromise, SimulationError
+from zrmq.testing.simulation.work import WorkPlan
 from zrmq.testing.simulation.world import World
 
 SEEDS = 150
@@ -41,7 +42,7 @@ def test_every_promise_is_kept(first: int) -> None:
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("seed", FORMER_FAILURES, ids=FORMER_FAILURES.get)
 def test_a_failure_stays_mended(seed: int) -> None:
-    run_seed(seed)
+    run_seed(seed, plan=draw_plan(seed, has_work=False))  # as it was then: nobody did anything but send and read
 
 
 @pytest.mark.timeout(120)
@@ -68,9 +69,17 @@ def test_plans_differ_and_cover_what_can_go_wrong() -> None:
     assert {group.message_model for plan in plans for group in plan.groups} == {"clustering", "broadcasting"}
 
 
+def test_some_runs_have_work_beside_sending_and_reading() -> None:
+    plans = [draw_plan(seed) for seed in range(1, 101)]
+    assert sum(plan.work == WorkPlan() for plan in plans) >= 20, "many have none"
+    for kind in WorkPlan.__struct_fields__:
+        assert sum(getattr(plan.work, kind) != getattr(WorkPlan(), kind) for plan in plans) >= 10, kind
+    assert not any(draw_plan(seed, has_work=False).work != WorkPlan() for seed in range(1, 101))
+
+
 def test_a_run_in_fair_weather_loses_no_send() -> None:
-    seed = next(seed for seed in range(1, 100) if not draw_plan(seed).faults)
-    result = run_seed(seed)
+    plan = next(plan for seed in range(1, 100) if not (plan := draw_plan(seed, has_work=False)).faults)
+    result = run_seed(plan.seed, plan=plan)
     assert result.counts["acknowledged"] > 50
     assert result.counts["handed_out"] > 10
     assert "send_failed" not in result.counts
@@ -80,8 +89,16 @@ def test_a_run_in_fair_weather_loses_no_send() -> None:
 def test_runs_do_what_they_claim() -> None:
     counts: Counter[str] = Counter()
     for seed in range(1, 13):
-        counts.update(run_seed(seed).counts)
+        counts.update(run_seed(seed, plan=draw_plan(seed, has_work=False)).counts)
     for what in ("acknowledged", "handed_out", "paused", "cut", "lost power", "killed", "crashed", "left", "queue_given_back"):
+        assert counts[what], f"no {what} in a dozen runs"
+
+
+def test_work_is_done() -> None:
+    counts: Counter[str] = Counter()
+    for seed in [seed for seed in range(1, 100) if draw_plan(seed).work != WorkPlan()][:12]:
+        counts.update(run_seed(seed).counts)
+    for what in ("log_begins", "offset_moved"):
         assert counts[what], f"no {what} in a dozen runs"
 
 

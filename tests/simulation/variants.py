@@ -17,11 +17,14 @@ from zrmq.protocol.events import LeaseGranted, OffsetsCommitted
 from zrmq.serving.groups import GroupDesk
 from zrmq.serving.leases import LeaseDesk
 from zrmq.serving.outbox import Outbox
-from zrmq.store import checkpoint, recovery, segment
+from zrmq.store import checkpoint, maintenance, recovery, relocation, retention, segment
 from zrmq.store.checkpoint import Checkpoint
 from zrmq.store.commit_log import CommitLog, LogFlush
+from zrmq.store.consume_queue import ConsumeQueue
+from zrmq.store.relocation import Relocation
 from zrmq.store.store import Store
 from zrmq.store.tables import Tables
+from zrmq.testing.simulation.work import RetentionPlan, WorkPlan
 from zrmq.transport.sessions import SessionTable
 
 Patch = pytest.MonkeyPatch
@@ -206,6 +209,57 @@ def lose_commits_in_replay(patch: Patch) -> None:
     patch.setattr(recovery.Replay, "_fold_event", forgetful)
 
 
+def delete_what_was_not_said_again(patch: Patch) -> None:
+    patch.setattr(Relocation, "reaches", lambda self, position: True)
+
+
+def say_no_offsets_again(patch: Patch) -> None:
+    statements = relocation._group_statements
+
+    def forgetful(group: Any) -> Any:
+        return (event for event in statements(group) if not (isinstance(event, OffsetsCommitted) and event.offsets))
+
+    patch.setattr(relocation, "_group_statements", forgetful)
+
+
+def delete_before_it_expires(patch: Patch) -> None:
+    patch.setattr(retention, "_is_share_expired", lambda *parts: True)
+
+
+def delete_what_is_not_saved(patch: Patch) -> None:
+    count = maintenance.expired_count
+
+    def hasty(segments: Any, topics: Any, *, saved_position: int, **bounds: Any) -> int:
+        return count(segments, topics, saved_position=1 << 62, **bounds)
+
+    patch.setattr(maintenance, "expired_count", hasty)
+
+
+def trim_too_much(patch: Patch) -> None:
+    begin = ConsumeQueue._begin_with
+    patch.setattr(ConsumeQueue, "_begin_with", lambda self, first: begin(self, min(first + 1, self.end)))
+
+
+def never_trim(patch: Patch) -> None:
+    patch.setattr(ConsumeQueue, "trim", lambda self, log_start: None)
+
+
+def skip_what_follows_the_deleted(patch: Patch) -> None:
+    tell = LeaseDesk._tell
+
+    def hasty(self: LeaseDesk, session: Any, request: Any, queue: Any, lease: Any) -> None:
+        before, queue.min_offset = queue.min_offset, min(queue.min_offset + 2 * bool(queue.min_offset), queue.next_offset)
+        tell(self, session, request, queue, lease)
+        queue.min_offset = before
+
+    patch.setattr(LeaseDesk, "_tell", hasty)
+
+
+KEEPING = {"work": WorkPlan(retention=RetentionPlan(store_ms=60_000)), "segment_bytes": 4_096, "checkpoint_ms": 200}
+DELETING = {
+    "work": WorkPlan(retention=RetentionPlan(store_ms=500, segment_bytes=4_096)), "segment_bytes": 4_096, "checkpoint_ms": 200,
+}
+
 VARIANTS = [
     Variant("acknowledge before flush", acknowledge_before_flush, {"flush", "lost"}),
     Variant("show before flush", show_before_flush, {"visible", "phantom"}),
@@ -238,4 +292,11 @@ VARIANTS = [
     Variant("flush the newest segment only", flush_the_newest_segment_only, {"survival", "lost", "raised", "log"}),
     Variant("flush nothing", flush_nothing, {"survival", "lost", "log"}),
     Variant("lose commits in replay", lose_commits_in_replay, {"views", "commit"}),
+    Variant("delete what was not said again", delete_what_was_not_said_again, {"relocation"}, DELETING),
+    Variant("say no offsets again", say_no_offsets_again, {"relocation"}, DELETING),
+    Variant("delete before it expires", delete_before_it_expires, {"retention"}, KEEPING),
+    Variant("delete what is not saved", delete_what_is_not_saved, {"retention"}, DELETING | {"checkpoint_ms": 30_000}),
+    Variant("trim too much", trim_too_much, {"views"}, DELETING),
+    Variant("never trim", never_trim, {"health", "views", "commit"}, DELETING),
+    Variant("skip what follows the deleted", skip_what_follows_the_deleted, {"commit", "missed"}, DELETING),
 ]

@@ -15,6 +15,7 @@ from zrmq.testing.simulation.log_watch import Placed
 from zrmq.testing.simulation.plan import FAULTS, GroupPlan
 from zrmq.testing.simulation.producers import BUFFER_BYTES
 from zrmq.testing.simulation.promises import Posting
+from zrmq.testing.simulation.retention_check import check_relocated
 from zrmq.testing.simulation.servers import VirtualBroker
 from zrmq.testing.simulation.trace import BrokenPromise, spell
 from zrmq.testing.simulation.world import World
@@ -79,6 +80,16 @@ def _troubles(world: World) -> Iterator[str]:
     for broker in world.brokers.values():
         if len(broker.core.outbox) or broker.store.flushed_position < broker.store.written_position:
             yield f"{broker.name} holds {len(broker.core.outbox)} replies and has flushed {broker.store.flushed_position}."
+        yield from _trim_troubles(broker)
+
+
+def _trim_troubles(broker: VirtualBroker) -> Iterator[str]:
+    check = broker.check
+    assert check is not None
+    for topic_id, topic in broker.store.tables.topics_by_id.items():
+        for queue in topic.queues:
+            if queue.min_offset < check.watch.first_offset((topic_id, queue.queue_id), check.log_start, queue.next_offset):
+                yield f"{broker.name}: {queue} begins with messages that are deleted."
 
 
 def _group_troubles(world: World, group: GroupPlan) -> Iterator[str]:
@@ -109,8 +120,8 @@ def _lag_troubles(group: GroupPlan, broker: VirtualBroker, queue: MessageQueue, 
     topic = broker.store.tables.topics[queue.topic]
     known = broker.store.tables.groups.get(group.name)
     committed = known.start_offset(topic, queue.queue_id, instance_name) if known is not None else None
-    next_offset = topic.queues[queue.queue_id].next_offset
-    if committed is None or committed < next_offset:
+    min_offset, next_offset = topic.queues[queue.queue_id].min_offset, topic.queues[queue.queue_id].next_offset
+    if committed is None or max(committed, min_offset) < next_offset:  # nobody commits what it could not read
         yield f"{group.name} {instance_name} has committed {committed} of {next_offset} on {spell(queue)}."
 
 
@@ -123,6 +134,7 @@ def check_accounts(world: World) -> None:
     for name, check in checks.items():
         check.compare_tables(world.brokers[name].store.tables)
         _check_views(world.brokers[name], check)
+        check_relocated(name, world.brokers[name].store, check, is_refused=bool(world.trace.counts["state_not_relocated"]))
     _check_acknowledged(world, checks)
     _check_copies(world, checks)
     for group in world.plan.groups:
@@ -135,17 +147,21 @@ def _check_views(broker: VirtualBroker, check: LogCheck) -> None:
         for queue in topic.queues:
             contents = check.watch.queues.get((topic.topic_id, queue.queue_id), {})
             bodies = dict(broker.read_all(queue))
-            if bodies != {offset: placed.body for offset, placed in contents.items()}:
-                counts = f"{len(bodies)} messages of {queue}; its log has {len(contents)}"
+            there = {offset: placed.body for offset, placed in contents.items() if placed.end > check.log_start}
+            if bodies != there:
+                counts = f"{len(bodies)} messages of {queue}; its log has {len(there)}"
                 raise BrokenPromise("views", f"{broker.name} serves {counts}.")
 
 
 def _check_acknowledged(world: World, checks: dict[str, LogCheck]) -> None:
     """Everything acknowledged is at its acknowledged offset."""
     for queue, postings in world.promises.acknowledged.items():
-        contents = checks[queue.broker_name].contents(queue)
+        check = checks[queue.broker_name]
+        contents = check.contents(queue)
         for offset, posting in postings.items():
             placed = contents.get(offset)
+            if placed is None and check.is_expired(queue, offset):
+                continue
             if (placed is None or placed.body != posting.body) and not world.promises.may_be_lost(posting):
                 place = f"{offset} of {spell(queue)}"
                 raise BrokenPromise("lost", f"{posting} was acknowledged at {place}; in the end {placed} is there.")
@@ -192,6 +208,8 @@ def _check_instance(
     for offset, placed in contents.items():
         posting = world.promises.postings[placed.body]
         if posting.posted_ms <= owed_ms and offset < start:
+            continue
+        if world.promises.is_deleted(queue.broker_name, placed.end):
             continue
         if not world.promises.is_finished(group.name, instance_name, queue, offset, placed.body):
             raise BrokenPromise(

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from zrmq.files import Files
 from zrmq.message import ConsumeFrom, MessageQueue
 from zrmq.protocol.events import GroupSubscribed, LeaseGranted, OffsetsCommitted
-from zrmq.store.tables import Queue, Tables
+from zrmq.store.tables import Lease, Queue, Subscribed, Tables
 from zrmq.testing.simulation.log_watch import Entry, LogWatch, Placed
 from zrmq.testing.simulation.promises import Promises
 from zrmq.testing.simulation.trace import BrokenPromise, spell
@@ -21,9 +21,12 @@ from zrmq.testing.simulation.trace import BrokenPromise, spell
 class LogCheck:
     """One life of one broker's log. Raises `BrokenPromise` for what must not be in a log."""
 
-    def __init__(self, broker_name: str, files: Files, folder: Path, promises: Promises) -> None:
-        self.watch = LogWatch(files, folder)
+    def __init__(self, broker_name: str, files: Files, folder: Path, promises: Promises, log_start: int = 0) -> None:
+        self.watch = LogWatch(files, folder, log_start)
         self.flushed_position = 0
+        self.log_start = log_start  # what was before is deleted
+        self._files = files
+        self._folder = folder
         self._broker_name = broker_name
         self._promises = promises
         self._sequences: set[tuple[int, int]] = set()
@@ -33,7 +36,9 @@ class LogCheck:
     def advance(self, written_position: int, flushed_position: int) -> None:
         """The store says that its log reaches so far."""
         for entry in self.watch.advance(written_position):
-            if entry.batch is not None:
+            if not self.watch.is_complete:
+                self._note_former(entry)  # it was checked when it was written
+            elif entry.batch is not None:
                 self._check_batch(entry)
             elif isinstance(entry.event, OffsetsCommitted):
                 self._check_commit(entry.event)
@@ -54,6 +59,18 @@ class LogCheck:
         topic = self.watch.tables.topics.get(queue.topic)
         return {} if topic is None else self.watch.queues.get((topic.topic_id, queue.queue_id), {})
 
+    def fresh_watch(self) -> LogWatch:
+        """One that has seen nothing yet, of what is left of the log."""
+        return LogWatch(self._files, self._folder, self.log_start)
+
+    def is_expired(self, queue: MessageQueue, offset: int) -> bool:
+        """Whether the log begins behind the message that was at this offset of a queue."""
+        topic = self.watch.tables.topics.get(queue.topic)
+        if topic is None or self.log_start == 0 or queue.queue_id >= len(topic.queues):
+            return False
+        key, next_offset = (topic.topic_id, queue.queue_id), topic.queues[queue.queue_id].next_offset
+        return offset < self.watch.first_offset(key, self.log_start, next_offset)
+
     def unflushed_bodies(self) -> list[bytes]:
         """What a power cut may take."""
         queues = self.watch.queues.values()
@@ -62,15 +79,40 @@ class LogCheck:
     def compare_with_former(self, former: LogCheck, survives_until: int) -> None:
         """Everything the former life had up to a position must be here, unchanged."""
         for position, (end, crc) in former.watch.entries.items():
-            if end <= survives_until and self.watch.entries.get(position) != (end, crc):
+            if self.watch.start < end <= survives_until and self.watch.entries.get(position) != (end, crc):
                 self._fail("survival", f"the entry at {position}..{end} is lost; all up to {survives_until} was safe.")
 
     def compare_tables(self, tables: Tables) -> None:
         """The store's tables must equal a fold of its log."""
+        if not self.watch.is_complete:
+            return
+        if self.watch.start:
+            self._check_windows(tables)
         ours, theirs = describe_tables(self.watch.tables), describe_tables(tables)
         for name in ours:
-            if ours[name] != theirs[name]:
+            if ours[name] != theirs[name] and not (name == "windows" and self.watch.start):
                 self._fail("views", f"the {name} are {theirs[name]}, but a fold of the log gives {ours[name]}.")
+        self.check_first_offsets(tables)
+
+    def check_first_offsets(self, tables: Tables, *, is_trimmed: bool = False) -> None:
+        """No queue begins behind what the log still has; nor, once it is trimmed, before that."""
+        for topic_id, topic in tables.topics_by_id.items():
+            for queue in topic.queues:
+                first = self.watch.first_offset((topic_id, queue.queue_id), self.log_start, queue.next_offset)
+                if queue.min_offset > first or (is_trimmed and queue.min_offset < first):
+                    self._fail("views", f"{queue} does not begin at {first}, as its log does.")
+
+    def _check_windows(self, tables: Tables) -> None:
+        """Of a log whose beginning is deleted, the store may still know which batches came before."""
+        for key, window in self.watch.tables.windows.items():
+            theirs = tables.windows.get(key)
+            if theirs is None or theirs.highest_sequence < window.highest_sequence or not theirs.sent.endswith(window.sent):
+                self._fail("views", f"the window of {key} is not what a fold of the log gives.")
+
+    def _note_former(self, entry: Entry) -> None:
+        if entry.batch is not None:
+            numbers = range(entry.batch.first_sequence, entry.batch.first_sequence + len(entry.bodies))
+            self._sequences.update((entry.batch.producer_id, number) for number in numbers)
 
     def _fail(self, kind: str, reason: str) -> NoReturn:
         raise BrokenPromise(kind, f"{self._broker_name}: {reason}")
@@ -110,6 +152,8 @@ class LogCheck:
     def _check_grant(self, event: LeaseGranted) -> None:
         group = self.watch.tables.groups.get(event.group)
         held = group.leases.get((event.topic_id, event.queue_id)) if group is not None else None
+        if held == Lease(event.client_id, event.lease_epoch):
+            return  # said again, before the segment that said it first is deleted
         if held is not None:
             self._fail("lease", f"{event} was granted while {held} was in force.")
         if event.lease_epoch <= self._lease_epoch:
@@ -118,8 +162,11 @@ class LogCheck:
 
     def _check_subscription(self, event: GroupSubscribed) -> None:
         """A group that begins late misses what it asked for, and nothing else in its log shows it."""
-        topic = self.watch.tables.topics.get(event.topic)
+        topic, group = self.watch.tables.topics.get(event.topic), self.watch.tables.groups.get(event.group)
         starts = dict(event.starts)
+        known = group.subscribed(event.topic, event.instance_name) if group is not None else None
+        if known == Subscribed(event.since_ms, starts):
+            return  # said again
         for queue in topic.queues if topic is not None else ():
             start, latest = starts.get(queue.queue_id, 0), self._latest_start(event, queue)
             if start > latest:
@@ -130,14 +177,16 @@ class LogCheck:
         """Where the group has to begin, at the latest. LATEST is now for the first broker that hears of the group, whatever its
         clock says; every other one is told when that was."""
         group = self._promises.groups[event.group]
+        key = queue.topic.topic_id, queue.queue_id
+        first = self.watch.first_offset(key, self.log_start, queue.next_offset)
         if group.consume_from is ConsumeFrom.EARLIEST:
-            return queue.min_offset
+            return first
         if group.consume_from is ConsumeFrom.LATEST and not self._promises.is_told(self._broker_name, event):
             return queue.next_offset
         # Two brokers may have their own now in the same millisecond, so what was stored within that one tells nothing.
         from_ms = group.consume_timestamp_ms or event.since_ms + 1
-        contents = self.watch.queues.get((queue.topic.topic_id, queue.queue_id), {})
-        later = (offset for offset, placed in contents.items() if placed.store_timestamp_ms >= from_ms)
+        contents = self.watch.queues.get(key, {})
+        later = (offset for offset, placed in contents.items() if offset >= first and placed.store_timestamp_ms >= from_ms)
         return min(later, default=queue.next_offset)
 
     def _check_commit(self, event: OffsetsCommitted) -> None:
@@ -159,7 +208,9 @@ class LogCheck:
             self._fail("commit", f"group {event.group} went back on {spell(queue)} from {before} to {offset} without a reset.")
         for at in range(before, offset):
             placed = self.placed(queue, at)
-            if placed is not None and not self._promises.is_finished(event.group, event.instance_name, queue, at, placed.body):
+            if placed is None or self._promises.is_deleted(self._broker_name, placed.end):
+                continue
+            if not self._promises.is_finished(event.group, event.instance_name, queue, at, placed.body):
                 self._fail(
                     "commit", f"group {event.group} {event.instance_name} committed {offset} on {spell(queue)}, but nobody"
                     f" finished {self._promises.postings.get(placed.body)} at {at}."
@@ -170,7 +221,7 @@ def describe_tables(tables: Tables) -> dict[str, Any]:
     """Tables as plain values that can be compared."""
     return {
         "topics": {
-            topic_id: (topic.config, [(queue.min_offset, queue.next_offset) for queue in topic.queues])
+            topic_id: (topic.config, [queue.next_offset for queue in topic.queues])
             for topic_id, topic in sorted(tables.topics_by_id.items())
         },
         "names": {name: topic.topic_id for name, topic in sorted(tables.topics.items())},

@@ -22,7 +22,7 @@ from zrmq.protocol.batch import (
     peek_batch,
     peek_entry,
 )
-from zrmq.protocol.events import AnyEvent, decode_event
+from zrmq.protocol.events import AnyEvent, StateRelocated, TopicPut, decode_event
 from zrmq.store.tables import Tables
 from zrmq.testing.simulation.trace import BrokenPromise
 
@@ -53,13 +53,19 @@ class Placed(NamedTuple):
 
 
 class LogWatch:
-    """One life of a broker's log. `entries` has position -> (end, crc) of everything seen, `queues` what each queue holds."""
+    """One life of a broker's log. `entries` has position -> (end, crc) of everything seen, `queues` what each queue holds,
+    `batches` position -> topic id, end, store timestamp; what was seen stays there when its segment is deleted.
 
-    def __init__(self, files: Files, folder: Path) -> None:
+    A log that begins behind `start` 0 is folded without what came before, until it has said everything again (`is_complete`).
+    """
+
+    def __init__(self, files: Files, folder: Path, start: int = 0) -> None:
         self.tables = Tables()
-        self.end = 0
+        self.start = self.end = start
+        self.is_complete = start == 0
         self.entries: dict[int, tuple[int, int]] = {}
         self.queues: dict[QueueKey, dict[int, Placed]] = {}
+        self.batches: dict[int, tuple[int, int, int]] = {}
         self._files = files
         self._folder = folder
         self._segment: tuple[int, int, OpenFile] | None = None  # start, end, file
@@ -69,6 +75,8 @@ class LogWatch:
 
         An entry is folded when the caller asks for the next one: at first sight the tables are as they were before it.
         """
+        if self.end == self.start > 0:
+            self._find_topics(until)
         while self.end < until:
             entry = self._read(until)
             if entry is None:
@@ -77,6 +85,23 @@ class LogWatch:
             self._fold(entry)
             self.entries[entry.position] = (entry.end, entry.crc)
             self.end = entry.end
+
+    def first_offset(self, key: QueueKey, log_start: int, next_offset: int) -> int:
+        """The offset of the first message that is in the log from `log_start` on; `next_offset` if there is none."""
+        contents = self.queues.get(key, {})
+        return next((offset for offset, placed in contents.items() if placed.end > log_start), next_offset)
+
+    def _find_topics(self, until: int) -> None:
+        """Of a log that begins with batches of topics it tells of only further on: look ahead for those."""
+        known: set[int] = set()
+        while self.end < until:
+            entry = self._read(until)
+            if entry is not None:
+                if isinstance(entry.event, TopicPut) and entry.event.topic_id not in known:
+                    known.add(entry.event.topic_id)
+                    self.tables.apply_event(entry.event)
+                self.end = entry.end
+        self.end, self._segment = self.start, None
 
     def _read(self, until: int) -> Entry | None:
         """The entry at `end`; None when the log goes on elsewhere, where `end` is by now."""
@@ -110,9 +135,12 @@ class LogWatch:
     def _fold(self, entry: Entry) -> None:
         if entry.event is not None:
             self.tables.apply_event(entry.event)
+            if isinstance(entry.event, StateRelocated) and entry.event.position >= self.start:
+                self.is_complete = True
         elif entry.batch is not None:
             batch = entry.batch
             self.tables.apply_batch(batch)
+            self.batches[entry.position] = batch.topic_id, entry.end, batch.store_timestamp_ms
             queue = self.queues.setdefault((batch.topic_id, batch.queue_id), {})
             for index, body in enumerate(entry.bodies):
                 queue[batch.base_offset + index] = Placed(

@@ -11,6 +11,7 @@ from random import Random
 import msgspec
 
 from zrmq.message import ConsumeFrom, FlushMode, MessageModel
+from zrmq.testing.simulation.work import WorkPlan, draw_work
 from zrmq.transport.memory import START_TIME_MS
 
 FAULTS = {  # kind of fault: the shortest and longest mean time between two of them, in virtual ms
@@ -84,10 +85,25 @@ class Plan(msgspec.Struct, frozen=True):
     flush_ms: tuple[float, float]
     has_short_writes: bool
     delay_ms: tuple[float, float]
+    work: WorkPlan = WorkPlan()
 
 
-def draw_plan(seed: int) -> Plan:
-    """The plan of a seed; the same for every Python and machine."""
+def draw_plan(seed: int, *, has_work: bool = True) -> Plan:
+    """The plan of a seed; the same for every Python and machine. Not `has_work`: only messages are sent and read."""
+    plan = _plan(seed)
+    return with_work(plan, draw_work(seed)) if has_work else plan
+
+
+def with_work(plan: Plan, work: WorkPlan) -> Plan:
+    """The plan with this work, and what that takes."""
+    kept = work.retention
+    return msgspec.structs.replace(
+        plan, work=work, segment_bytes=kept.segment_bytes or plan.segment_bytes,
+        checkpoint_ms=kept.checkpoint_ms or plan.checkpoint_ms,
+    )
+
+
+def _plan(seed: int) -> Plan:
     rng = Random(f"plan {seed}")
     topics = tuple(_topic(rng, number) for number in range(rng.randint(1, 3)))
     duration_ms = rng.uniform(4_000.0, 16_000.0)

@@ -66,6 +66,7 @@ class Promises:
         self.postings: dict[bytes, Posting] = {}
         self.acknowledged: dict[MessageQueue, dict[int, Posting]] = {}
         self.subscriptions: dict[tuple[str, str, str], dict[tuple[str, int], None]] = {}  # who: broker name, since when; in order
+        self.deleted_until: dict[str, int] = {}  # by broker name: its log had begun there, whatever a power cut brought back
         self._losable: set[bytes] = set()
         self._async_topics = {topic.name for topic in plan.topics if topic.flush_mode is FlushMode.ASYNC}
         self._wanted = {group.name: wanted_tags(group) for group in plan.groups}
@@ -100,6 +101,10 @@ class Promises:
     def may_be_lost(self, posting: Posting) -> bool:
         """Whether it was only promised to survive the end of the process, and the power went before it was flushed."""
         return posting.topic in self._async_topics and posting.body in self._losable
+
+    def is_deleted(self, broker_name: str, end: int) -> bool:
+        """Whether an entry of a broker's log that ends there was in a segment that was deleted."""
+        return end <= self.deleted_until.get(broker_name, 0)
 
     def is_async(self, topic: str) -> bool:
         """Whether its messages are acknowledged from the page cache."""

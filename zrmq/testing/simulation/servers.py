@@ -209,8 +209,9 @@ class VirtualBroker:
         plan = self._world.plan
         return BrokerConfig(
             store=StoreConfig(
-                segment_bytes=plan.segment_bytes, checkpoint_ms=plan.checkpoint_ms, free_warn_bytes=0, free_delete_bytes=0,
-                free_refuse_bytes=2 * plan.segment_bytes,
+                segment_bytes=plan.segment_bytes, checkpoint_ms=plan.checkpoint_ms, free_warn_bytes=0,
+                free_delete_bytes=plan.work.retention.free_delete_bytes, free_refuse_bytes=2 * plan.segment_bytes,
+                retention_ms=plan.work.retention.store_ms, store_bytes_max=plan.work.retention.store_bytes_max,
             ),
             broker_name=self.name, cluster="simulated", data=str(self.folder),
             nameservers=tuple(self._world.nameserver_addresses), session_timeout_ms=plan.session_timeout_ms,
@@ -255,8 +256,11 @@ class VirtualBroker:
     def look(self) -> None:
         """Read what is new in the log."""
         if self.check is None:
-            self.check = LogCheck(self.name, self.files, self.folder / "commitlog", self._world.promises)
+            self.check = LogCheck(
+                self.name, self.files, self.folder / "commitlog", self._world.promises, self.store.start_position
+            )
             self._world.broker_up(self)
+        self._world.log_begins(self, self.check)
         self.check.advance(self.store.written_position, self.store.flushed_position)
 
     def read_all(self, queue: Queue) -> Iterator[tuple[int, bytes]]:

@@ -16,6 +16,7 @@ from zrmq.testing.simulation.network import MachineNetwork
 from zrmq.testing.simulation.plan import GroupPlan, Plan
 from zrmq.testing.simulation.producers import VirtualProducer
 from zrmq.testing.simulation.promises import Posting, Promises
+from zrmq.testing.simulation.retention_check import check_deleted
 from zrmq.testing.simulation.servers import VirtualBroker, VirtualNameServer
 from zrmq.testing.simulation.trace import BrokenPromise, Trace, spell
 from zrmq.transport.memory import MemoryTimer
@@ -74,8 +75,12 @@ class World:
     def _create_topics(self, broker: VirtualBroker) -> None:
         """As an administrator did before the run: flushed, with no faults yet."""
         tables = broker.store.tables
+        kept = self.plan.work.retention
         for topic in self.plan.topics:
-            config = TopicConfig(topic.name, queue_count=topic.queue_count, flush_mode=topic.flush_mode)
+            config = TopicConfig(
+                topic.name, queue_count=topic.queue_count, flush_mode=topic.flush_mode, retention_ms=kept.topic_ms or None,
+                retention_bytes=kept.topic_bytes or None,
+            )
             broker.store.append_event(TopicPut(tables.next_topic_id, config))
         broker.store.write()
         job = broker.store.begin_flush()
@@ -120,6 +125,8 @@ class World:
         if broker.check is None or broker.machine is None:
             return  # down, or not looked at yet: looked at when it is back
         placed = broker.check.placed(receipt.queue, receipt.queue_offset)
+        if placed is None and broker.check.is_expired(receipt.queue, receipt.queue_offset):
+            return
         place = f"{receipt.queue_offset} of {spell(receipt.queue)}"
         if placed is None or placed.body != posting.body:
             raise BrokenPromise("lost", f"{posting} was acknowledged at {place}; {placed} is there.")
@@ -147,6 +154,8 @@ class World:
         if self.promises.is_async(message.topic) or broker.check is None or broker.machine is None:
             return
         placed = broker.check.placed(message.queue, message.queue_offset)
+        if placed is None and broker.check.is_expired(message.queue, message.queue_offset):
+            return
         if placed is None or placed.body != message.body:
             place = f"{message.queue_offset} of {spell(message.queue)}"
             raise BrokenPromise("phantom", f"{consumer.who} got {posting} from {place}; {placed} is there.")
@@ -180,9 +189,20 @@ class World:
         former = self._former.pop(broker.name, None)
         check = broker.check
         if former is not None and check is not None:
+            self.log_begins(broker, former[0])
             check.advance(broker.store.written_position, broker.store.flushed_position)
             check.compare_with_former(*former)
             check.compare_tables(broker.store.tables)
+
+    def log_begins(self, broker: VirtualBroker, check: LogCheck) -> None:
+        """Segments may have been deleted. `check`: it knows what was in them."""
+        start, before = broker.store.start_position, self.promises.deleted_until.get(broker.name, 0)
+        check.log_start = max(check.log_start, start)
+        if start > before:
+            self.note(broker.name, "log_begins", f"{start}")
+            assert broker.machine is not None
+            check_deleted(broker.name, check.watch, broker.store, self.plan, before, broker.machine.clock.time_ms())
+            self.promises.deleted_until[broker.name] = start
 
 
 def _check_owner(consumer: VirtualConsumer, other: VirtualConsumer, queue: MessageQueue, offset: int) -> None:

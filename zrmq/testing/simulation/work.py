@@ -1,0 +1,51 @@
+"""What else is done in a run besides sending and reading, drawn apart from everything else: a run without it stays what it was.
+
+A run has some kinds of this work and rarely all, as with faults. `WorkPlan()` is none of it.
+"""
+
+from __future__ import annotations
+
+from random import Random
+
+import msgspec
+
+KEPT_MS = 72 * 3_600_000  # what a store keeps where nothing is drawn: longer than any run
+
+
+class RetentionPlan(msgspec.Struct, frozen=True):
+    """When segments are deleted. A bound of 0 is none."""
+
+    store_ms: int = KEPT_MS  # for topics without a bound of their own
+    store_bytes_max: int = 0
+    topic_ms: int = 0
+    topic_bytes: int = 0
+    free_delete_bytes: int = 0
+    segment_bytes: int = 0  # in place of the plan's: short ones, so that some are deleted; 0 leaves that
+    checkpoint_ms: int = 0  # likewise: what is not saved is not deleted
+
+
+class WorkPlan(msgspec.Struct, frozen=True):
+    """The kinds of work of one run."""
+
+    retention: RetentionPlan = RetentionPlan()
+
+
+def draw_work(seed: int) -> WorkPlan:
+    """The work of a seed."""
+    rng = Random(f"plan {seed} work")
+    share = rng.choice((0.0, 0.0, 0.3, 0.6))
+    return WorkPlan(retention=_retention(rng) if rng.random() < share else RetentionPlan())
+
+
+def _retention(rng: Random) -> RetentionPlan:
+    segment_bytes = rng.choice((4_096, 4_096, 8_192))
+    kind = rng.choice(("age", "topic age", "topic bytes", "store bytes", "disk"))
+    return RetentionPlan(
+        store_ms=rng.choice((500, 2_000, 6_000)) if kind != "store bytes" else KEPT_MS,
+        store_bytes_max=rng.randint(3, 12) * segment_bytes if kind == "store bytes" else 0,
+        topic_ms=rng.choice((300, 1_500, 5_000)) if kind == "topic age" else 0,
+        topic_bytes=rng.choice((1_000, 4_000, 16_000)) if kind == "topic bytes" else 0,
+        free_delete_bytes=3 * segment_bytes if kind == "disk" else 0,
+        segment_bytes=segment_bytes,
+        checkpoint_ms=rng.choice((200, 500, 2_000)),
+    )
