@@ -134,6 +134,35 @@ def test_a_former_holder_is_fenced(desk: BrokerDesk) -> None:
     assert b.pull("meters", 0, 1, group="readers", lease_epoch=new.lease_epoch)[1] == [b"2"]
 
 
+def test_nobody_is_told_that_a_lease_has_ended_before_that_is_flushed(desk: BrokerDesk) -> None:
+    a = member(desk, "a")
+    lease = a.acquire("meters", 0)
+    waiting = a.post(Pull, "meters", 0, 0, 1000, 10_000, 0, "readers", lease.lease_epoch)
+    a.post(ReleaseLease, "meters", 0, lease.lease_epoch)
+    again = a.post(ReleaseLease, "meters", 0, lease.lease_epoch)  # the first one was not answered in time
+    newer = a.post(Pull, "meters", 0, 0, 1000, 10_000, 0, "readers", lease.lease_epoch)
+    desk.turn(flush=False)
+    assert [a.reply(number) for number in (again, newer)] == [None, None]
+    assert a.reply(waiting) is None
+    desk.crash()
+    a = member(desk, "a", epoch=2)
+    assert a.acquire("meters", 0).lease_epoch == lease.lease_epoch, "a power cut made it theirs again"
+    a.ask(ReleaseLease, "meters", 0, lease.lease_epoch)
+    assert a.ask(ReleaseLease, "meters", 0, lease.lease_epoch).code == Code.FENCED
+
+
+def test_nobody_is_told_that_a_topic_is_gone_before_that_is_flushed(desk: BrokerDesk) -> None:
+    a = member(desk, "a")
+    lease = a.acquire("meters", 0)
+    waiting = a.post(Pull, "meters", 0, 0, 1000, 10_000, 0, "readers", lease.lease_epoch)
+    desk.client("admin").post(DeleteTopic, "meters")
+    release = a.post(ReleaseLease, "meters", 0, lease.lease_epoch)
+    desk.turn(flush=False)
+    assert [a.reply(waiting), a.reply(release)] == [None, None]
+    desk.turn()
+    assert [a.reply(waiting).code, a.reply(release).code] == [Code.TOPIC_NOT_FOUND, Code.TOPIC_NOT_FOUND]
+
+
 def test_a_pull_that_waits_is_fenced_when_the_lease_goes(desk: BrokerDesk) -> None:
     a, b = member(desk, "a"), member(desk, "b")
     lease = a.acquire("meters", 0)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 
 from zrmq.clock import Clock
-from zrmq.errors import Code, InvalidArgumentError, TopicNotFoundError
-from zrmq.protocol.requests import Reply
+from zrmq.errors import Code, FencedError, InvalidArgumentError, TopicNotFoundError, ZrmqError
+from zrmq.protocol.requests import Reply, failed
 from zrmq.serving.outbox import Outbox
 from zrmq.store.store import Store
 from zrmq.store.tables import Queue, Topic
@@ -56,3 +56,13 @@ class Context:
     def reply_when_safe(self, session: Session, reply: Reply) -> None:
         """Send the reply once every event appended so far is flushed."""
         self.outbox.after_flush(self.store.appended_position, session.peer, reply)
+
+    def refuse(self, peer: bytes, number: int, error: ZrmqError) -> None:
+        """Send the refusal of a request. One that tells what happened, that a lease has ended or a topic is gone, waits like a
+        reply: a power cut may undo that, and who was told would not know what it holds again."""
+        refusal = failed(number, error)
+        is_flushed = self.store.appended_position == self.store.flushed_position
+        if isinstance(error, FencedError | TopicNotFoundError) and not is_flushed:
+            self.outbox.after_flush(self.store.appended_position, peer, refusal)
+        else:
+            self.outbox.now(peer, refusal)

@@ -122,7 +122,7 @@ class BrokerCore:
         try:
             self._dispatch(peer, request, frames)
         except ZrmqError as error:
-            self.outbox.now(peer, failed(request.number, error))
+            self.context.refuse(peer, request.number, error)
         except Exception:  # a fault of ours must not end the broker, nor leave the client waiting
             log.exception("request_failed", request=type(request).__name__)
             self.outbox.now(peer, Failed(request.number, Code.INTERNAL_ERROR, "The broker failed to handle this; see its log."))

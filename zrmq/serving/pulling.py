@@ -9,7 +9,7 @@ import msgspec
 from zrmq.errors import Code, RequestRefusedError, TopicNotFoundError, ZrmqError
 from zrmq.protocol import limits
 from zrmq.protocol.events import PERMISSION_READ
-from zrmq.protocol.requests import Pull, Pulled, PullStatus, failed
+from zrmq.protocol.requests import Pull, Pulled, PullStatus
 from zrmq.serving.context import Context
 from zrmq.store.tables import Queue, Topic
 from zrmq.transport.sessions import Session
@@ -113,7 +113,7 @@ class Pulling:
             self._forget(held)
             name = held.request.topic
             gone = TopicNotFoundError(f"Topic {name!r} was deleted; read another, or create it again.", topic=name)
-            self._context.outbox.now(held.session.peer, failed(held.request.number, gone))
+            self._context.refuse(held.session.peer, held.request.number, gone)
 
     def _answer(self, session: Session, request: Pull, queue: Queue, offset: int, wait: bool) -> int | None:
         """Answer, or return the offset to wait at when there is nothing, or no room for it, and it may wait."""
@@ -157,7 +157,7 @@ class Pulling:
             self._may_read(held.session, held.request, held.queue)
             offset = self._answer(held.session, held.request, held.queue, held.offset, wait=True)
         except ZrmqError as error:
-            self._context.outbox.now(held.session.peer, failed(held.request.number, error))
+            self._context.refuse(held.session.peer, held.request.number, error)
             return
         if offset is not None:
             held.offset = offset
