@@ -10,12 +10,15 @@ from zlib import crc32
 import pytest
 
 from zrmq.client import reading
+from zrmq.client.committing import Committer
+from zrmq.client.cursor import Cursor
 from zrmq.client.inbox import Inbox
 from zrmq.client.process_queue import ProcessQueue
 from zrmq.client.producing import ProducerCore
 from zrmq.protocol.events import LeaseGranted, OffsetsCommitted
 from zrmq.serving.groups import GroupDesk
 from zrmq.serving.leases import LeaseDesk
+from zrmq.serving.offsets import OffsetDesk
 from zrmq.serving.outbox import Outbox
 from zrmq.store import checkpoint, maintenance, recovery, relocation, retention, segment
 from zrmq.store.checkpoint import Checkpoint
@@ -24,7 +27,7 @@ from zrmq.store.consume_queue import ConsumeQueue
 from zrmq.store.relocation import Relocation
 from zrmq.store.store import Store
 from zrmq.store.tables import Tables
-from zrmq.testing.simulation.work import RetentionPlan, WorkPlan
+from zrmq.testing.simulation.work import PullPlan, RetentionPlan, WorkPlan
 from zrmq.transport.sessions import SessionTable
 
 Patch = pytest.MonkeyPatch
@@ -255,10 +258,50 @@ def skip_what_follows_the_deleted(patch: Patch) -> None:
     patch.setattr(LeaseDesk, "_tell", hasty)
 
 
+def seek_one_too_far(patch: Patch) -> None:
+    begin = reading.Reader.begin_anew
+    patch.setattr(reading.Reader, "begin_anew", lambda self, old, offset: begin(self, old, offset + 1))
+
+
+def do_not_tell_that_a_seek_goes_back(patch: Patch) -> None:
+    begin = reading.Reader.begin_anew
+
+    def forgetful(self: Any, old: Any, offset: int) -> Any:
+        anew = begin(self, old, offset)
+        anew.goes_back = False
+        return anew
+
+    patch.setattr(reading.Reader, "begin_anew", forgetful)
+
+
+def always_reset(patch: Patch) -> None:
+    patch.setattr(OffsetDesk, "_target", lambda self, session, instance, queue, asked, reset: asked.offset // 2)
+
+
+def finish_what_is_being_given(patch: Patch) -> None:
+    patch.setattr(Cursor, "settle", Cursor.finish_given)
+
+
+def say_at_once_that_a_commit_is_done(patch: Patch) -> None:
+    commit = Committer.commit
+
+    def hasty(self: Committer, readings: Any, on_done: Any, timeout_ms: int) -> None:
+        commit(self, readings, lambda error: None, timeout_ms)
+        on_done(None)
+
+    patch.setattr(Committer, "commit", hasty)
+
+
 KEEPING = {"work": WorkPlan(retention=RetentionPlan(store_ms=60_000)), "segment_bytes": 4_096, "checkpoint_ms": 200}
 DELETING = {
     "work": WorkPlan(retention=RetentionPlan(store_ms=500, segment_bytes=4_096)), "segment_bytes": 4_096, "checkpoint_ms": 200,
 }
+ITERATION = PullPlan(iterates=True, auto_commit=True, seek_every_ms=0.0, pause_every_ms=0.0, message_ms=100.0)
+ITERATING = {"work": WorkPlan(pulls=dict.fromkeys(("group-0", "group-1", "group-2"), ITERATION))}
+PULLING = {"work": WorkPlan(pulls={
+    group: PullPlan(iterates=iterates, auto_commit=auto_commit, seek_every_ms=300.0, pause_every_ms=1_000.0, message_ms=1.0)
+    for group, iterates, auto_commit in (("group-0", False, False), ("group-1", True, True), ("group-2", False, True))
+})}
 
 VARIANTS = [
     Variant("acknowledge before flush", acknowledge_before_flush, {"flush", "lost"}),
@@ -299,4 +342,9 @@ VARIANTS = [
     Variant("trim too much", trim_too_much, {"views"}, DELETING),
     Variant("never trim", never_trim, {"health", "views", "commit"}, DELETING),
     Variant("skip what follows the deleted", skip_what_follows_the_deleted, {"commit", "missed"}, DELETING),
+    Variant("seek one too far", seek_one_too_far, {"commit", "missed"}, PULLING),
+    Variant("do not tell that a seek goes back", do_not_tell_that_a_seek_goes_back, {"commit"}, PULLING),
+    Variant("always reset", always_reset, {"commit"}, PULLING),
+    Variant("finish what is being given", finish_what_is_being_given, {"commit"}, ITERATING),
+    Variant("say at once that a commit is done", say_at_once_that_a_commit_is_done, {"commit"}, PULLING),
 ]

@@ -67,15 +67,24 @@ class VirtualConsumer:
         self._world = world
         self._rng = rng = Random(f"{world.plan.seed} {self.who}")
         self.machine: Machine = world.network.machine(self.name)
-        self.inbox = Inbox(ReadyLine(self._work_soon), nullcontext(), self.machine.clock, self._wake, in_order=group.in_order)
+        self.inbox = self._make_inbox()
         identity = Identity(self.who, "consumer", group.name, self.instance_name)
         self._instance = ClientInstance(self.machine, world.nameserver_addresses, identity, rng)
-        self.core = ConsumerCore(self.machine, self._config(), self.inbox, self._instance, rng, on_started=self._started)
+        self.core = ConsumerCore(
+            self.machine, self._config(), self.inbox, self._instance, rng, settle=self._settle, on_started=self._started
+        )
         self._idle = group.workers
         self._pace = Pace()
         self._is_woken = False
         self._handed_out: dict[ProcessQueue, int] = {}
         world.note(self.who, "started")
+
+    def _make_inbox(self) -> Inbox:
+        line = ReadyLine(self._work_soon)
+        return Inbox(line, nullcontext(), self.machine.clock, self._wake, in_order=self.group.in_order)
+
+    def _settle(self) -> None:
+        """Of the core."""
 
     def _config(self) -> ConsumingConfig:
         group = self.group

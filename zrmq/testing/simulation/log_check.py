@@ -6,6 +6,7 @@ Each life of a broker has a check of its own that reads the log from its beginni
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,7 +15,7 @@ from zrmq.message import ConsumeFrom, MessageQueue
 from zrmq.protocol.events import GroupSubscribed, LeaseGranted, OffsetsCommitted
 from zrmq.store.tables import Lease, Queue, Subscribed, Tables
 from zrmq.testing.simulation.log_watch import Entry, LogWatch, Placed
-from zrmq.testing.simulation.promises import Promises
+from zrmq.testing.simulation.promises import Place, Promises
 from zrmq.testing.simulation.trace import BrokenPromise, spell
 
 
@@ -32,6 +33,7 @@ class LogCheck:
         self._sequences: set[tuple[int, int]] = set()
         self._last_numbers: dict[tuple[MessageQueue, int, type], int] = {}
         self._lease_epoch = 0
+        self._resets: Counter[Place] = Counter()
 
     def advance(self, written_position: int, flushed_position: int) -> None:
         """The store says that its log reaches so far."""
@@ -205,7 +207,12 @@ class LogCheck:
 
     def _check_move(self, event: OffsetsCommitted, queue: MessageQueue, before: int, offset: int) -> None:
         if offset < before and not self._promises.is_async(queue.topic):  # after a loss consumers go back by a reset
-            self._fail("commit", f"group {event.group} went back on {spell(queue)} from {before} to {offset} without a reset.")
+            place = (event.group, event.instance_name, queue)
+            self._resets[place] += 1
+            since = self._promises.may_go_back(place, offset, self._resets[place])
+            if since is None:
+                self._fail("commit", f"group {event.group} went back on {spell(queue)} from {before} to {offset}; nobody sought.")
+            before = since
         for at in range(before, offset):
             placed = self.placed(queue, at)
             if placed is None or self._promises.is_deleted(self._broker_name, placed.end):

@@ -7,6 +7,7 @@ each group have got through. Both are what a user can see, taken at the public e
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from zrmq.client.batch import OneWay, SendHandle, Target
 from zrmq.errors import UnreachableError, ZrmqError
@@ -58,6 +59,17 @@ class Posting:
         return not (getattr(batch, "attempts", 0) or getattr(batch, "avoid", ()))
 
 
+class Seek(NamedTuple):
+    """A consumer went on elsewhere: what lies between is skipped, or comes again."""
+
+    before: int  # below which it was through with everything
+    offset: int
+    end: int  # the same, or the queue's end at that time, if that is before
+
+
+Place = tuple[str, str, MessageQueue]  # group, instance name, queue
+
+
 class Promises:
     """Everything that was promised in a run, by all brokers together."""
 
@@ -70,7 +82,8 @@ class Promises:
         self._losable: set[bytes] = set()
         self._async_topics = {topic.name for topic in plan.topics if topic.flush_mode is FlushMode.ASYNC}
         self._wanted = {group.name: wanted_tags(group) for group in plan.groups}
-        self._finished: dict[tuple[str, str, MessageQueue], dict[int, bytes]] = {}
+        self._finished: dict[Place, dict[int, bytes]] = {}
+        self._seeks: dict[Place, list[Seek]] = {}
 
     # --- producers ----------------------------------------------------------------------------------------------------
 
@@ -130,10 +143,28 @@ class Promises:
         key = (group, instance_name, message.queue)
         self._finished.setdefault(key, {})[message.queue_offset] = message.body
 
+    def sought(self, place: Place, seek: Seek) -> None:
+        """A consumer goes on elsewhere."""
+        self._seeks.setdefault(place, []).append(seek)
+
+    def is_beyond(self, place: Place, offset: int) -> bool:
+        """Whether a consumer sought this offset where the queue had already ended: its broker commits the end then."""
+        return any(seek.end < offset == seek.offset for seek in self._seeks.get(place, ()))
+
+    def may_go_back(self, place: Place, offset: int, times: int) -> int | None:
+        """From where on a group that goes back to `offset`, for the so-many-th time, has finished everything before it; None if
+        it must not go back. Who seeks beyond the end goes back twice."""
+        seeks = self._seeks.get(place, [])
+        return max((seek.end for seek in seeks if seek.end <= offset), default=None) if times <= 2 * len(seeks) else None
+
     def is_finished(self, group: str, instance_name: str, queue: MessageQueue, offset: int, body: bytes) -> bool:
-        """Whether a listener of the group got through this message, or the group does not want it."""
-        done = self._finished.get((group, instance_name, queue))
-        return (done is not None and done.get(offset) == body) or not self.is_wanted(group, body)
+        """Whether a listener of the group got through this message, or the group does not want it, or a seek passed over it."""
+        place = (group, instance_name, queue)
+        done = self._finished.get(place)
+        return (
+            (done is not None and done.get(offset) == body) or not self.is_wanted(group, body)
+            or any(seek.before <= offset < seek.offset for seek in self._seeks.get(place, ()))
+        )
 
     def is_wanted(self, group: str, body: bytes) -> bool:
         """Whether the group's filter lets the message through."""

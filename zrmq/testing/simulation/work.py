@@ -5,11 +5,15 @@ A run has some kinds of this work and rarely all, as with faults. `WorkPlan()` i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from random import Random
+from typing import Any
 
 import msgspec
 
 KEPT_MS = 72 * 3_600_000  # what a store keeps where nothing is drawn: longer than any run
+
+GROUPS = ("group-0", "group-1", "group-2")
 
 
 class RetentionPlan(msgspec.Struct, frozen=True):
@@ -24,17 +28,32 @@ class RetentionPlan(msgspec.Struct, frozen=True):
     checkpoint_ms: int = 0  # likewise: what is not saved is not deleted
 
 
+class PullPlan(msgspec.Struct, frozen=True):
+    """How the members of a group ask for messages. Times are means in virtual ms, 0: never."""
+
+    iterates: bool
+    auto_commit: bool
+    seek_every_ms: float  # of one member
+    pause_every_ms: float
+    message_ms: float  # what it does with one message takes so long
+
+
 class WorkPlan(msgspec.Struct, frozen=True):
     """The kinds of work of one run."""
 
     retention: RetentionPlan = RetentionPlan()
+    pulls: dict[str, PullPlan] = {}  # by group; the members of others have listeners
 
 
 def draw_work(seed: int) -> WorkPlan:
-    """The work of a seed."""
-    rng = Random(f"plan {seed} work")
-    share = rng.choice((0.0, 0.0, 0.3, 0.6))
-    return WorkPlan(retention=_retention(rng) if rng.random() < share else RetentionPlan())
+    """The work of a seed. Each kind is drawn apart, so that a new one changes none of the others."""
+    share = Random(f"plan {seed} work").choice((0.0, 0.0, 0.3, 0.6))
+    drawn = {}
+    for kind, draw in KINDS.items():
+        rng = Random(f"plan {seed} work {kind}")
+        if rng.random() < share:
+            drawn[kind] = draw(rng)
+    return WorkPlan(**drawn)
 
 
 def _retention(rng: Random) -> RetentionPlan:
@@ -49,3 +68,17 @@ def _retention(rng: Random) -> RetentionPlan:
         segment_bytes=segment_bytes,
         checkpoint_ms=rng.choice((200, 500, 2_000)),
     )
+
+
+def _pulls(rng: Random) -> dict[str, PullPlan]:
+    return {group: _pull(rng) for group in GROUPS if rng.random() < 0.6}
+
+
+def _pull(rng: Random) -> PullPlan:
+    return PullPlan(
+        iterates=rng.random() < 0.4, auto_commit=rng.random() < 0.6, seek_every_ms=rng.choice((0.0, 300.0, 3_000.0)),
+        pause_every_ms=rng.choice((0.0, 0.0, 1_000.0)), message_ms=rng.choice((0.0, 1.0, 10.0, 100.0)),
+    )
+
+
+KINDS: dict[str, Callable[[Random], Any]] = {"retention": _retention, "pulls": _pulls}

@@ -15,7 +15,8 @@ from zrmq.testing.simulation.log_check import LogCheck
 from zrmq.testing.simulation.network import MachineNetwork
 from zrmq.testing.simulation.plan import GroupPlan, Plan
 from zrmq.testing.simulation.producers import VirtualProducer
-from zrmq.testing.simulation.promises import Posting, Promises
+from zrmq.testing.simulation.promises import Posting, Promises, Seek
+from zrmq.testing.simulation.pullers import VirtualPuller
 from zrmq.testing.simulation.retention_check import check_deleted
 from zrmq.testing.simulation.servers import VirtualBroker, VirtualNameServer
 from zrmq.testing.simulation.trace import BrokenPromise, Trace, spell
@@ -97,7 +98,11 @@ class World:
         """A member comes, unless the one of this slot is there."""
         name = f"{group.name}-{slot}"
         if name not in self.network.loops:
-            self.consumers.append(VirtualConsumer(self, group, slot, self._next_life(name)))
+            self.consumers.append(self._new_consumer(group, slot, self._next_life(name)))
+
+    def _new_consumer(self, group: GroupPlan, slot: int, life: int) -> VirtualConsumer:
+        pulls = self.plan.work.pulls.get(group.name)
+        return VirtualConsumer(self, group, slot, life) if pulls is None else VirtualPuller(self, group, slot, life, pulls)
 
     def crash_consumer(self, consumer: VirtualConsumer) -> None:
         """A member ends without a word."""
@@ -168,6 +173,28 @@ class World:
             self.note(consumer.who, "listener_raised", f"{message.queue.queue_id}@{message.queue_offset}")
         else:
             self.promises.finish(consumer.group.name, consumer.instance_name, message)
+
+    def sought(self, consumer: VirtualConsumer, queue: MessageQueue, before: int, offset: int) -> None:
+        """A consumer that was through with everything below `before` goes on from `offset`."""
+        broker = self.brokers[queue.broker_name]
+        topic = broker.store.tables.topics.get(queue.topic) if broker.role is not None else None
+        end = topic.queues[queue.queue_id].visible_offset if topic is not None else 0
+        self.promises.sought((consumer.group.name, consumer.instance_name, queue), Seek(before, offset, min(offset, end)))
+
+    def committed(self, consumer: VirtualConsumer, offsets: dict[MessageQueue, int]) -> None:
+        """A consumer was told that the brokers have these offsets, or, where it went on meanwhile, later ones."""
+        for queue, offset in offsets.items():
+            broker = self.brokers[queue.broker_name]
+            is_beyond = self.promises.is_beyond((consumer.group.name, consumer.instance_name, queue), offset)
+            if broker.role is None or self.promises.is_async(queue.topic) or is_beyond or not consumer.holds(queue):
+                continue
+            topic = broker.store.tables.topics[queue.topic]
+            group = broker.store.tables.groups.get(consumer.group.name)
+            known = group.start_offset(topic, queue.queue_id, consumer.instance_name) if group is not None else None
+            latest = max(offset, consumer.inbox.commit_offset(consumer.core.reader.readings[queue].process_queue))
+            if known is None or not offset <= max(known, topic.queues[queue.queue_id].min_offset) or known > latest:
+                what = f"{offset} of {spell(queue)} is committed; {known} is"
+                raise BrokenPromise("commit", f"{consumer.who} was told that {what}.")
 
     def consumer_ready(self, consumer: VirtualConsumer) -> None:
         """Everything that fixes where its group, or for broadcasting its instance, begins has been done."""
