@@ -98,7 +98,7 @@ def test_work_is_done() -> None:
     counts: Counter[str] = Counter()
     for seed in [seed for seed in range(1, 100) if draw_plan(seed).work != WorkPlan()][:12]:
         counts.update(run_seed(seed).counts)
-    for what in ("log_begins", "offset_moved", "sought", "queues_paused"):
+    for what in ("log_begins", "offset_moved", "sought", "queues_paused", "changed_topic"):
         assert counts[what], f"no {what} in a dozen runs"
 
 

@@ -15,7 +15,7 @@ from zrmq.client.cursor import Cursor
 from zrmq.client.inbox import Inbox
 from zrmq.client.process_queue import ProcessQueue
 from zrmq.client.producing import ProducerCore
-from zrmq.protocol.events import LeaseGranted, OffsetsCommitted
+from zrmq.protocol.events import LeaseGranted, OffsetsCommitted, TopicPut
 from zrmq.serving.groups import GroupDesk
 from zrmq.serving.leases import LeaseDesk
 from zrmq.serving.offsets import OffsetDesk
@@ -292,6 +292,17 @@ def say_at_once_that_a_commit_is_done(patch: Patch) -> None:
     patch.setattr(Committer, "commit", hasty)
 
 
+def save_no_changes_of_topics(patch: Patch) -> None:
+    apply = Store.append_event
+
+    def forgetful(self: Store, event: Any) -> int:
+        if isinstance(event, TopicPut) and event.topic_id in self.tables.topics_by_id and self.boot:
+            return self.appended_position
+        return apply(self, event)
+
+    patch.setattr(Store, "append_event", forgetful)
+
+
 KEEPING = {"work": WorkPlan(retention=RetentionPlan(store_ms=60_000)), "segment_bytes": 4_096, "checkpoint_ms": 200}
 DELETING = {
     "work": WorkPlan(retention=RetentionPlan(store_ms=500, segment_bytes=4_096)), "segment_bytes": 4_096, "checkpoint_ms": 200,
@@ -347,4 +358,7 @@ VARIANTS = [
     Variant("always reset", always_reset, {"commit"}, PULLING),
     Variant("finish what is being given", finish_what_is_being_given, {"commit"}, ITERATING),
     Variant("say at once that a commit is done", say_at_once_that_a_commit_is_done, {"commit"}, PULLING),
+    Variant("save no changes of topics", save_no_changes_of_topics, {"topics"}, {
+        "work": WorkPlan(change_topics_every_ms=500.0),
+    }),
 ]

@@ -54,7 +54,7 @@ def _check_broker_bounds(world: World, broker: VirtualBroker) -> None:
     core = broker.core
     if len(core.outbox) > REPLIES_HELD_MAX:
         raise BrokenPromise("memory", f"{broker.name} holds {len(core.outbox)} replies.")
-    pulls_max = sum(topic.queue_count for topic in world.plan.topics) * len(core.sessions)
+    pulls_max = sum(len(topic.queues) for topic in broker.store.tables.topics.values()) * len(core.sessions)
     if core.pulling.held_count > pulls_max:
         raise BrokenPromise("memory", f"{broker.name} holds {core.pulling.held_count} pulls of {len(core.sessions)} sessions.")
 
@@ -98,7 +98,7 @@ def _group_troubles(world: World, group: GroupPlan) -> Iterator[str]:
         yield f"Of the {group.members} members of {group.name} {len(members)} are there, and not all have started."
         return
     for topic in group.topics:
-        for queue in world.all_queues(topic):
+        for queue in world.present_queues(topic):
             broker = world.brokers[queue.broker_name]
             if group.message_model is MessageModel.CLUSTERING:
                 yield from _lease_troubles(group, broker, queue, members)
@@ -135,6 +135,7 @@ def check_accounts(world: World) -> None:
         check.compare_tables(world.brokers[name].store.tables)
         _check_views(world.brokers[name], check)
         check_relocated(name, world.brokers[name].store, check, is_refused=bool(world.trace.counts["state_not_relocated"]))
+    _check_topics(world)
     _check_acknowledged(world, checks)
     _check_copies(world, checks)
     for group in world.plan.groups:
@@ -151,6 +152,14 @@ def _check_views(broker: VirtualBroker, check: LogCheck) -> None:
             if bodies != there:
                 counts = f"{len(bodies)} messages of {queue}; its log has {len(there)}"
                 raise BrokenPromise("views", f"{broker.name} serves {counts}.")
+
+
+def _check_topics(world: World) -> None:
+    """Topics are what the administrator was told they are."""
+    for (broker_name, topic), config in world.admin.settled.items() if world.admin is not None else ():
+        known = world.brokers[broker_name].store.tables.topics[topic].config
+        if known != config:
+            raise BrokenPromise("topics", f"{broker_name} said that a topic is {config}, and it is {known}.")
 
 
 def _check_acknowledged(world: World, checks: dict[str, LogCheck]) -> None:
@@ -190,7 +199,7 @@ def _copies_max(posting: Posting) -> int:
 def _check_consumed(world: World, group: GroupPlan, checks: dict[str, LogCheck]) -> None:
     """Each group got everything it subscribed to; what was sent after it was ready counts as that."""
     for topic in group.topics:
-        for queue in world.all_queues(topic):
+        for queue in world.present_queues(topic):
             contents = checks[queue.broker_name].contents(queue)
             for known, instance_name in world.ready_ms:
                 if known == group.name:

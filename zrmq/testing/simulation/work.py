@@ -43,6 +43,7 @@ class WorkPlan(msgspec.Struct, frozen=True):
 
     retention: RetentionPlan = RetentionPlan()
     pulls: dict[str, PullPlan] = {}  # by group; the members of others have listeners
+    change_topics_every_ms: float = 0.0  # mean time between two changes of an administrator, 0: none
 
 
 def draw_work(seed: int) -> WorkPlan:
@@ -81,4 +82,8 @@ def _pull(rng: Random) -> PullPlan:
     )
 
 
-KINDS: dict[str, Callable[[Random], Any]] = {"retention": _retention, "pulls": _pulls}
+def _changes(rng: Random) -> float:
+    return rng.choice((200.0, 1_000.0, 3_000.0))
+
+
+KINDS: dict[str, Callable[[Random], Any]] = {"retention": _retention, "pulls": _pulls, "change_topics_every_ms": _changes}

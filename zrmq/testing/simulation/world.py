@@ -10,6 +10,7 @@ from zrmq.client.process_queue import Unit
 from zrmq.errors import ZrmqError
 from zrmq.message import Message, MessageQueue, SendReceipt
 from zrmq.protocol.events import TopicConfig, TopicPut
+from zrmq.testing.simulation.admins import VirtualAdmin
 from zrmq.testing.simulation.consumers import VirtualConsumer
 from zrmq.testing.simulation.log_check import LogCheck
 from zrmq.testing.simulation.network import MachineNetwork
@@ -35,6 +36,7 @@ class World:
         self.brokers = {name: VirtualBroker(self, name) for name in plan.broker_names}
         self.producers: list[VirtualProducer] = []  # all that ever were
         self.consumers: list[VirtualConsumer] = []  # those that are
+        self.admin: VirtualAdmin | None = None
         self.is_working = True
         self.ready_ms: dict[tuple[str, str], float] = {}  # group and instance: when its first member had fixed where it begins
         self._lives: dict[str, int] = {}
@@ -58,6 +60,13 @@ class World:
         count = next(each.queue_count for each in self.plan.topics if each.name == topic)
         return [MessageQueue(topic, name, queue_id) for name in self.plan.broker_names for queue_id in range(count)]
 
+    def present_queues(self, topic: str) -> list[MessageQueue]:
+        """The queues of a topic at all brokers, which are up, sorted."""
+        return [
+            MessageQueue(topic, name, queue_id)
+            for name, broker in self.brokers.items() for queue_id in range(len(broker.store.tables.topics[topic].queues))
+        ]
+
     # --- coming and going ---------------------------------------------------------------------------------------------
 
     def build(self) -> None:
@@ -69,6 +78,8 @@ class World:
             self._create_topics(broker)
         for number in range(self.plan.producer_count):
             self.start_producer(f"producer-{number}")
+        if self.plan.work.change_topics_every_ms:
+            self.admin = VirtualAdmin(self, self.plan.work.change_topics_every_ms)
         for group in self.plan.groups:
             for slot in range(group.members):
                 self.later(group.starts_ms, lambda group=group, slot=slot: self.start_consumer(group, slot))  # type: ignore[misc]
