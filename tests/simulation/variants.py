@@ -303,6 +303,17 @@ def save_no_changes_of_topics(patch: Patch) -> None:
     patch.setattr(Store, "append_event", forgetful)
 
 
+def forget_the_longer_session_timeout(patch: Patch) -> None:
+    start = LeaseDesk.__init__
+
+    def forgetful(self: LeaseDesk, context: Any, *others: Any) -> None:
+        start(self, context, *others)
+        self._grace_ends_ms = context.clock.monotonic_ms() + context.config.session_timeout_ms
+        self._absent = dict.fromkeys(self._absent, self._grace_ends_ms)
+
+    patch.setattr(LeaseDesk, "__init__", forgetful)
+
+
 KEEPING = {"work": WorkPlan(retention=RetentionPlan(store_ms=60_000)), "segment_bytes": 4_096, "checkpoint_ms": 200}
 DELETING = {
     "work": WorkPlan(retention=RetentionPlan(store_ms=500, segment_bytes=4_096)), "segment_bytes": 4_096, "checkpoint_ms": 200,
@@ -360,5 +371,9 @@ VARIANTS = [
     Variant("say at once that a commit is done", say_at_once_that_a_commit_is_done, {"commit"}, PULLING),
     Variant("save no changes of topics", save_no_changes_of_topics, {"topics"}, {
         "work": WorkPlan(change_topics_every_ms=500.0),
+    }),
+    Variant("forget the longer session timeout", forget_the_longer_session_timeout, {"owner", "drain"}, {
+        "work": WorkPlan(session_timeouts_ms=(1_000,)), "session_timeout_ms": 10_000,
+        "faults": {"broker_kill": 3_000.0, "cut": 1_000.0, "pause": 2_000.0},
     }),
 ]

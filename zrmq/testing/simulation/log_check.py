@@ -237,5 +237,5 @@ def describe_tables(tables: Tables) -> dict[str, Any]:
             for name, group in sorted(tables.groups.items())
         },
         "windows": {key: (window.highest_sequence, bytes(window.sent)) for key, window in sorted(tables.windows.items())},
-        "numbers": (tables.next_topic_id, tables.boot),
+        "numbers": (tables.next_topic_id, tables.boot, tables.session_timeout_ms),
     }

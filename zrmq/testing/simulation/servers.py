@@ -160,6 +160,7 @@ class VirtualBroker:
         self.life = 0  # counts starts, and stops in good order, with which all leases end
         self._world = world
         self._rng = Random(f"{world.plan.seed} {name}")
+        self._work_rng = Random(f"{world.plan.seed} {name} work")
 
     @property
     def store(self) -> Store:
@@ -214,8 +215,12 @@ class VirtualBroker:
                 retention_ms=plan.work.retention.store_ms, store_bytes_max=plan.work.retention.store_bytes_max,
             ),
             broker_name=self.name, cluster="simulated", data=str(self.folder),
-            nameservers=tuple(self._world.nameserver_addresses), session_timeout_ms=plan.session_timeout_ms,
+            nameservers=tuple(self._world.nameserver_addresses), session_timeout_ms=self._draw_session_timeout_ms(),
         )
+
+    def _draw_session_timeout_ms(self) -> int:
+        timeouts_ms = self._world.plan.work.session_timeouts_ms if self.life > 1 else ()
+        return self._work_rng.choice(timeouts_ms) if timeouts_ms else self._world.plan.session_timeout_ms
 
     def _draw_job_ms(self) -> float:
         return self._rng.uniform(*self._world.plan.flush_ms) * self.slowness

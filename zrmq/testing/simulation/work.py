@@ -44,6 +44,7 @@ class WorkPlan(msgspec.Struct, frozen=True):
     retention: RetentionPlan = RetentionPlan()
     pulls: dict[str, PullPlan] = {}  # by group; the members of others have listeners
     change_topics_every_ms: float = 0.0  # mean time between two changes of an administrator, 0: none
+    session_timeouts_ms: tuple[int, ...] = ()  # one of these from each start of a broker on but the first; else always the plan's
 
 
 def draw_work(seed: int) -> WorkPlan:
@@ -86,4 +87,10 @@ def _changes(rng: Random) -> float:
     return rng.choice((200.0, 1_000.0, 3_000.0))
 
 
-KINDS: dict[str, Callable[[Random], Any]] = {"retention": _retention, "pulls": _pulls, "change_topics_every_ms": _changes}
+def _timeouts(rng: Random) -> tuple[int, ...]:
+    return rng.choice(((2_000, 10_000), (1_000, 4_000, 15_000)))
+
+
+KINDS: dict[str, Callable[[Random], Any]] = {
+    "retention": _retention, "pulls": _pulls, "change_topics_every_ms": _changes, "session_timeouts_ms": _timeouts,
+}
