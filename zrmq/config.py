@@ -293,7 +293,7 @@ def _read(file: Path) -> dict[str, Any]:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error.strerror}; check the path.", file=str(file)) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, or a number of more digits than Python reads
         raise ConfigError(f"{file} is not TOML: {error}; correct it there.", file=str(file)) from error
 
 

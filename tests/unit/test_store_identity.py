@@ -58,7 +58,9 @@ def test_other_formats_are_refused(content: bytes) -> None:
         claim(files, FOLDER, "broker-a", "cluster", "id-1")
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe", b"= = =", b"broker_name = 'a"])
+@pytest.mark.parametrize("content", [
+    b"\xff\xfe", b"= = =", b"broker_name = 'a", b"format_version = 1" + b"0" * 5_000, b"broker_name = " + b"[" * 5_000,
+], ids=["not UTF-8", "not TOML", "cut off", "a number of 5,000 digits", "5,000 brackets"])
 def test_a_spoiled_file_is_not_overwritten(content: bytes) -> None:
     files = disk()
     replace_file(files, FILE, content)

@@ -24,7 +24,7 @@ def claim(files: Files, folder: Path, broker_name: str, cluster: str, new_store_
     except FileNotFoundError:
         replace_file(files, path, _text(broker_name, cluster, new_store_id).encode())
         return new_store_id
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, or such as Python refuses to read
         raise FolderUnusableError(
             f"{path} cannot be read: {error}. It says whose data this is: bring it back, or delete it if you know.",
             path=str(path),
