@@ -85,3 +85,14 @@ def test_a_topic_is_sync_unless_it_says_otherwise() -> None:
 def test_bytes_that_are_no_event(payload: bytes) -> None:
     with pytest.raises(InvalidFrameError, match="cannot be read"):
         decode_event(payload)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [[1, -1], [1, 1 << 63], [2, 1, ["t", (1 << 32) - 1]], [2, 1, ["t", 1025]], [2, -1, ["t"]], [4, "g", "t", -1, []],
+     [5, "g", "", [[1, 0, -1]]], [5, "g", "", [[1, -1, 0]]], [10, 1, [[0, 1 << 63]]], [11, 0, 1, 1, -1]],
+)
+def test_numbers_that_the_tables_cannot_hold_are_refused(event: list[object]) -> None:
+    """A queue of a negative number would be another one, and a topic of four thousand million queues the end of the memory."""
+    with pytest.raises(InvalidFrameError, match="log event"):
+        events.decode_event(msgpack.packb(event))

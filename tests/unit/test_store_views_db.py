@@ -15,7 +15,7 @@ from zrmq.files import DiskFiles, Files, replace_file
 from zrmq.message import FlushMode
 from zrmq.protocol.events import TopicConfig
 from zrmq.store.consume_queue import QueueRow
-from zrmq.store.tables import Group, Lease, Subscribed
+from zrmq.store.tables import SENT_BYTES, Group, Lease, Subscribed
 from zrmq.store.views_db import Meta, Saved, ViewsDb, group_of, group_row
 from zrmq.testing.files import FaultyFiles
 
@@ -51,12 +51,12 @@ def full() -> Saved:
             (2, TopicConfig("other", 1, flush_mode=FlushMode.ASYNC, retention_ms=5, retention_bytes=1 << 40)),
         ],
         queues=[
-            QueueRow(1, 0, 5, 1 << 40, 3, 70, 1 << 50, 1_700_000_000_000, b"tail"),
+            QueueRow(1, 0, 5, 1 << 40, 3, 70, 1 << 50, 1_700_000_000_000, b"tail" * 11),
             QueueRow(2, 0, 0, 0, 0, 0, (1 << 63) - 1, 0, b""),
         ],
         groups=[("a", {"": {"meters": Subscribed(5, {0: 7, 1: 8})}}, [(1, 0, "client-ü", 1 << 40)]), ("b", {}, [])],
         offsets=[("a", "", 1, 0, 33), ("a", "host", 1, 1, 0), ("b", "", 2, 0, (1 << 63) - 1)],
-        windows=[(5, 1, 0, 200, 10, b"older"), ((1 << 64) - 1, 1, 1, 300, (1 << 63) - 1, b"newer")],
+        windows=[(5, 1, 0, 200, 10, bytes(SENT_BYTES)), ((1 << 64) - 1, 1, 1, 300, (1 << 63) - 1, b"\1" * SENT_BYTES)],
         segments=[(100, 900, 0, {1: (900, 50)}), (200, 1000, 77, {})],
     )
 
@@ -83,9 +83,9 @@ def test_a_save_changes_what_it_has_and_leaves_the_rest(database: ViewsDb) -> No
     database.save(
         Saved(
             meta=meta(applied_position=900, stopped=1), topics=[(1, TopicConfig("meters", 5))],
-            queues=[QueueRow(1, 0, 6, 7, 0, 0, 8, 9, b"new")], offsets=[("a", "", 1, 0, 34)],
+            queues=[QueueRow(1, 0, 6, 7, 0, 0, 8, 9, b"new!" * 11)], offsets=[("a", "", 1, 0, 34)],
             groups=[("b", {"host": {"x": Subscribed(1, {})}}, [])],
-            windows=[(5, 1, 0, 400, 11, b"newest")], windows_from=300, segments=[(200, 1001, 78, {1: (1, 2)})],
+            windows=[(5, 1, 0, 400, 11, b"\2" * SENT_BYTES)], windows_from=300, segments=[(200, 1001, 78, {1: (1, 2)})],
         )
     )
     loaded = database.load()
@@ -93,10 +93,12 @@ def test_a_save_changes_what_it_has_and_leaves_the_rest(database: ViewsDb) -> No
     assert (loaded.meta.applied_position, loaded.meta.stopped) == (900, 1)
     assert dict(loaded.topics)[1].queue_count == 5
     assert len(loaded.topics) == 2
-    assert {row.topic_id: (row.next_offset, row.tail) for row in loaded.queues} == {1: (7, b"new"), 2: (0, b"")}
+    assert {row.topic_id: (row.next_offset, row.tail) for row in loaded.queues} == {1: (7, b"new!" * 11), 2: (0, b"")}
     assert ("a", "", 1, 0, 34) in loaded.offsets
     assert len(loaded.offsets) == 3
-    assert loaded.windows == [((1 << 64) - 1, 1, 1, 300, (1 << 63) - 1, b"newer"), (5, 1, 0, 400, 11, b"newest")]
+    assert loaded.windows == [
+        ((1 << 64) - 1, 1, 1, 300, (1 << 63) - 1, b"\1" * SENT_BYTES), (5, 1, 0, 400, 11, b"\2" * SENT_BYTES),
+    ]
     assert loaded.segments == [(100, 900, 0, {1: (900, 50)}), (200, 1001, 78, {1: (1, 2)})]
     assert [name for name, _, _ in loaded.groups] == ["a", "b"]
 
@@ -160,7 +162,22 @@ def test_a_save_is_synced(tmp_path: Path) -> None:
     database.close()
 
 
-@pytest.mark.parametrize("spoil", ["rubbish", "version", "row", "schema"])
+DAMAGE = {
+    "text for a number": "update queues set next_offset = 'many'",
+    "a number for bytes": "update windows set sent = 2147483648",
+    "a number below zero": "update meta set value = -9223372036854775808 where name = 'next_topic_id'",
+    "a queue of no topic": "update queues set topic_id = 77 where topic_id = 2",
+    "a queue beyond all": "update queues set queue_id = 4294967295 where topic_id = 2",
+    "a tail cut off": "update queues set tail = x'0102' where topic_id = 2",
+    "more first than filed": "update queues set first = 71 where topic_id = 1",
+    "a topic of too many queues": "update topics set config = x'92a178ceffffffff'",
+    "a window cut off": "update windows set sent = x'01'",
+    "an offset of no group": "update offsets set group_name = 'c' where group_name = 'b'",
+    "an offset of no topic": "update offsets set topic_id = 77",
+}
+
+
+@pytest.mark.parametrize("spoil", ["rubbish", "version", "row", "schema", *DAMAGE])
 def test_what_cannot_be_read_is_damage_and_can_be_wiped(place: tuple[Files, Path], spoil: str) -> None:
     files, folder = place
     path = folder / "views.db"
@@ -172,6 +189,7 @@ def test_what_cannot_be_read_is_damage_and_can_be_wiped(place: tuple[Files, Path
         "row": "update topics set config = x'c1'",
         "schema": "drop table windows",
         "rubbish": "",
+        **DAMAGE,
     }
     database._open().execute(statements[spoil])
     if spoil == "rubbish":

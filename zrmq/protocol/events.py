@@ -10,7 +10,7 @@ import msgspec
 
 from zrmq.errors import InvalidFrameError
 from zrmq.message import FlushMode
-from zrmq.protocol.limits import Name, Natural, QueueId
+from zrmq.protocol.limits import QUEUES_PER_TOPIC_MAX, Name, Natural, QueueId
 
 PERMISSION_READ = 4
 PERMISSION_WRITE = 2
@@ -34,20 +34,20 @@ class Event(msgspec.Struct, array_like=True, frozen=True):
 class BrokerStarted(Event, tag=1, frozen=True):
     """A broker opened this log; `boot` counts the openings. Lease epochs given from here on start with it."""
 
-    boot: int
+    boot: Natural
 
 
 class TopicPut(Event, tag=2, frozen=True):
     """A topic was created, or its configuration replaced; queues are only ever added."""
 
-    topic_id: int
+    topic_id: Natural
     config: TopicConfig
 
 
 class TopicDeleted(Event, tag=3, frozen=True):
     """The topic, its queues and all groups' offsets on it are gone. Ids are never used again."""
 
-    topic_id: int
+    topic_id: Natural
 
 
 class GroupSubscribed(Event, tag=4, frozen=True):
@@ -59,8 +59,8 @@ class GroupSubscribed(Event, tag=4, frozen=True):
 
     group: str
     topic: str
-    since_ms: int
-    starts: list[tuple[int, int]]
+    since_ms: Natural
+    starts: list[tuple[Natural, Natural]]
     instance_name: str = ""
 
 
@@ -72,26 +72,26 @@ class OffsetsCommitted(Event, tag=5, frozen=True):
 
     group: str
     instance_name: str
-    offsets: list[tuple[int, int, int]]
+    offsets: list[tuple[Natural, Natural, Natural]]
 
 
 class LeaseGranted(Event, tag=6, frozen=True):
     """The right to read a queue for a group went to a client."""
 
     group: str
-    topic_id: int
-    queue_id: int
+    topic_id: Natural
+    queue_id: Natural
     client_id: str
-    lease_epoch: int
+    lease_epoch: Natural
 
 
 class LeaseReleased(Event, tag=7, frozen=True):
     """The holder gave the queue back, or went silent for longer than the session timeout."""
 
     group: str
-    topic_id: int
-    queue_id: int
-    lease_epoch: int
+    topic_id: Natural
+    queue_id: Natural
+    lease_epoch: Natural
 
 
 class BrokerStopped(Event, tag=8, frozen=True):
@@ -108,8 +108,8 @@ class QueuesAdvanced(Event, tag=10, frozen=True):
     """How far queues of a topic have come, as (queue id, next offset): said again before the batches that tell it are deleted,
     and by a start for queues whose newest batches may be damaged."""
 
-    topic_id: int
-    next_offsets: list[tuple[int, int]]
+    topic_id: Natural
+    next_offsets: list[tuple[Natural, Natural]]
 
 
 class StateRelocated(Event, tag=11, frozen=True):
@@ -118,16 +118,16 @@ class StateRelocated(Event, tag=11, frozen=True):
     The single numbers are in this one: of openings, the id for the next topic, and the longest session timeout in force.
     """
 
-    position: int
-    boot: int
-    next_topic_id: int
-    session_timeout_ms: int
+    position: Natural
+    boot: Natural
+    next_topic_id: Natural
+    session_timeout_ms: Natural
 
 
 class SessionTimeoutChanged(Event, tag=12, frozen=True):
     """No holder of a lease goes by a longer session timeout from here on: so long after a restart it may be reading."""
 
-    session_timeout_ms: int
+    session_timeout_ms: Natural
 
 
 AnyEvent = (
@@ -147,6 +147,9 @@ def encode_event(event: AnyEvent) -> bytes:
 def decode_event(payload: bytes | bytearray | memoryview) -> AnyEvent:
     """The event in an entry's payload. Raises `InvalidFrameError` for bytes that are no event of this or an older version."""
     try:
-        return _decoder.decode(payload)  # type: ignore[no-any-return]
+        event: AnyEvent = _decoder.decode(payload)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise InvalidFrameError(f"A log event cannot be read: {error}.") from error
+    if isinstance(event, TopicPut) and event.config.queue_count > QUEUES_PER_TOPIC_MAX:
+        raise InvalidFrameError(f"A log event has a topic of {event.config.queue_count} queues; at most {QUEUES_PER_TOPIC_MAX}.")
+    return event

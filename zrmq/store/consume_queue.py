@@ -38,6 +38,7 @@ from zlib import crc32
 
 from zrmq.errors import DamageError
 from zrmq.files import Files, read_fully, write_fully
+from zrmq.protocol.limits import Natural
 from zrmq.store.open_files import OpenFiles
 from zrmq.store.segment import UNREADABLE
 from zrmq.store.tables import Queue, Topic
@@ -79,14 +80,14 @@ class QueueEntry(NamedTuple):
 class QueueRow(NamedTuple):
     """A queue as views.db keeps it."""
 
-    topic_id: int
-    queue_id: int
-    min_offset: int
-    next_offset: int
-    first: int
-    filed: int
-    first_position: int
-    max_timestamp_ms: int
+    topic_id: Natural
+    queue_id: Natural
+    min_offset: Natural
+    next_offset: Natural
+    first: Natural
+    filed: Natural
+    first_position: Natural
+    max_timestamp_ms: Natural
     tail: bytes
 
 

@@ -38,6 +38,7 @@ WINDOWS_MAX = 10_000  # (producer, queue) pairs remembered; the ones silent for 
 WINDOW_BATCHES = INFLIGHT_BATCHES_MAX  # a producer resends only what it has no answer for
 
 _SENT = struct.Struct("<QQqI")  # first sequence, base offset, store timestamp ms, record count
+SENT_BYTES = _SENT.size
 
 WindowKey = tuple[int, int, int]  # producer id, topic id, queue id
 OffsetKey = tuple[str, int, int]  # instance name, topic id, queue id

@@ -28,8 +28,9 @@ import msgspec
 from zrmq.errors import DamageError
 from zrmq.files import Files
 from zrmq.protocol.events import TopicConfig
-from zrmq.store.consume_queue import QueueRow
-from zrmq.store.tables import Group, Lease, Subscribed, Subscriptions
+from zrmq.protocol.limits import QUEUES_PER_TOPIC_MAX, Natural
+from zrmq.store.consume_queue import ENTRY_BYTES, QueueRow
+from zrmq.store.tables import SENT_BYTES, Group, Lease, Subscribed, Subscriptions
 
 VIEWS_FORMAT_VERSION = 1
 
@@ -58,8 +59,8 @@ create table if not exists segments (
 """
 _TABLES = ("meta", "topics", "queues", "groups", "offsets", "windows", "segments")
 
-WindowRow = tuple[int, int, int, int, int, bytes]
-SegmentRow = tuple[int, int, int, dict[int, tuple[int, int]]]
+WindowRow = tuple[int, Natural, Natural, Natural, Natural, bytes]
+SegmentRow = tuple[Natural, Natural, Natural, dict[int, tuple[int, int]]]
 GroupState = tuple[Subscriptions, list[tuple[int, int, str, int]]]
 
 _config_decoder = msgspec.msgpack.Decoder(TopicConfig)
@@ -70,13 +71,13 @@ _shares_decoder = msgspec.msgpack.Decoder(dict[int, tuple[int, int]])
 class Meta(msgspec.Struct, kw_only=True):
     """The single numbers."""
 
-    applied_position: int  # everything before it is in the views; the log is replayed from here
-    flushed_position: int  # known to be on disk
-    log_start: int  # segments before it are deleted, or about to be
-    boot: int
-    next_topic_id: int
-    relocated_from: int = 0
-    session_timeout_ms: int = 0
+    applied_position: Natural  # everything before it is in the views; the log is replayed from here
+    flushed_position: Natural  # known to be on disk
+    log_start: Natural  # segments before it are deleted, or about to be
+    boot: Natural
+    next_topic_id: Natural
+    relocated_from: Natural = 0
+    session_timeout_ms: Natural = 0
     stopped: int = 0  # 1: `applied_position` is the end of the log, and nobody has opened it since
 
 
@@ -84,12 +85,12 @@ class Saved(msgspec.Struct, kw_only=True):
     """What is saved at once: all rows that changed, and what goes. Also what is loaded: all rows."""
 
     meta: Meta
-    topics: list[tuple[int, TopicConfig]] = []
+    topics: list[tuple[Natural, TopicConfig]] = []
     topics_deleted: list[int] = []
     queues: list[QueueRow] = []
     groups: list[tuple[str, Subscriptions, list[tuple[int, int, str, int]]]] = []
     groups_deleted: list[str] = []
-    offsets: list[tuple[str, str, int, int, int]] = []
+    offsets: list[tuple[str, str, Natural, Natural, Natural]] = []
     windows: list[WindowRow] = []
     windows_from: int = 0  # position of the oldest window that is still remembered
     segments: list[SegmentRow] = []
@@ -197,15 +198,32 @@ def _load(connection: sqlite3.Connection) -> Saved | None:
     rows = {table: connection.execute(f"select * from {table}").fetchall() for table in _TABLES}
     if not rows["meta"]:
         return None
-    return Saved(
-        meta=Meta(**dict(rows["meta"])),
-        topics=[(topic_id, _config_decoder.decode(config)) for topic_id, config in rows["topics"]],
-        queues=[QueueRow(*row) for row in rows["queues"]],
-        groups=[(name, *_group_decoder.decode(state)) for name, state in rows["groups"]],
-        offsets=rows["offsets"],
-        windows=[(producer_id % (1 << 64), *rest) for producer_id, *rest in sorted(rows["windows"], key=lambda row: row[3])],
-        segments=[(*row[:3], _shares_decoder.decode(row[3])) for row in rows["segments"]],
-    )
+    rows["topics"] = [(topic_id, _config_decoder.decode(config)) for topic_id, config in rows["topics"]]
+    rows["groups"] = [(name, *_group_decoder.decode(state)) for name, state in rows["groups"]]
+    rows["segments"] = [(*row[:3], _shares_decoder.decode(row[3])) for row in rows["segments"]]
+    saved = msgspec.convert(rows | {"meta": dict(rows["meta"])}, Saved)  # SQLite has no checksums, and takes text for a number
+    _check(saved)
+    saved.windows = [(producer_id % (1 << 64), *rest) for producer_id, *rest in sorted(saved.windows, key=lambda row: row[3])]
+    return saved
+
+
+def _check(saved: Saved) -> None:
+    """Raise `ValueError` where rows contradict each other, as those of a damaged database do."""
+    topic_ids = {topic_id for topic_id, _ in saved.topics}
+    groups = {name for name, _, _ in saved.groups}
+    for row in saved.queues:
+        if row.topic_id not in topic_ids or row.queue_id >= QUEUES_PER_TOPIC_MAX:
+            raise ValueError(f"it has queue {row.queue_id} of topic {row.topic_id}, which does not exist")
+        if row.first > row.filed or len(row.tail) % ENTRY_BYTES or row.min_offset > row.next_offset:
+            raise ValueError(f"what it says of queue {row.queue_id} of topic {row.topic_id} is contradictory")
+    for topic_id, config in saved.topics:
+        if config.queue_count > QUEUES_PER_TOPIC_MAX:
+            raise ValueError(f"topic {topic_id} has {config.queue_count} queues in it")
+    if any(len(window[-1]) % SENT_BYTES for window in saved.windows):
+        raise ValueError("a window in it is cut off")
+    for name, _, topic_id, _, _ in saved.offsets:
+        if name not in groups or topic_id not in topic_ids:
+            raise ValueError(f"it has an offset of {name!r} in topic {topic_id}, one of which does not exist")
 
 
 def _signed(number: int) -> int:
