@@ -1,0 +1,111 @@
+"""A few thousand bent inputs to everything, those that found something once, and that what is broken on purpose is found."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.corpus.samples import EVENTS
+from tests.fuzz import cores, decoders, files
+from tests.fuzz.ports import run_ports
+from tests.fuzz.probe import KEPT, Probe, Target, run_targets
+from zrmq.protocol import batch
+from zrmq.protocol.events import AnyEvent, Event, encode_event
+
+DECODER_INPUTS = 6_000
+CORE_INPUTS = 2_000
+FOLDER_INPUTS = 100
+PORT_INPUTS = 3_000
+
+Patch = pytest.MonkeyPatch
+
+
+def findings(targets: list[Target], count: int) -> list[Any]:
+    """What so many inputs find."""
+    return list(run_targets(targets, 1, count)[0].findings.values())
+
+
+def test_decoders_give_a_value_or_a_typed_error(tmp_path: Path) -> None:
+    assert findings(decoders.targets(tmp_path), DECODER_INPUTS) == []
+
+
+def test_servers_answer_whatever_comes() -> None:
+    assert findings(cores.targets(), CORE_INPUTS) == []
+
+
+def test_a_store_opens_or_refuses_a_bent_folder() -> None:
+    assert findings(files.targets(), FOLDER_INPUTS) == []
+
+
+@pytest.mark.timeout(180)
+def test_live_ports_disturb_nobody(tmp_path: Path) -> None:
+    report = run_ports(tmp_path, 1, PORT_INPUTS)
+    assert report["faults"] == []
+    assert report["messages"] > 0
+
+
+@pytest.mark.parametrize("path", sorted(KEPT.glob("*.bin")), ids=lambda path: path.stem)
+def test_what_found_something_once_does_so_no_more(path: Path, tmp_path: Path) -> None:
+    known = {target.name: target for target in (*decoders.targets(tmp_path), *cores.targets(), *files.targets())}
+    with Probe() as probe:
+        probe.feed(known[path.stem.rpartition("-")[0]], path.read_bytes())
+    assert list(probe.findings.values()) == []
+
+
+def test_the_same_seed_makes_the_same_inputs(tmp_path: Path) -> None:
+    def inputs() -> list[bytes]:
+        seen: list[bytes] = []
+        run_targets([target._replace(take=seen.append) for target in decoders.targets(tmp_path)], 7, 500)
+        return seen
+
+    assert inputs() == inputs()
+
+
+# --- broken on purpose ----------------------------------------------------------------------------------------------------
+
+
+def trust_the_size(patch: Patch) -> None:
+    """A header is unpacked before anybody looks whether it is there."""
+    patch.setattr(decoders, "open_batch", batch.peek_batch)
+
+
+def trust_a_count(patch: Patch) -> None:
+    """Room is made for as many records as the header says, which nobody has compared with a limit."""
+    decode = decoders.decode_messages
+
+    def greedy(header: batch.BatchHeader, whole: bytes, **place: str) -> object:
+        room = [None] * header.record_count
+        return decode(header, whole, **place), len(room)
+
+    patch.setattr(decoders, "decode_messages", greedy)
+
+
+def look_up_the_kind(patch: Patch) -> None:
+    """A table has the events of this version, and no other."""
+    decode = decoders.decode_event
+    known = {encode_event(event)[1]: type(event) for event in EVENTS}
+
+    def hasty(payload: bytes) -> AnyEvent:
+        if len(payload) > 1 and payload[0] & 0xF0 == 0x90:  # an array, whose first part is the tag
+            assert issubclass(known[payload[1]], Event)
+        return decode(payload)
+
+    patch.setattr(decoders, "decode_event", hasty)
+
+
+@pytest.mark.parametrize(
+    "break_it, target, what",
+    [(trust_the_size, "batch", struct.error), (trust_a_count, "pulled", MemoryError), (look_up_the_kind, "event", KeyError)],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_the_fuzzer_finds_what_is_broken(
+    break_it: Callable[[Patch], None], target: str, what: type[Exception], monkeypatch: Patch, tmp_path: Path
+) -> None:
+    break_it(monkeypatch)
+    found = findings(decoders.targets(tmp_path), DECODER_INPUTS)
+    assert {finding.target for finding in found} == {target}
+    assert any(finding.what.startswith(what.__name__) for finding in found)
