@@ -26,7 +26,8 @@ from zrmq.protocol.requests import Failed, decode_reply, encode, failed
 CPU_SECONDS_MAX = 10.0  # for one input; the slowest take some milliseconds, and a machine may have other things to do
 BASE_BYTES_MAX = 1 << 20  # that any input may take for a moment
 MULTIPLE_MAX = 64  # so many bytes of memory for a byte of input: MessagePack's shortest values become Python objects
-SPACE_BYTES_MAX = 1 << 30  # beyond it an input gets a MemoryError, and the machine goes on
+SPACE_BYTES_MAX = 1 << 29  # beyond it an input gets a MemoryError, and the machine goes on
+STATM = Path("/proc/self/statm")  # Linux only: elsewhere an input may take what the machine has
 KEPT = Path(__file__).parents[1] / "corpus" / "fuzz"  # inputs that found something once
 
 
@@ -74,8 +75,9 @@ class Probe:
     def __enter__(self) -> Self:
         self._old = signal.signal(signal.SIGPROF, _too_long)
         self._limits = resource.getrlimit(resource.RLIMIT_AS)
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + SPACE_BYTES_MAX, self._limits[1]))
+        if STATM.exists():
+            used = int(STATM.read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + SPACE_BYTES_MAX, self._limits[1]))
         structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))  # damage is reported as such
         tracemalloc.start()
         return self
