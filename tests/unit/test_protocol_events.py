@@ -21,16 +21,20 @@ from zrmq.protocol.events import (
     decode_event,
     encode_event,
 )
+from zrmq.protocol.limits import QUEUES_PER_TOPIC_MAX
 
 NATURAL = st.integers(0, (1 << 63) - 1)
 ID = st.integers(0, (1 << 32) - 1)
+COUNT = st.integers(0, QUEUES_PER_TOPIC_MAX)
 NAME = st.text(max_size=20)
 
 ANY_EVENT = st.one_of(
     st.builds(events.BrokerStarted, NATURAL),
     st.builds(
         TopicPut, NATURAL,
-        st.builds(TopicConfig, NAME, ID, st.integers(0, 6), st.sampled_from(FlushMode), st.none() | NATURAL, st.none() | NATURAL),
+        st.builds(
+            TopicConfig, NAME, COUNT, st.integers(0, 6), st.sampled_from(FlushMode), st.none() | NATURAL, st.none() | NATURAL
+        ),
     ),
     st.builds(events.TopicDeleted, NATURAL),
     st.builds(GroupSubscribed, NAME, NAME, NATURAL, st.lists(st.tuples(ID, NATURAL), max_size=4)),
