@@ -203,7 +203,7 @@ def _load(connection: sqlite3.Connection) -> Saved | None:
     rows["segments"] = [(*row[:3], _shares_decoder.decode(row[3])) for row in rows["segments"]]
     saved = msgspec.convert(rows | {"meta": dict(rows["meta"])}, Saved)  # SQLite has no checksums, and takes text for a number
     _check(saved)
-    saved.windows = [(producer_id % (1 << 64), *rest) for producer_id, *rest in sorted(saved.windows, key=lambda row: row[3])]
+    saved.windows = [(row[0] % (1 << 64), *row[1:]) for row in sorted(saved.windows, key=lambda row: row[3])]
     return saved
 
 
