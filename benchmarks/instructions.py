@@ -1,7 +1,7 @@
 """How many instructions a batch takes on its way: a figure that repeats on a busy machine. `--help` tells the options.
 
     python -m benchmarks.instructions            count, and compare with benchmarks/instructions.json
-    python -m benchmarks.instructions --check    the same; fails where a count has grown by more than 5 %
+    python -m benchmarks.instructions --check    the same; fails where a count has grown by more than 10 %
     python -m benchmarks.instructions --write    keep these counts
 
 The real cores play in one process, without sockets and threads, on a clock that stands still and files on the disk. Each count is
@@ -42,7 +42,7 @@ from zrmq.store.store import Store
 from zrmq.testing.clock import ManualClock
 
 COUNTS_FILE = Path(__file__).with_suffix(".json")
-GROWTH_MAX = 0.05
+GROWTH_MAX = 0.10  # the same run repeats to the digit; one with another environment differed by 1.7 % (produce) and 8.5 % (pull)
 BATCHES = 200  # a case
 WARM_BATCHES = 50
 TURN_BATCHES = 8  # that a broker writes and flushes together
@@ -224,7 +224,7 @@ def grown(kept: Counts, counted: Counts, growth_max: float = GROWTH_MAX) -> dict
 
 
 @click.command()
-@click.option("--check", is_flag=True, help="Fail where a count has grown by more than 5 %.")
+@click.option("--check", is_flag=True, help="Fail where a count has grown by more than 10 %.")
 @click.option("--write", is_flag=True, help="Keep the counts.")
 @click.option("--play", "case", type=click.Choice(["", *CASES]), hidden=True)
 def main(check: bool, write: bool, case: str | None) -> None:
