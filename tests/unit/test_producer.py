@@ -187,13 +187,14 @@ def test_of_records_that_fail_the_first_ones_error_is_raised_and_all_are_named(
     producer: Producer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finish = producer._accumulator.finish
-    outcomes = iter([None, UnreachableError("of the second"), None, RequestTimeoutError("of the fourth")])
-
-    def fail_some(batch: Batch, outcome: Any) -> None:
-        finish(batch, next(outcomes) or outcome)
-
     bound = MessageQueue("meters", "broker-a", 0)
     producer.send("meters", b"x")
+    begin = producer._accumulator._next_sequence
+    errors = {1_000: UnreachableError("of the second"), 3_000: RequestTimeoutError("of the fourth")}
+
+    def fail_some(batch: Batch, outcome: Any) -> None:
+        finish(batch, errors.get(batch.first_sequence - begin, outcome))
+
     monkeypatch.setattr(producer._accumulator, "finish", fail_some)
     with pytest.raises(UnreachableError, match="of the second") as caught:
         producer.send_batch("meters", [b"%d" % number for number in range(3_500)], queue=bound)

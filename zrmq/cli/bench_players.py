@@ -11,6 +11,7 @@ from __future__ import annotations
 import struct
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from importlib import import_module
 
@@ -236,8 +237,9 @@ def play(argument: str) -> None:
     try:
         gate.tell(result=part(spec, gate))
     except ZrmqError as error:
+        traceback.print_exc()  # before it is told: who hears it may end this process at once
         gate.tell(failed=(error.code, error.message))
-        raise
+        sys.exit(1)
 
 
 if __name__ == "__main__":
