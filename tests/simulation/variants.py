@@ -13,13 +13,14 @@ from zrmq.client import reading
 from zrmq.client.inbox import Inbox
 from zrmq.client.process_queue import ProcessQueue
 from zrmq.client.producing import ProducerCore
-from zrmq.protocol.events import LeaseGranted, OffsetsCommitted
+from zrmq.protocol.events import BrokerStarted, LeaseGranted, OffsetsCommitted, TopicPut
 from zrmq.serving.groups import GroupDesk
 from zrmq.serving.leases import LeaseDesk
 from zrmq.serving.outbox import Outbox
-from zrmq.store import checkpoint, recovery, segment
+from zrmq.store import checkpoint, recovery, segment, store
 from zrmq.store.checkpoint import Checkpoint
 from zrmq.store.commit_log import CommitLog, LogFlush
+from zrmq.store.consume_queue import ConsumeQueue
 from zrmq.store.store import Store
 from zrmq.store.tables import Tables
 from zrmq.transport.sessions import SessionTable
@@ -206,6 +207,56 @@ def lose_commits_in_replay(patch: Patch) -> None:
     patch.setattr(recovery.Replay, "_fold_event", forgetful)
 
 
+def rebuild_views_of_messages_only(patch: Patch) -> None:
+    fold = recovery.Replay._fold_event
+
+    def forgetful(self: Any, found: Any) -> None:
+        if not self._is_anew or isinstance(recovery._decode(found), TopicPut | BrokerStarted):
+            fold(self, found)
+
+    start = recovery.Replay.__init__
+
+    def note(self: Any, commit_log: Any, views: Any, topics: Any, flushed: int) -> None:
+        start(self, commit_log, views, topics, flushed)
+        self._is_anew = not flushed
+
+    patch.setattr(recovery.Replay, "__init__", note)
+    patch.setattr(recovery.Replay, "_fold_event", forgetful)
+
+
+def take_no_notice_of_missing_queue_files(patch: Patch) -> None:
+    patch.setattr(ConsumeQueue, "has_files", lambda self: True)
+
+
+def make_short_queue_files_do(patch: Patch) -> None:
+    """A queue whose file is gone begins with what is in memory."""
+
+    def forgetful(self: ConsumeQueue) -> bool:
+        if self.first < self.filed and not self.shelf.has(self.folder, self.first, self.filed):
+            self.first = self.filed
+            self._begin_with(self.first)
+        return True
+
+    patch.setattr(ConsumeQueue, "has_files", forgetful)
+
+
+def believe_the_page_cache_of_the_last_run(patch: Patch) -> None:
+    patch.setattr(CommitLog, "rewrite", lambda self, position, end: None)
+
+
+def move_the_saved_position_in_recovery(patch: Patch) -> None:
+    """Once more over the same log is not the same: the power goes, and what was replayed is not replayed again."""
+    recover = store.recover
+
+    def hasty(commit_log: CommitLog, views: Any, database: Any) -> Any:
+        report = recover(commit_log, views, database)
+        update = "update meta set value = ? where name = 'applied_position'"
+        database._transact(lambda connection: connection.execute(update, (report.end_position,)))
+        return report
+
+    patch.setattr(store, "recover", hasty)
+
+
 VARIANTS = [
     Variant("acknowledge before flush", acknowledge_before_flush, {"flush", "lost"}),
     Variant("show before flush", show_before_flush, {"visible", "phantom"}),
@@ -238,4 +289,17 @@ VARIANTS = [
     Variant("flush the newest segment only", flush_the_newest_segment_only, {"survival", "lost", "raised", "log"}),
     Variant("flush nothing", flush_nothing, {"survival", "lost", "log"}),
     Variant("lose commits in replay", lose_commits_in_replay, {"views", "commit"}),
+    Variant("rebuild views of messages only", rebuild_views_of_messages_only, {"views"}, {"faults": {"lost_views": 700.0}}),
+    Variant("take no notice of missing queue files", take_no_notice_of_missing_queue_files, {"views"}, {
+        "faults": {"lost_views": 500.0}, "checkpoint_ms": 200,
+    }),
+    Variant("make short queue files do", make_short_queue_files_do, {"views"}, {
+        "faults": {"lost_views": 500.0}, "checkpoint_ms": 200,
+    }),
+    Variant("believe the page cache of the last run", believe_the_page_cache_of_the_last_run, {"survival", "lost", "log"}, {
+        "faults": {"failing_disk": 500.0, "recovery_power_cut": 700.0}, "flush_ms": (1.0, 40.0),
+    }),
+    Variant("move the saved position in recovery", move_the_saved_position_in_recovery, {"views"}, {
+        "faults": {"recovery_power_cut": 700.0},
+    }),
 ]

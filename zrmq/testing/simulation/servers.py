@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from zrmq.broker import BrokerRole
 from zrmq.config import BrokerConfig
-from zrmq.errors import DiskFullError, FolderUnusableError
+from zrmq.errors import DiskFullError, FolderUnusableError, NotReadyError
 from zrmq.protocol.batch import decode_records, iter_batches
 from zrmq.routing.core import NameServerCore
 from zrmq.serving.core import BrokerCore
@@ -23,6 +23,7 @@ from zrmq.store.tables import Queue
 from zrmq.testing.files import FaultyFiles, PowerCut
 from zrmq.testing.simulation.log_check import LogCheck
 from zrmq.testing.simulation.network import Machine
+from zrmq.testing.simulation.plan import DISK_FAULTS
 from zrmq.testing.simulation.trace import BrokenPromise
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 PAUSED_POLL_MS = 5.0  # how often a job of a paused machine looks whether it may go on
 READ_BYTES = 16 * 1024
+ROW_TAIL_BYTES_MAX = 400  # where disks break: a queue has a file from ten batches on
 RESTART_MS = 500.0  # a broker whose disk is full is started again after
 
 
@@ -157,6 +159,7 @@ class VirtualBroker:
         self.role: BrokerRole | None = None
         self.check: LogCheck | None = None
         self.slowness = 1.0  # of the disk
+        self.is_disk_suspect = False  # a fault has been at its files: after each start its queues are read as a whole
         self.life = 0  # counts starts, and stops in good order, with which all leases end
         self._world = world
         self._rng = Random(f"{world.plan.seed} {name}")
@@ -196,6 +199,8 @@ class VirtualBroker:
             self._end(f"could not start: {error.message}", is_power_cut=False)
             self._world.later(RESTART_MS, self.start_again)
             return
+        if DISK_FAULTS.keys() & self._world.plan.faults.keys():
+            role.store.shelf.row_tail_bytes_max = ROW_TAIL_BYTES_MAX  # or there would hardly be a queue file to be lost
         self.role = role
         machine.after_turn = self.look
         self._world.note(self.name, "started", f"boot={self.store.boot} log={self.store.appended_position}")
@@ -259,11 +264,25 @@ class VirtualBroker:
             self._world.broker_up(self)
         self.check.advance(self.store.written_position, self.store.flushed_position)
 
+    def compare_queues(self) -> None:
+        """What the store reads by its queue files must be what the log has."""
+        assert self.check is not None
+        for topic in self.store.tables.topics.values():
+            for queue in topic.queues:
+                contents = self.check.watch.queues.get((topic.topic_id, queue.queue_id), {})
+                bodies = dict(self.read_all(queue))
+                if bodies != {offset: placed.body for offset, placed in contents.items()}:
+                    counts = f"{len(bodies)} messages of {queue}; its log has {len(contents)}"
+                    raise BrokenPromise("views", f"{self.name} serves {counts}.")
+
     def read_all(self, queue: Queue) -> Iterator[tuple[int, bytes]]:
         """Every message of a queue as consumers get it: offset and body."""
         offset = queue.min_offset
         while offset < queue.visible_offset:
-            chunk = self.store.read(queue, offset, READ_BYTES)
+            try:
+                chunk = self.store.read(queue, offset, READ_BYTES)
+            except NotReadyError as error:
+                raise BrokenPromise("views", f"{self.name}: {error.message}") from error
             if chunk.next_offset <= offset or not chunk.frames:
                 raise BrokenPromise("views", f"{self.name}: a read of {queue!r} at {offset} came to {chunk.status.name}.")
             for frame in chunk.frames:

@@ -173,6 +173,7 @@ class World:
             self._former[broker.name] = (check, check.flushed_position if is_power_cut else check.watch.end)
         elif broker.name in self._former and is_power_cut:  # again, before anybody had a look
             former, survives_until = self._former[broker.name]
+            self.promises.may_lose(former.unflushed_bodies())
             self._former[broker.name] = (former, min(survives_until, former.flushed_position))
 
     def broker_up(self, broker: VirtualBroker) -> None:
@@ -183,6 +184,8 @@ class World:
             check.advance(broker.store.written_position, broker.store.flushed_position)
             check.compare_with_former(*former)
             check.compare_tables(broker.store.tables)
+            if broker.is_disk_suspect:
+                broker.compare_queues()
 
 
 def _check_owner(consumer: VirtualConsumer, other: VirtualConsumer, queue: MessageQueue, offset: int) -> None:
