@@ -105,7 +105,8 @@ class GroupDeleted(Event, tag=9, frozen=True):
 
 
 class QueuesAdvanced(Event, tag=10, frozen=True):
-    """How far queues of a topic have come, as (queue id, next offset): said again before the batches that tell it are deleted."""
+    """How far queues of a topic have come, as (queue id, next offset): said again before the batches that tell it are deleted,
+    and by a start for queues whose newest batches may be damaged."""
 
     topic_id: int
     next_offsets: list[tuple[int, int]]

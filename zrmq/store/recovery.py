@@ -15,6 +15,10 @@ front of the doubtful place *and behind it*, is what is known:
     |----1----|xxxxxxxxx2xxxxxxxxxxxx|----------3----------|-----4-----|~~~~5~~~~|
                                                                        ^ the log ends here
 
+A damaged stretch without a header may have held batches of any queue. Their offsets were told to producers and consumers, and who
+goes on at an offset would pass over what is stored in its place. So a queue whose last batch lies in front of such a stretch goes
+on behind all offsets that the stretch may have held, and the log says so: `RecoveryReport.advances`.
+
 What is kept behind the last flushed position is written once more and synced: a sync that failed in the last run may have left it
 in the page cache only, taken for written.
 """
@@ -29,11 +33,13 @@ import msgspec
 from zrmq.errors import DamageError, FolderUnusableError, InvalidFrameError
 from zrmq.files import remove_tree
 from zrmq.logs import get_logger
-from zrmq.protocol.batch import ENTRY_HEADER_BYTES, KIND_EVENT, KIND_SEGMENT_END, BatchHeader
-from zrmq.protocol.events import AnyEvent, StateRelocated, TopicDeleted, TopicPut, decode_event
+from zrmq.protocol import limits
+from zrmq.protocol.batch import BATCH_HEADER_BYTES, ENTRY_HEADER_BYTES, KIND_EVENT, KIND_SEGMENT_END, BatchHeader
+from zrmq.protocol.events import AnyEvent, BrokerStarted, QueuesAdvanced, StateRelocated, TopicDeleted, TopicPut, decode_event
 from zrmq.store.commit_log import CommitLog, scan_segments
+from zrmq.store.relocation import OFFSETS_PER_EVENT
 from zrmq.store.segment import EntryReader, Found, Segment, Share
-from zrmq.store.tables import Topic, Window
+from zrmq.store.tables import Queue, Topic, Window
 from zrmq.store.views import Views, index_anew
 from zrmq.store.views_db import Saved, ViewsDb, group_of
 
@@ -53,6 +59,8 @@ class RecoveryReport(msgspec.Struct, frozen=True, kw_only=True):
     damage: list[tuple[int, int]]  # stretches (position, end) of flushed bytes that do not check out, as far as they were read
     unplaced_batches: int  # of topics that are gone or that nobody knows any more
     queues_reindexed: int  # whose files were missing
+    starts_lost: int = 0  # at most so many, behind the last one that is known, were said where damage is now
+    advances: list[QueuesAdvanced] = []  # to be said in the log, before anything is stored
 
 
 def recover(commit_log: CommitLog, views: Views, database: ViewsDb) -> RecoveryReport:
@@ -90,8 +98,13 @@ def recover(commit_log: CommitLog, views: Views, database: ViewsDb) -> RecoveryR
         replayed_entries=replay.entries_count, end_position=end,
         cut_bytes=max(replay.valid_end - end, 0), damage=replay.damage, unplaced_batches=replay.unplaced_count,
         queues_reindexed=queues_reindexed,
+        starts_lost=replay.lost_bytes // ENTRY_HEADER_BYTES, advances=replay.advances(),
     )
-    log.info("log_recovered", **msgspec.structs.asdict(report))
+    facts = msgspec.structs.asdict(report)
+    del facts["advances"], facts["starts_lost"]
+    log.info("log_recovered", **facts)
+    if report.advances:
+        log.warning("offsets_skipped", queues=sum(len(event.next_offsets) for event in report.advances))
     return report
 
 
@@ -108,6 +121,9 @@ class Replay:
         self._views = views
         self._topics = topics  # those of before the log's beginning, which it only tells of further on
         self._segment: Segment | None = None
+        self.lost_bytes = 0  # in stretches without a header, since the last start that is known
+        self._lost_records = 0  # that stretches without a header may have held
+        self._lost_before: dict[Queue, int] = {}  # that of then, where a queue's next offset was known again
 
     def run(self, position: int) -> int:
         """Fold everything from `position` on. Returns where the log ends."""
@@ -146,6 +162,21 @@ class Replay:
         end = min(found.end, self.flushed)
         self.damage.append((found.position, end))
         log.error("damage_found", position=found.position, bytes=end - found.position, during="recovery")
+        if found.header is None:
+            self.lost_bytes += end - found.position
+            self._lost_records += (end - found.position) // BATCH_HEADER_BYTES * limits.BATCH_RECORDS_MAX
+
+    def advances(self) -> list[QueuesAdvanced]:
+        """Where the queues go on whose newest batches may be lost."""
+        if not self._lost_records:
+            return []
+        events = []
+        for topic in self._views.tables.topics.values():
+            lost = [(queue, self._lost_records - self._lost_before.get(queue, 0)) for queue in topic.queues]
+            offsets = [(queue.queue_id, queue.next_offset + count) for queue, count in lost if count]
+            for at in range(0, len(offsets), OFFSETS_PER_EVENT):
+                events.append(QueuesAdvanced(topic.topic_id, offsets[at : at + OFFSETS_PER_EVENT]))
+        return events
 
     def _fold(self, found: Found) -> None:
         header = found.header
@@ -169,14 +200,24 @@ class Replay:
         topic = self._topics.pop(batch.topic_id, None)
         if topic is not None:
             self._views.apply_event(topic)
-        if self._views.apply_batch(batch) is None:
+        queue = self._views.apply_batch(batch)
+        if queue is None:
             self.unplaced_count += 1
+        elif self._lost_records:
+            self._lost_before[queue] = self._lost_records
 
     def _fold_event(self, found: Found) -> None:
         event = _decode(found)
         if isinstance(event, TopicPut | TopicDeleted):
             self._topics.pop(event.topic_id, None)
         self._views.apply_event(event)
+        if isinstance(event, BrokerStarted):
+            self.lost_bytes = 0
+        elif isinstance(event, QueuesAdvanced) and self._lost_records:
+            topic = self._views.tables.topics_by_id.get(event.topic_id)
+            said = {queue_id for queue_id, _ in event.next_offsets}
+            queues = [queue for queue in topic.queues if queue.queue_id in said] if topic is not None else []
+            self._lost_before |= dict.fromkeys(queues, self._lost_records)
 
 
 class WholeLog:

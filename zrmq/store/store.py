@@ -144,12 +144,25 @@ class Store:
             self._upkeep.trim(index)
         self._database.mark_started()
         self.append_event(BrokerStarted(self._next_boot()))
+        for event in self.recovery.advances:
+            self.append_event(event)
         self.flush()
+        self._show_advanced()
+
+    def _show_advanced(self) -> None:
+        """What was skipped is a hole, which its readers are to pass."""
+        for event in self.recovery.advances:
+            for queue_id, next_offset in event.next_offsets:
+                queue = self.tables.topics_by_id[event.topic_id].queues[queue_id]
+                queue.visible_offset = next_offset
+                self._views.index(queue)
 
     def _next_boot(self) -> int:
-        """One more than the last; where the event that said so is deleted and the views are lost, the time, which is more too."""
+        """More than every start before, some of which may have been said where damage is now. Where the event that said the last
+        is deleted and the views are lost, the time, which is more too."""
         is_known = self.recovery.has_views or self.recovery.is_complete
-        return self.tables.boot + 1 if is_known else max(self.tables.boot + 1, self._clock.time_ms() // 1000 - YEAR_2020_S)
+        boot = self.tables.boot + self.recovery.starts_lost + 1
+        return boot if is_known else max(boot, self._clock.time_ms() // 1000 - YEAR_2020_S)
 
     # --- what there is ------------------------------------------------------------------------------------------------
 
