@@ -29,6 +29,13 @@ FORMER_FAILURES = {
     101722: "a lease that was given to somebody else is taken for valid because a new session is open",
     3041: "an instance starts while only brokers are there that do not know it",
 }
+DISK_FAILURES: dict[int, tuple[str, dict[str, float]]] = {  # with the faults that were drawn for them
+    210014: ("a start of the broker is damaged, and its number given again", {"bit_rot": 500.0, "broker_kill": 2_000.0}),
+    210148: ("the end of a queue is damaged, and its offsets given again", {
+        "bit_rot": 500.0, "bad_block": 1_000.0, "lost_views": 2_000.0, "broker_power_cut": 3_000.0, "recovery_power_cut": 3_000.0,
+        "broker_restart": 4_000.0,
+    }),
+}
 CHUNK = 10  # so that workers of pytest-xdist can share them
 
 
@@ -45,6 +52,12 @@ def test_a_failure_stays_mended(seed: int) -> None:
     plan = draw_plan(seed)
     faults = {kind: mean_ms for kind, mean_ms in plan.faults.items() if kind not in DISK_FAULTS}  # there were none of these yet
     run_seed(seed, plan=msgspec.structs.replace(plan, faults=faults))
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("seed", DISK_FAILURES, ids={seed: name for seed, (name, _) in DISK_FAILURES.items()}.get)
+def test_a_failure_of_the_disk_stays_mended(seed: int) -> None:
+    run_seed(seed, plan=msgspec.structs.replace(draw_plan(seed), faults=DISK_FAILURES[seed][1]))
 
 
 @pytest.mark.timeout(120)
@@ -88,7 +101,7 @@ def test_runs_do_what_they_claim() -> None:
     counts.update(run_seed(1, plan=msgspec.structs.replace(draw_plan(1), faults=disks)).counts)
     for what in (
         "acknowledged", "handed_out", "paused", "cut", "lost power", "killed", "crashed", "left", "queue_given_back",
-        "power_will_go", "lost_views",
+        "power_will_go", "lost_views", "damaged", "damage_found",
     ):
         assert counts[what], f"no {what} in so many runs"
 

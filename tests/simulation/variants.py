@@ -18,12 +18,16 @@ from zrmq.serving.groups import GroupDesk
 from zrmq.serving.leases import LeaseDesk
 from zrmq.serving.outbox import Outbox
 from zrmq.store import checkpoint, recovery, segment, store
+from zrmq.store import reading as reading_store
 from zrmq.store.checkpoint import Checkpoint
 from zrmq.store.commit_log import CommitLog, LogFlush
 from zrmq.store.consume_queue import ConsumeQueue
+from zrmq.store.segment import EntryReader, Found
 from zrmq.store.store import Store
 from zrmq.store.tables import Tables
 from zrmq.transport.sessions import SessionTable
+
+ROTTEN = {"faults": {"bit_rot": 300.0, "broker_kill": 1_500.0}}
 
 Patch = pytest.MonkeyPatch
 Break = Callable[[Patch], None]
@@ -257,6 +261,40 @@ def move_the_saved_position_in_recovery(patch: Patch) -> None:
     patch.setattr(store, "recover", hasty)
 
 
+def skip_damage_silently(patch: Patch) -> None:
+    patch.setattr(recovery.Replay, "_report", lambda self, found: None)
+
+
+def serve_what_is_there(patch: Patch) -> None:
+    patch.setattr(reading_store, "batch_checks_out", lambda data, at, queue, entry: True)
+
+
+def tell_nobody_of_damage_that_is_read(patch: Patch) -> None:
+    patch.setattr(Store, "_damage_found", lambda self, stretch: None)
+
+
+def end_the_log_at_the_first_damage(patch: Patch) -> None:
+    def hasty(self: Any, position: int) -> int:
+        for found in self._log.scan(position):
+            if not found.is_whole:
+                return int(found.position)
+            self._fold(found)
+        return int(self._log.segments[-1].end)
+
+    patch.setattr(recovery.Replay, "run", hasty)
+
+
+def skip_the_rest_of_a_damaged_segment(patch: Patch) -> None:
+    def hasty(self: EntryReader, position: int) -> Found:
+        return Found(position, self._end, None, b"", 0, False)
+
+    patch.setattr(EntryReader, "gap", hasty)
+
+
+def count_starts_by_what_is_left(patch: Patch) -> None:
+    patch.setattr(Store, "_next_boot", lambda self: self.tables.boot + 1)
+
+
 VARIANTS = [
     Variant("acknowledge before flush", acknowledge_before_flush, {"flush", "lost"}),
     Variant("show before flush", show_before_flush, {"visible", "phantom"}),
@@ -302,4 +340,10 @@ VARIANTS = [
     Variant("move the saved position in recovery", move_the_saved_position_in_recovery, {"views"}, {
         "faults": {"recovery_power_cut": 700.0},
     }),
+    Variant("skip damage silently", skip_damage_silently, {"damage"}, ROTTEN),
+    Variant("serve what is there", serve_what_is_there, {"content", "raised", "views", "damage", "log"}, ROTTEN),
+    Variant("tell nobody of damage that is read", tell_nobody_of_damage_that_is_read, {"damage"}, ROTTEN),
+    Variant("end the log at the first damage", end_the_log_at_the_first_damage, {"survival", "log", "views", "raised"}, ROTTEN),
+    Variant("skip the rest of a damaged segment", skip_the_rest_of_a_damaged_segment, {"survival", "log", "views"}, ROTTEN),
+    Variant("count starts by what is left", count_starts_by_what_is_left, {"lease"}, ROTTEN),
 ]

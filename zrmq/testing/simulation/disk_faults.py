@@ -5,12 +5,14 @@ With dice of its own, so that the other faults of a seed fall as they do without
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from random import Random
 
 from zrmq.files import Files
+from zrmq.testing.simulation.log_watch import Entry
 from zrmq.testing.simulation.network import Machine
 from zrmq.testing.simulation.servers import VirtualBroker
 from zrmq.testing.simulation.world import World
@@ -31,6 +33,8 @@ class DiskFaults:
         self.kinds: dict[str, Callable[[], None]] = {
             "recovery_power_cut": self._cut_power_of_recovery,
             "lost_views": self._lose_views,
+            "bit_rot": self._rot,
+            "bad_block": self._spoil_block,
         }
         self._world = world
         self._for_a_while = for_a_while
@@ -68,6 +72,27 @@ class DiskFaults:
         if broker.machine is machine:
             broker.lose_power()
         self._start_in_vain(broker, times)
+
+    # --- damage of the log --------------------------------------------------------------------------------------------
+
+    def _rot(self) -> None:
+        broker = self._broker()
+        if broker is not None and broker.check is not None:
+            self._hurt(broker, broker.damage.rot(broker.check.watch, broker.check.flushed_position))
+
+    def _spoil_block(self) -> None:
+        broker = self._broker()
+        if broker is not None and broker.check is not None:
+            self._hurt(broker, broker.damage.spoil_block(broker.check.watch, broker.check.flushed_position))
+
+    def _hurt(self, broker: VirtualBroker, entries: list[Entry]) -> None:
+        if not entries:
+            return
+        kinds = Counter(type(entry.event or entry.batch).__name__ for entry in entries)  # the end of a segment has neither
+        what = " ".join(f"{kind}={count}" for kind, count in sorted(kinds.items()))
+        self._world.note(broker.name, "damaged", f"{entries[0].position}..{entries[-1].end} {what}")
+        broker.is_disk_suspect = True
+        broker.hurt(entries)
 
     # --- files that can be made again ---------------------------------------------------------------------------------
 

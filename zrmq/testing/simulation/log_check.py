@@ -6,10 +6,9 @@ Each life of a broker has a check of its own that reads the log from its beginni
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
-from zrmq.files import Files
 from zrmq.message import ConsumeFrom, MessageQueue
 from zrmq.protocol.events import GroupSubscribed, LeaseGranted, OffsetsCommitted
 from zrmq.store.tables import Queue, Tables
@@ -21,11 +20,13 @@ from zrmq.testing.simulation.trace import BrokenPromise, spell
 class LogCheck:
     """One life of one broker's log. Raises `BrokenPromise` for what must not be in a log."""
 
-    def __init__(self, broker_name: str, files: Files, folder: Path, promises: Promises) -> None:
-        self.watch = LogWatch(files, folder)
+    def __init__(self, broker_name: str, watch: LogWatch, promises: Promises, checked: Mapping[int, tuple[int, int]]) -> None:
+        """`checked`: entries of an earlier life's log. They are not checked again: the tables may lack what was lost since."""
+        self.watch = watch
         self.flushed_position = 0
         self._broker_name = broker_name
         self._promises = promises
+        self._checked = checked
         self._sequences: set[tuple[int, int]] = set()
         self._last_numbers: dict[tuple[MessageQueue, int, type], int] = {}
         self._lease_epoch = 0
@@ -33,7 +34,9 @@ class LogCheck:
     def advance(self, written_position: int, flushed_position: int) -> None:
         """The store says that its log reaches so far."""
         for entry in self.watch.advance(written_position):
-            if entry.batch is not None:
+            if self._checked.get(entry.position) == (entry.end, entry.crc):
+                self._learn(entry)
+            elif entry.batch is not None:
                 self._check_batch(entry)
             elif isinstance(entry.event, OffsetsCommitted):
                 self._check_commit(entry.event)
@@ -67,13 +70,49 @@ class LogCheck:
 
     def compare_tables(self, tables: Tables) -> None:
         """The store's tables must equal a fold of its log."""
+        self._pass_damaged_beginnings(tables)
         ours, theirs = describe_tables(self.watch.tables), describe_tables(tables)
         for name in ours:
             if ours[name] != theirs[name]:
                 self._fail("views", f"the {name} are {theirs[name]}, but a fold of the log gives {ours[name]}.")
 
+    def _pass_damaged_beginnings(self, tables: Tables) -> None:
+        """A queue whose entries were made anew begins behind the damaged messages that it began with."""
+        for topic_id, topic in self.watch.tables.topics_by_id.items() if self.watch.has_damage else ():
+            known = tables.topics_by_id.get(topic_id)
+            for queue, its in zip(topic.queues, known.queues if known is not None else (), strict=False):
+                contents = self.watch.queues.get((topic_id, queue.queue_id), {})
+                passed = [placed for offset, placed in contents.items() if queue.min_offset <= offset < its.min_offset]
+                if all(self._promises.is_damaged(placed.body) for placed in passed):
+                    queue.min_offset = max(queue.min_offset, min(its.min_offset, queue.next_offset))
+
+    def check_reported(self, stretches: list[tuple[int, int]], positions: Iterable[int]) -> None:
+        """Damage of these entries must have been told."""
+        for position in positions:
+            end = position + 1
+            if not any(start < end and position < stop for start, stop in stretches):
+                self._fail("damage", f"the entry at {position} is damaged, and nobody was told.")
+
     def _fail(self, kind: str, reason: str) -> NoReturn:
         raise BrokenPromise(kind, f"{self._broker_name}: {reason}")
+
+    def _learn(self, entry: Entry) -> None:
+        """Take over what later entries are compared with."""
+        if isinstance(entry.event, LeaseGranted):
+            self._lease_epoch = max(self._lease_epoch, entry.event.lease_epoch)
+        elif isinstance(entry.event, GroupSubscribed):
+            self._promises.subscribed(self._broker_name, entry.event)
+        batch = entry.batch
+        if batch is None or entry.position in self.watch.missing:
+            return
+        topic = self.watch.tables.topics_by_id[batch.topic_id]
+        queue = MessageQueue(topic.config.topic, self._broker_name, batch.queue_id)
+        for index, body in enumerate(entry.bodies):
+            self._sequences.add((batch.producer_id, batch.first_sequence + index))
+            posting = self._promises.postings[body]
+            if posting.is_in_order:
+                key = (queue, batch.producer_id, posting.kind)
+                self._last_numbers[key] = max(posting.number, self._last_numbers.get(key, -1))
 
     def _check_batch(self, entry: Entry) -> None:
         batch = entry.batch
@@ -103,6 +142,8 @@ class LogCheck:
             return
         key = (queue, producer_id, posting.kind)
         last = self._last_numbers.get(key, -1)
+        if self._promises.is_damaged(body):
+            return  # stored again, as its first copy was lost
         if posting.number <= last:
             self._fail("order", f"{posting} is at {offset} of {spell(queue)} behind number {last}, which was sent later.")
         self._last_numbers[key] = posting.number
@@ -137,7 +178,10 @@ class LogCheck:
         # Two brokers may have their own now in the same millisecond, so what was stored within that one tells nothing.
         from_ms = group.consume_timestamp_ms or event.since_ms + 1
         contents = self.watch.queues.get((queue.topic.topic_id, queue.queue_id), {})
-        later = (offset for offset, placed in contents.items() if placed.store_timestamp_ms >= from_ms)
+        later = (
+            offset for offset, placed in contents.items()
+            if placed.store_timestamp_ms >= from_ms and not self._promises.is_damaged(placed.body)
+        )
         return min(later, default=queue.next_offset)
 
     def _check_commit(self, event: OffsetsCommitted) -> None:
@@ -155,11 +199,14 @@ class LogCheck:
             self._check_move(event, queue, before, offset)
 
     def _check_move(self, event: OffsetsCommitted, queue: MessageQueue, before: int, offset: int) -> None:
-        if offset < before and not self._promises.is_async(queue.topic):  # after a loss consumers go back by a reset
+        if offset < before and not self._promises.may_go_back(queue):  # after a loss consumers go back by a reset
             self._fail("commit", f"group {event.group} went back on {spell(queue)} from {before} to {offset} without a reset.")
-        for at in range(before, offset):
+        end = max(self.contents(queue), default=-1) + 1  # behind it is what a damaged stretch may have held
+        for at in range(before, min(offset, end)):
             placed = self.placed(queue, at)
-            if placed is not None and not self._promises.is_finished(event.group, event.instance_name, queue, at, placed.body):
+            if placed is None or self._promises.is_damaged(placed.body):
+                continue
+            if not self._promises.is_finished(event.group, event.instance_name, queue, at, placed.body):
                 self._fail(
                     "commit", f"group {event.group} {event.instance_name} committed {offset} on {spell(queue)}, but nobody"
                     f" finished {self._promises.postings.get(placed.body)} at {at}."

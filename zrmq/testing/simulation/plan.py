@@ -36,6 +36,8 @@ FAULTS = {  # kind of fault: the shortest and longest mean time between two of t
 DISK_FAULTS = {  # drawn apart from the others
     "recovery_power_cut": (2_000, 15_000),
     "lost_views": (2_000, 15_000),
+    "bit_rot": (500, 10_000),
+    "bad_block": (2_000, 15_000),
 }
 FAULTS |= DISK_FAULTS
 

@@ -9,7 +9,7 @@ from zrmq.client.batch import OneWay
 from zrmq.client.process_queue import Unit
 from zrmq.errors import ZrmqError
 from zrmq.message import Message, MessageQueue, SendReceipt
-from zrmq.protocol.events import TopicConfig, TopicPut
+from zrmq.protocol.events import LeaseGranted, LeaseReleased, TopicConfig, TopicPut
 from zrmq.testing.simulation.consumers import VirtualConsumer
 from zrmq.testing.simulation.log_check import LogCheck
 from zrmq.testing.simulation.network import MachineNetwork
@@ -112,7 +112,8 @@ class World:
     def answered(self, posting: Posting, outcome: SendReceipt | ZrmqError) -> None:
         """A producer was told what became of a message."""
         self.promises.answered(posting, outcome, self.network.now_ms)
-        if isinstance(outcome, SendReceipt) and posting.kind is not OneWay and not self.promises.may_be_lost(posting):
+        is_excused = self.promises.may_be_lost(posting) or self.promises.is_damaged(posting.body)
+        if isinstance(outcome, SendReceipt) and posting.kind is not OneWay and not is_excused:
             self._check_stored(posting, outcome)
 
     def _check_stored(self, posting: Posting, receipt: SendReceipt) -> None:
@@ -130,7 +131,10 @@ class World:
         """A consumer gives messages to a listener."""
         queue = unit.process_queue.queue
         self.note(consumer.who, "handed_out", f"{spell(queue)} {unit.offset}..{unit.next_offset}")
-        if not consumer.is_broadcasting:
+        is_unsure = any(
+            self.promises.is_unsure(kind, queue.broker_name, consumer.group.name) for kind in (LeaseGranted, LeaseReleased)
+        )
+        if not (consumer.is_broadcasting or is_unsure):
             for other in self.consumers:
                 if other is not consumer and other.group is consumer.group:
                     _check_owner(consumer, other, queue, unit.offset)
@@ -144,7 +148,8 @@ class World:
         if not self.promises.is_wanted(consumer.group.name, message.body):
             raise BrokenPromise("filter", f"{consumer.who} got {posting} with tag {posting.tag}, which its group does not want.")
         broker = self.brokers[message.queue.broker_name]
-        if self.promises.is_async(message.topic) or broker.check is None or broker.machine is None:
+        is_excused = self.promises.is_async(message.topic) or self.promises.is_damaged(message.body)
+        if is_excused or broker.check is None or broker.machine is None:
             return
         placed = broker.check.placed(message.queue, message.queue_offset)
         if placed is None or placed.body != message.body:
@@ -152,6 +157,10 @@ class World:
             raise BrokenPromise("phantom", f"{consumer.who} got {posting} from {place}; {placed} is there.")
         if placed.end > broker.store.flushed_position:
             raise BrokenPromise("visible", f"{consumer.who} got {posting} of {spell(message.queue)} before it was flushed.")
+
+    def checked(self, broker: VirtualBroker) -> dict[int, tuple[int, int]]:
+        """The entries that the broker's log had in its last life."""
+        return self._former[broker.name][0].watch.entries if broker.name in self._former else {}
 
     def listened(self, consumer: VirtualConsumer, message: Message, is_failing: bool) -> None:
         """A listener was called."""
@@ -184,6 +193,7 @@ class World:
             check.advance(broker.store.written_position, broker.store.flushed_position)
             check.compare_with_former(*former)
             check.compare_tables(broker.store.tables)
+            broker.note_losses()
             if broker.is_disk_suspect:
                 broker.compare_queues()
 
