@@ -450,7 +450,7 @@ VARIANTS = [
     Variant("delete what is not saved", delete_what_is_not_saved, {"retention"}, DELETING | {"checkpoint_ms": 30_000}),
     Variant("trim too much", trim_too_much, {"views"}, DELETING),
     Variant("never trim", never_trim, {"health", "views", "commit"}, DELETING),
-    Variant("skip what follows the deleted", skip_what_follows_the_deleted, {"commit", "missed"}, DELETING),
+    Variant("skip what follows the deleted", skip_what_follows_the_deleted, {"commit", "missed", "health"}, DELETING),
     Variant("seek one too far", seek_one_too_far, {"commit", "missed"}, PULLING),
     Variant("do not tell that a seek goes back", do_not_tell_that_a_seek_goes_back, {"commit"}, PULLING),
     Variant("always reset", always_reset, {"commit"}, PULLING),

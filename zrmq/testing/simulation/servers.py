@@ -344,6 +344,9 @@ class VirtualBroker:
                 chunk = self.store.read(queue, offset, READ_BYTES)
             except NotReadyError as error:
                 raise BrokenPromise("views", f"{self.name}: {error.message}") from error
+            if chunk.status is PullStatus.MOVED and offset < queue.min_offset:  # a queue is trimmed when it is read
+                offset = queue.min_offset
+                continue
             is_damage = bool(self.damage.hurt) and chunk.status is PullStatus.CORRUPT
             if chunk.next_offset <= offset or not (chunk.frames or is_damage):
                 raise BrokenPromise("views", f"{self.name}: a read of {queue!r} at {offset} came to {chunk.status.name}.")
