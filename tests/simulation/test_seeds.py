@@ -9,13 +9,14 @@ import sys
 from collections import Counter
 from typing import Any
 
+import msgspec
 import pytest
 
 from zrmq.testing.simulation import __main__ as command
-from zrmq.testing.simulation.plan import FAULTS, draw_plan
+from zrmq.testing.simulation.plan import DAMAGE, DISK_FAULTS, FAULTS, draw_plan
 from zrmq.testing.simulation.run import run_seed
 from zrmq.testing.simulation.trace import BrokenPromise, SimulationError
-from zrmq.testing.simulation.work import WorkPlan
+from zrmq.testing.simulation.work import RetentionPlan, WorkPlan
 from zrmq.testing.simulation.world import World
 
 SEEDS = 150
@@ -28,6 +29,13 @@ FORMER_FAILURES = {
     100491: "a slow broker's queues are claimed and lost as fast as the network goes, with a held pull each time",
     101722: "a lease that was given to somebody else is taken for valid because a new session is open",
     3041: "an instance starts while only brokers are there that do not know it",
+}
+DISK_FAILURES: dict[int, tuple[str, dict[str, float]]] = {  # with the faults that were drawn for them
+    210014: ("a start of the broker is damaged, and its number given again", {"bit_rot": 500.0, "broker_kill": 2_000.0}),
+    210148: ("the end of a queue is damaged, and its offsets given again", {
+        "bit_rot": 500.0, "bad_block": 1_000.0, "lost_views": 2_000.0, "broker_power_cut": 3_000.0, "recovery_power_cut": 3_000.0,
+        "broker_restart": 4_000.0,
+    }),
 }
 CHUNK = 10  # so that workers of pytest-xdist can share them
 
@@ -42,7 +50,13 @@ def test_every_promise_is_kept(first: int) -> None:
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("seed", FORMER_FAILURES, ids=FORMER_FAILURES.get)
 def test_a_failure_stays_mended(seed: int) -> None:
-    run_seed(seed, plan=draw_plan(seed, has_work=False))  # as it was then: nobody did anything but send and read
+    run_seed(seed, plan=draw_plan(seed, has_work=False, has_disk_faults=False))  # as it was then: neither was there yet
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("seed", DISK_FAILURES, ids={seed: name for seed, (name, _) in DISK_FAILURES.items()}.get)
+def test_a_failure_of_the_disk_stays_mended(seed: int) -> None:
+    run_seed(seed, plan=msgspec.structs.replace(draw_plan(seed, has_work=False), faults=DISK_FAILURES[seed][1]))
 
 
 @pytest.mark.timeout(120)
@@ -77,6 +91,15 @@ def test_some_runs_have_work_beside_sending_and_reading() -> None:
     assert not any(draw_plan(seed, has_work=False).work != WorkPlan() for seed in range(1, 101))
 
 
+def test_nothing_is_deleted_of_a_damaged_log() -> None:
+    plans = [draw_plan(seed) for seed in range(1, 1_001)]
+    damaged = [plan for plan in plans if DAMAGE & plan.faults.keys()]
+    assert any(plan.work != WorkPlan() for plan in damaged), "all other work is done"
+    assert all(plan.work.retention == RetentionPlan() for plan in damaged)
+    kept = [plan for plan in plans if plan.work.retention != RetentionPlan()]
+    assert {kind for plan in kept for kind in plan.faults} == FAULTS.keys() - DAMAGE
+
+
 def test_a_run_in_fair_weather_loses_no_send() -> None:
     plan = next(plan for seed in range(1, 100) if not (plan := draw_plan(seed, has_work=False)).faults)
     result = run_seed(plan.seed, plan=plan)
@@ -90,8 +113,13 @@ def test_runs_do_what_they_claim() -> None:
     counts: Counter[str] = Counter()
     for seed in range(1, 13):
         counts.update(run_seed(seed, plan=draw_plan(seed, has_work=False)).counts)
-    for what in ("acknowledged", "handed_out", "paused", "cut", "lost power", "killed", "crashed", "left", "queue_given_back"):
-        assert counts[what], f"no {what} in a dozen runs"
+    disks = dict.fromkeys(DISK_FAULTS, 1_000.0)
+    counts.update(run_seed(1, plan=msgspec.structs.replace(draw_plan(1, has_work=False), faults=disks)).counts)
+    for what in (
+        "acknowledged", "handed_out", "paused", "cut", "lost power", "killed", "crashed", "left", "queue_given_back",
+        "power_will_go", "lost_views", "damaged", "damage_found",
+    ):
+        assert counts[what], f"no {what} in so many runs"
 
 
 def test_work_is_done() -> None:

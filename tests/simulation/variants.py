@@ -15,16 +15,18 @@ from zrmq.client.cursor import Cursor
 from zrmq.client.inbox import Inbox
 from zrmq.client.process_queue import ProcessQueue
 from zrmq.client.producing import ProducerCore
-from zrmq.protocol.events import LeaseGranted, OffsetsCommitted, TopicPut
+from zrmq.protocol.events import BrokerStarted, LeaseGranted, OffsetsCommitted, TopicPut
 from zrmq.serving.groups import GroupDesk
 from zrmq.serving.leases import LeaseDesk
 from zrmq.serving.offsets import OffsetDesk
 from zrmq.serving.outbox import Outbox
-from zrmq.store import checkpoint, maintenance, recovery, relocation, retention, segment
+from zrmq.store import checkpoint, maintenance, recovery, relocation, retention, segment, store
+from zrmq.store import reading as reading_store
 from zrmq.store.checkpoint import Checkpoint
 from zrmq.store.commit_log import CommitLog, LogFlush
 from zrmq.store.consume_queue import ConsumeQueue
 from zrmq.store.relocation import Relocation
+from zrmq.store.segment import EntryReader, Found
 from zrmq.store.store import Store
 from zrmq.store.tables import Tables
 from zrmq.testing.simulation.work import PullPlan, RetentionPlan, WorkPlan
@@ -314,6 +316,91 @@ def forget_the_longer_session_timeout(patch: Patch) -> None:
     patch.setattr(LeaseDesk, "__init__", forgetful)
 
 
+def rebuild_views_of_messages_only(patch: Patch) -> None:
+    fold = recovery.Replay._fold_event
+
+    def forgetful(self: Any, found: Any) -> None:
+        if not self._is_anew or isinstance(recovery._decode(found), TopicPut | BrokerStarted):
+            fold(self, found)
+
+    start = recovery.Replay.__init__
+
+    def note(self: Any, commit_log: Any, views: Any, topics: Any, flushed: int) -> None:
+        start(self, commit_log, views, topics, flushed)
+        self._is_anew = not flushed
+
+    patch.setattr(recovery.Replay, "__init__", note)
+    patch.setattr(recovery.Replay, "_fold_event", forgetful)
+
+
+def take_no_notice_of_missing_queue_files(patch: Patch) -> None:
+    patch.setattr(ConsumeQueue, "has_files", lambda self: True)
+
+
+def make_short_queue_files_do(patch: Patch) -> None:
+    """A queue whose file is gone begins with what is in memory."""
+
+    def forgetful(self: ConsumeQueue) -> bool:
+        if self.first < self.filed and not self.shelf.has(self.folder, self.first, self.filed):
+            self.first = self.filed
+            self._begin_with(self.first)
+        return True
+
+    patch.setattr(ConsumeQueue, "has_files", forgetful)
+
+
+def believe_the_page_cache_of_the_last_run(patch: Patch) -> None:
+    patch.setattr(CommitLog, "rewrite", lambda self, position, end: None)
+
+
+def move_the_saved_position_in_recovery(patch: Patch) -> None:
+    """Once more over the same log is not the same: the power goes, and what was replayed is not replayed again."""
+    recover = store.recover
+
+    def hasty(commit_log: CommitLog, views: Any, database: Any) -> Any:
+        report = recover(commit_log, views, database)
+        update = "update meta set value = ? where name = 'applied_position'"
+        database._transact(lambda connection: connection.execute(update, (report.end_position,)))
+        return report
+
+    patch.setattr(store, "recover", hasty)
+
+
+def skip_damage_silently(patch: Patch) -> None:
+    patch.setattr(recovery.Replay, "_report", lambda self, found: None)
+
+
+def serve_what_is_there(patch: Patch) -> None:
+    patch.setattr(reading_store, "batch_checks_out", lambda data, at, queue, entry: True)
+
+
+def tell_nobody_of_damage_that_is_read(patch: Patch) -> None:
+    patch.setattr(Store, "_damage_found", lambda self, stretch: None)
+
+
+def end_the_log_at_the_first_damage(patch: Patch) -> None:
+    def hasty(self: Any, position: int) -> int:
+        for found in self._log.scan(position):
+            if not found.is_whole:
+                return int(found.position)
+            self._fold(found)
+        return int(self._log.segments[-1].end)
+
+    patch.setattr(recovery.Replay, "run", hasty)
+
+
+def skip_the_rest_of_a_damaged_segment(patch: Patch) -> None:
+    def hasty(self: EntryReader, position: int) -> Found:
+        return Found(position, self._end, None, b"", 0, False)
+
+    patch.setattr(EntryReader, "gap", hasty)
+
+
+def count_starts_by_what_is_left(patch: Patch) -> None:
+    patch.setattr(Store, "_next_boot", lambda self: self.tables.boot + 1)
+
+
+ROTTEN = {"faults": {"bit_rot": 300.0, "broker_kill": 1_500.0}}
 KEEPING = {"work": WorkPlan(retention=RetentionPlan(store_ms=60_000)), "segment_bytes": 4_096, "checkpoint_ms": 200}
 DELETING = {
     "work": WorkPlan(retention=RetentionPlan(store_ms=500, segment_bytes=4_096)), "segment_bytes": 4_096, "checkpoint_ms": 200,
@@ -376,4 +463,23 @@ VARIANTS = [
         "work": WorkPlan(session_timeouts_ms=(1_000,)), "session_timeout_ms": 10_000,
         "faults": {"broker_kill": 3_000.0, "cut": 1_000.0, "pause": 2_000.0},
     }),
+    Variant("rebuild views of messages only", rebuild_views_of_messages_only, {"views"}, {"faults": {"lost_views": 700.0}}),
+    Variant("take no notice of missing queue files", take_no_notice_of_missing_queue_files, {"views"}, {
+        "faults": {"lost_views": 500.0}, "checkpoint_ms": 200,
+    }),
+    Variant("make short queue files do", make_short_queue_files_do, {"views"}, {
+        "faults": {"lost_views": 500.0}, "checkpoint_ms": 200,
+    }),
+    Variant("believe the page cache of the last run", believe_the_page_cache_of_the_last_run, {"survival", "lost", "log"}, {
+        "faults": {"failing_disk": 500.0, "recovery_power_cut": 700.0}, "flush_ms": (1.0, 40.0),
+    }),
+    Variant("move the saved position in recovery", move_the_saved_position_in_recovery, {"views"}, {
+        "faults": {"recovery_power_cut": 700.0},
+    }),
+    Variant("skip damage silently", skip_damage_silently, {"damage"}, ROTTEN),
+    Variant("serve what is there", serve_what_is_there, {"content", "raised", "views", "damage", "log"}, ROTTEN),
+    Variant("tell nobody of damage that is read", tell_nobody_of_damage_that_is_read, {"damage"}, ROTTEN),
+    Variant("end the log at the first damage", end_the_log_at_the_first_damage, {"survival", "log", "views", "raised"}, ROTTEN),
+    Variant("skip the rest of a damaged segment", skip_the_rest_of_a_damaged_segment, {"survival", "log", "views"}, ROTTEN),
+    Variant("count starts by what is left", count_starts_by_what_is_left, {"lease"}, ROTTEN),
 ]

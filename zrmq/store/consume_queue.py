@@ -97,6 +97,7 @@ class Shelf:
     def __init__(self, files: Files, folder: Path, open_files: OpenFiles, entries_per_file: int = ENTRIES_PER_FILE) -> None:
         self.files = files
         self.folder = folder
+        self.row_tail_bytes_max = ROW_TAIL_BYTES_MAX
         self._open_files = open_files
         self._entries_per_file = entries_per_file
         self._path = lru_cache(PATHS_MAX)(_path)  # hot in a search: to make a path and its hash costs more than to read
@@ -375,7 +376,7 @@ class ConsumeQueue:
 
     def begin_save(self) -> QueueSave:
         """What has to be written for the queue to be on disk as it is now; `finish_save` belongs to it."""
-        spill = bytes(self.tail) if len(self.tail) > ROW_TAIL_BYTES_MAX else b""
+        spill = bytes(self.tail) if len(self.tail) > self.shelf.row_tail_bytes_max else b""
         self.is_spilling = bool(spill)
         return QueueSave(self, spill)
 

@@ -172,6 +172,11 @@ class Store:
         return self._views.tables
 
     @property
+    def shelf(self) -> Shelf:
+        """The files of the queues."""
+        return self._views.shelf
+
+    @property
     def boot(self) -> int:
         """How often this folder has been opened, this time included."""
         return self.tables.boot

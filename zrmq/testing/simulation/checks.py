@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from math import inf
 
 from zrmq.client.reading import PULL_BYTES_MIN
 from zrmq.message import ConsumeFrom, MessageModel, MessageQueue
+from zrmq.protocol.events import GroupSubscribed, LeaseReleased, OffsetsCommitted
 from zrmq.store.tables import Subscribed
 from zrmq.testing.simulation.consumers import BOUNDS, VirtualConsumer
 from zrmq.testing.simulation.log_check import LogCheck
@@ -86,6 +88,8 @@ def _troubles(world: World) -> Iterator[str]:
 def _trim_troubles(broker: VirtualBroker) -> Iterator[str]:
     check = broker.check
     assert check is not None
+    if check.log_start == 0:
+        return
     for topic_id, topic in broker.store.tables.topics_by_id.items():
         for queue in topic.queues:
             if queue.min_offset < check.watch.first_offset((topic_id, queue.queue_id), check.log_start, queue.next_offset):
@@ -100,27 +104,47 @@ def _group_troubles(world: World, group: GroupPlan) -> Iterator[str]:
     for topic in group.topics:
         for queue in world.present_queues(topic):
             broker = world.brokers[queue.broker_name]
+            if _is_stuck(world, group, queue):
+                continue
             if group.message_model is MessageModel.CLUSTERING:
                 yield from _lease_troubles(group, broker, queue, members)
             for instance_name in sorted({member.instance_name for member in members}):
-                yield from _lag_troubles(group, broker, queue, instance_name)
+                yield from _lag_troubles(world, group, broker, queue, instance_name)
 
 
 def _lease_troubles(
     group: GroupPlan, broker: VirtualBroker, queue: MessageQueue, members: list[VirtualConsumer]
 ) -> Iterator[str]:
-    topic = broker.store.tables.topics[queue.topic]
-    known = broker.store.tables.groups.get(group.name)
-    lease = known.leases.get((topic.topic_id, queue.queue_id)) if known is not None else None
+    lease = broker.lease(group.name, queue)
     if lease is None or not any(member.who == lease.client_id and member.holds(queue) for member in members):
         yield f"{spell(queue)} is leased to {lease} of {group.name}, and no live member holds it."
 
 
-def _lag_troubles(group: GroupPlan, broker: VirtualBroker, queue: MessageQueue, instance_name: str) -> Iterator[str]:
+def _is_stuck(world: World, group: GroupPlan, queue: MessageQueue) -> bool:
+    """Whether the broker has lost that a lease has ended, of a member that is there and does not know that it has it again."""
+    broker = world.brokers[queue.broker_name]
+    if not world.promises.is_unsure(LeaseReleased, broker.name, group.name):
+        return False
+    lease = broker.lease(group.name, queue)
+    holders = [each for each in world.consumers if lease is not None and each.who == lease.client_id]
+    return any(not holder.holds(queue) for holder in holders)
+
+
+def _lag_troubles(
+    world: World, group: GroupPlan, broker: VirtualBroker, queue: MessageQueue, instance_name: str
+) -> Iterator[str]:
     topic = broker.store.tables.topics[queue.topic]
     known = broker.store.tables.groups.get(group.name)
     committed = known.start_offset(topic, queue.queue_id, instance_name) if known is not None else None
     min_offset, next_offset = topic.queues[queue.queue_id].min_offset, topic.queues[queue.queue_id].next_offset
+    if committed is not None and world.promises.is_unsure(OffsetsCommitted, broker.name, group.name):
+        is_finished = partial(world.promises.is_finished, group.name, instance_name, queue)
+        open_offsets = [
+            offset for offset, placed in broker.contents(queue).items()
+            if offset >= committed and not (world.promises.is_damaged(placed.body) or is_finished(offset, placed.body))
+        ]
+        if not open_offsets:
+            return  # the commit that said so is lost, and nobody has had a reason to commit again
     if committed is None or max(committed, min_offset) < next_offset:  # nobody commits what it could not read
         yield f"{group.name} {instance_name} has committed {committed} of {next_offset} on {spell(queue)}."
 
@@ -133,25 +157,15 @@ def check_accounts(world: World) -> None:
     checks = {name: check for name, broker in world.brokers.items() if (check := broker.check) is not None}
     for name, check in checks.items():
         check.compare_tables(world.brokers[name].store.tables)
-        _check_views(world.brokers[name], check)
-        check_relocated(name, world.brokers[name].store, check, is_refused=bool(world.trace.counts["state_not_relocated"]))
+        world.brokers[name].compare_queues()
+        world.brokers[name].check_damage_read()
+        if not world.brokers[name].damage.hurt:  # views may have what is damaged in the log
+            check_relocated(name, world.brokers[name].store, check, is_refused=bool(world.trace.counts["state_not_relocated"]))
     _check_topics(world)
     _check_acknowledged(world, checks)
     _check_copies(world, checks)
     for group in world.plan.groups:
         _check_consumed(world, group, checks)
-
-
-def _check_views(broker: VirtualBroker, check: LogCheck) -> None:
-    """What the store reads by its queue files is what the log has."""
-    for topic in broker.store.tables.topics.values():
-        for queue in topic.queues:
-            contents = check.watch.queues.get((topic.topic_id, queue.queue_id), {})
-            bodies = dict(broker.read_all(queue))
-            there = {offset: placed.body for offset, placed in contents.items() if placed.end > check.log_start}
-            if bodies != there:
-                counts = f"{len(bodies)} messages of {queue}; its log has {len(there)}"
-                raise BrokenPromise("views", f"{broker.name} serves {counts}.")
 
 
 def _check_topics(world: World) -> None:
@@ -169,7 +183,7 @@ def _check_acknowledged(world: World, checks: dict[str, LogCheck]) -> None:
         contents = check.contents(queue)
         for offset, posting in postings.items():
             placed = contents.get(offset)
-            if placed is None and check.is_expired(queue, offset):
+            if (placed is None and check.is_expired(queue, offset)) or world.promises.is_damaged(posting.body):
                 continue
             if (placed is None or placed.body != posting.body) and not world.promises.may_be_lost(posting):
                 place = f"{offset} of {spell(queue)}"
@@ -184,7 +198,7 @@ def _check_copies(world: World, checks: dict[str, LogCheck]) -> None:
             copies.update(placed.body for placed in contents.values())
     for body, count in copies.items():
         posting = world.promises.postings[body]
-        if count > _copies_max(posting):
+        if count > _copies_max(posting) + world.promises.is_damaged(body):
             raise BrokenPromise("double", f"{posting} is stored {count} times.")
         if world.promises.is_known_unstored(posting):
             raise BrokenPromise("answer", f"{posting} is stored, although its producer was told: {posting.error}")
@@ -200,9 +214,11 @@ def _check_consumed(world: World, group: GroupPlan, checks: dict[str, LogCheck])
     """Each group got everything it subscribed to; what was sent after it was ready counts as that."""
     for topic in group.topics:
         for queue in world.present_queues(topic):
+            if _is_stuck(world, group, queue):
+                continue
             contents = checks[queue.broker_name].contents(queue)
             for known, instance_name in world.ready_ms:
-                if known == group.name:
+                if known == group.name and not world.promises.is_unsure(GroupSubscribed, queue.broker_name, group.name):
                     owed_ms = _owed_ms(world, group, instance_name, queue, checks)
                     subscribed = _subscribed(checks[queue.broker_name], group, instance_name, topic)
                     start = subscribed.starts.get(queue.queue_id, 0) if subscribed is not None else 0
@@ -216,7 +232,7 @@ def _check_instance(
     """Everybody is owed everything from the start on, and what was sent after `owed_ms`."""
     for offset, placed in contents.items():
         posting = world.promises.postings[placed.body]
-        if posting.posted_ms <= owed_ms and offset < start:
+        if (posting.posted_ms <= owed_ms and offset < start) or world.promises.is_damaged(placed.body):
             continue
         if world.promises.is_deleted(queue.broker_name, placed.end):
             continue

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from random import Random
 
+from zrmq.testing.simulation.disk_faults import DiskFaults
 from zrmq.testing.simulation.network import Machine
 from zrmq.testing.simulation.servers import VirtualBroker
 from zrmq.testing.simulation.world import World
@@ -51,6 +52,8 @@ class FaultMaker:
             "consumer_join": self._join_consumer,
             "clock_step": self._step_clock,
         }
+        self._disks = DiskFaults(world, self._for_a_while)
+        self._kinds |= self._disks.kinds
 
     def start(self) -> None:
         """From here on things go wrong."""
@@ -59,7 +62,7 @@ class FaultMaker:
 
     def stop(self) -> None:
         """Nothing goes wrong any more, and what is broken is repaired now."""
-        self._is_stopped = True
+        self._is_stopped = self._disks.is_stopped = True
         self._world.note("faults", "stopped")
         for heal in list(self._heals.values()):
             heal()

@@ -7,10 +7,9 @@ Each life of a broker has a check of its own that reads the log from its beginni
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
-from zrmq.files import Files
 from zrmq.message import ConsumeFrom, MessageQueue
 from zrmq.protocol.events import GroupSubscribed, LeaseGranted, OffsetsCommitted
 from zrmq.store.tables import Lease, Queue, Subscribed, Tables
@@ -22,14 +21,14 @@ from zrmq.testing.simulation.trace import BrokenPromise, spell
 class LogCheck:
     """One life of one broker's log. Raises `BrokenPromise` for what must not be in a log."""
 
-    def __init__(self, broker_name: str, files: Files, folder: Path, promises: Promises, log_start: int = 0) -> None:
-        self.watch = LogWatch(files, folder, log_start)
+    def __init__(self, broker_name: str, watch: LogWatch, promises: Promises, checked: Mapping[int, tuple[int, int]]) -> None:
+        """`checked`: entries of an earlier life's log. They are not checked again: the tables may lack what was lost since."""
+        self.watch = watch
         self.flushed_position = 0
-        self.log_start = log_start  # what was before is deleted
-        self._files = files
-        self._folder = folder
+        self.log_start = watch.start  # what was before is deleted
         self._broker_name = broker_name
         self._promises = promises
+        self._checked = checked
         self._sequences: set[tuple[int, int]] = set()
         self._last_numbers: dict[tuple[MessageQueue, int, type], int] = {}
         self._lease_epoch = 0
@@ -40,6 +39,8 @@ class LogCheck:
         for entry in self.watch.advance(written_position):
             if not self.watch.is_complete:
                 self._note_former(entry)  # it was checked when it was written
+            elif self._checked.get(entry.position) == (entry.end, entry.crc):
+                self._learn(entry)
             elif entry.batch is not None:
                 self._check_batch(entry)
             elif isinstance(entry.event, OffsetsCommitted):
@@ -60,10 +61,6 @@ class LogCheck:
         """All messages of a queue by offset."""
         topic = self.watch.tables.topics.get(queue.topic)
         return {} if topic is None else self.watch.queues.get((topic.topic_id, queue.queue_id), {})
-
-    def fresh_watch(self) -> LogWatch:
-        """One that has seen nothing yet, of what is left of the log."""
-        return LogWatch(self._files, self._folder, self.log_start)
 
     def is_expired(self, queue: MessageQueue, offset: int) -> bool:
         """Whether the log begins behind the message that was at this offset of a queue."""
@@ -98,9 +95,9 @@ class LogCheck:
 
     def check_first_offsets(self, tables: Tables, *, is_trimmed: bool = False) -> None:
         """No queue begins behind what the log still has; nor, once it is trimmed, before that."""
-        for topic_id, topic in tables.topics_by_id.items():
+        for topic in tables.topics.values():
             for queue in topic.queues:
-                first = self.watch.first_offset((topic_id, queue.queue_id), self.log_start, queue.next_offset)
+                first = self._first_offset(queue)
                 if queue.min_offset > first or (is_trimmed and queue.min_offset < first):
                     self._fail("views", f"{queue} does not begin at {first}, as its log does.")
 
@@ -116,8 +113,41 @@ class LogCheck:
             numbers = range(entry.batch.first_sequence, entry.batch.first_sequence + len(entry.bodies))
             self._sequences.update((entry.batch.producer_id, number) for number in numbers)
 
+    def _first_offset(self, queue: Queue) -> int:
+        """Of the first message that its log has: a queue that was made anew begins behind the damaged ones that it began with."""
+        contents = self.watch.queues.get((queue.topic.topic_id, queue.queue_id), {})
+        return next((
+            offset for offset, placed in contents.items()
+            if placed.end > self.log_start and not self._promises.is_damaged(placed.body)
+        ), queue.next_offset)
+
+    def check_reported(self, stretches: list[tuple[int, int]], positions: Iterable[int]) -> None:
+        """Damage of these entries must have been told."""
+        for position in positions:
+            end = position + 1
+            if not any(start < end and position < stop for start, stop in stretches):
+                self._fail("damage", f"the entry at {position} is damaged, and nobody was told.")
+
     def _fail(self, kind: str, reason: str) -> NoReturn:
         raise BrokenPromise(kind, f"{self._broker_name}: {reason}")
+
+    def _learn(self, entry: Entry) -> None:
+        """Take over what later entries are compared with."""
+        if isinstance(entry.event, LeaseGranted):
+            self._lease_epoch = max(self._lease_epoch, entry.event.lease_epoch)
+        elif isinstance(entry.event, GroupSubscribed):
+            self._promises.subscribed(self._broker_name, entry.event)
+        batch = entry.batch
+        if batch is None or entry.position in self.watch.missing:
+            return
+        topic = self.watch.tables.topics_by_id[batch.topic_id]
+        queue = MessageQueue(topic.config.topic, self._broker_name, batch.queue_id)
+        for index, body in enumerate(entry.bodies):
+            self._sequences.add((batch.producer_id, batch.first_sequence + index))
+            posting = self._promises.postings[body]
+            if posting.is_in_order:
+                key = (queue, batch.producer_id, posting.kind)
+                self._last_numbers[key] = max(posting.number, self._last_numbers.get(key, -1))
 
     def _check_batch(self, entry: Entry) -> None:
         batch = entry.batch
@@ -147,6 +177,8 @@ class LogCheck:
             return
         key = (queue, producer_id, posting.kind)
         last = self._last_numbers.get(key, -1)
+        if self._promises.is_damaged(body):
+            return  # stored again, as its first copy was lost
         if posting.number <= last:
             self._fail("order", f"{posting} is at {offset} of {spell(queue)} behind number {last}, which was sent later.")
         self._last_numbers[key] = posting.number
@@ -179,16 +211,17 @@ class LogCheck:
         """Where the group has to begin, at the latest. LATEST is now for the first broker that hears of the group, whatever its
         clock says; every other one is told when that was."""
         group = self._promises.groups[event.group]
-        key = queue.topic.topic_id, queue.queue_id
-        first = self.watch.first_offset(key, self.log_start, queue.next_offset)
+        first = self._first_offset(queue)
         if group.consume_from is ConsumeFrom.EARLIEST:
             return first
         if group.consume_from is ConsumeFrom.LATEST and not self._promises.is_told(self._broker_name, event):
             return queue.next_offset
         # Two brokers may have their own now in the same millisecond, so what was stored within that one tells nothing.
         from_ms = group.consume_timestamp_ms or event.since_ms + 1
-        contents = self.watch.queues.get(key, {})
-        later = (offset for offset, placed in contents.items() if offset >= first and placed.store_timestamp_ms >= from_ms)
+        later = (
+            offset for offset, placed in self.watch.queues.get((queue.topic.topic_id, queue.queue_id), {}).items()
+            if offset >= first and placed.store_timestamp_ms >= from_ms and not self._promises.is_damaged(placed.body)
+        )
         return min(later, default=queue.next_offset)
 
     def _check_commit(self, event: OffsetsCommitted) -> None:
@@ -206,16 +239,19 @@ class LogCheck:
             self._check_move(event, queue, before, offset)
 
     def _check_move(self, event: OffsetsCommitted, queue: MessageQueue, before: int, offset: int) -> None:
-        if offset < before and not self._promises.is_async(queue.topic):  # after a loss consumers go back by a reset
+        if offset < before and not self._promises.may_be_reset(queue):  # after a loss consumers go back by a reset
             place = (event.group, event.instance_name, queue)
             self._resets[place] += 1
             since = self._promises.may_go_back(place, offset, self._resets[place])
             if since is None:
                 self._fail("commit", f"group {event.group} went back on {spell(queue)} from {before} to {offset}; nobody sought.")
             before = since
-        for at in range(before, offset):
+        end = max(self.contents(queue), default=-1) + 1  # behind it is what a damaged stretch may have held
+        for at in range(before, min(offset, end)):
             placed = self.placed(queue, at)
-            if placed is None or self._promises.is_deleted(self._broker_name, placed.end):
+            if placed is None or self._promises.is_damaged(placed.body):
+                continue
+            if self._promises.is_deleted(self._broker_name, placed.end):
                 continue
             if not self._promises.is_finished(event.group, event.instance_name, queue, at, placed.body):
                 self._fail(

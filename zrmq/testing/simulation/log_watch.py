@@ -5,16 +5,21 @@ Nothing of `zrmq.store` takes part but the pure fold of `tables.py`; files are r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
+from zlib import crc32
 
 from zrmq.files import Files, OpenFile
 from zrmq.protocol.batch import (
+    ASSIGNED_AT,
+    BATCH_HEADER_BYTES,
     ENTRY_HEADER_BYTES,
     KIND_BATCH,
     KIND_EVENT,
     KIND_SEGMENT_END,
+    START_BYTES,
     BatchHeader,
     EntryHeader,
     decode_records,
@@ -27,16 +32,18 @@ from zrmq.store.tables import Tables
 from zrmq.testing.simulation.trace import BrokenPromise
 
 SEGMENT_HEADER_BYTES = 64
+BLOCK_BYTES = 4096  # what a disk fails to read at once
 
 QueueKey = tuple[int, int]  # topic id, queue id
 
 
 class Entry(NamedTuple):
-    """One entry of the log: either a batch with the bodies of its records, or an event."""
+    """One entry of the log: a batch with the bodies of its records, an event, or neither, at the end of a segment."""
 
     position: int
     end: int
     crc: int
+    flushed_position: int
     batch: BatchHeader | None
     bodies: list[bytes]
     event: AnyEvent | None
@@ -52,14 +59,32 @@ class Placed(NamedTuple):
     store_timestamp_ms: int
 
 
+class State(Enum):
+    """What the disk has of an entry."""
+
+    WHOLE = 1
+    HEADER = 2  # of a batch whose records do not check out
+    LOST = 3
+
+
 class LogWatch:
     """One life of a broker's log. `entries` has position -> (end, crc) of everything seen, `queues` what each queue holds,
     `batches` position -> topic id, end, store timestamp; what was seen stays there when its segment is deleted.
 
     A log that begins behind `start` 0 is folded without what came before, until it has said everything again (`is_complete`).
+
+    `hurt`: entries that the disk has been at before this life, as they were written. `queues` has all of them, `tables` only what
+    the broker can know: it read those behind `saved_position` from the disk, and had the others in its views, without `unsaved`.
     """
 
-    def __init__(self, files: Files, folder: Path, start: int = 0) -> None:
+    def __init__(
+        self, files: Files, folder: Path, start: int, hurt: Mapping[int, Entry], saved_position: int, unsaved: frozenset[int]
+    ) -> None:
+        self.log: list[Entry] = []
+        self.missing = set(unsaved)
+        self.damaged: dict[int, State] = {}  # those of `hurt` that are not whole any more
+        self._hurt = hurt
+        self.saved_position = saved_position
         self.tables = Tables()
         self.start = self.end = start
         self.is_complete = start == 0
@@ -69,6 +94,10 @@ class LogWatch:
         self._files = files
         self._folder = folder
         self._segment: tuple[int, int, OpenFile] | None = None  # start, end, file
+
+    def anew(self, start: int) -> LogWatch:
+        """One that has seen nothing yet, of an unhurt log that begins at `start` by now."""
+        return LogWatch(self._files, self._folder, start, {}, 0, frozenset())
 
     def advance(self, until: int) -> Iterator[Entry]:
         """Each entry from where it was left to position `until`; raises `BrokenPromise` if there is something else.
@@ -102,10 +131,14 @@ class LogWatch:
                     self.tables.apply_event(entry.event)
                 self.end = entry.end
         self.end, self._segment = self.start, None
+        self.log.clear()
 
     def _read(self, until: int) -> Entry | None:
         """The entry at `end`; None when the log goes on elsewhere, where `end` is by now."""
         start, segment_end, file = self._open_segment()
+        hurt = self._hurt.get(self.end)
+        if hurt is not None:
+            return self._read_hurt(hurt, file, self.end - start, segment_end)
         if segment_end - self.end < ENTRY_HEADER_BYTES:
             self.end = segment_end
             return None
@@ -122,24 +155,42 @@ class LogWatch:
 
     def _decode(self, header: EntryHeader, whole: bytes, segment_end: int) -> Entry | None:
         end = self.end + header.length
+        said = (self.end, end, header.entry_crc, header.flushed_position)
         if header.kind == KIND_SEGMENT_END:
+            self.log.append(Entry(*said, None, [], None))
             self.end = segment_end
             return None
         if header.kind == KIND_EVENT:
-            return Entry(self.end, end, header.entry_crc, None, [], decode_event(whole[ENTRY_HEADER_BYTES:]))
+            return Entry(*said, None, [], decode_event(whole[ENTRY_HEADER_BYTES:]))
         if header.kind != KIND_BATCH:
             raise BrokenPromise("log", f"{self._folder}: an entry of kind {header.kind} at {self.end}.")
         batch = peek_batch(whole)
-        return Entry(self.end, end, header.entry_crc, batch, decode_records(batch, whole).bodies, None)
+        return Entry(*said, batch, decode_records(batch, whole).bodies, None)
+
+    def _read_hurt(self, entry: Entry, file: OpenFile, at: int, segment_end: int) -> Entry | None:
+        state = _state(entry, _read_blocks(file, entry.end - entry.position, at))
+        if state is not State.WHOLE:
+            self.damaged[entry.position] = state
+        if state is State.LOST and entry.position >= self.saved_position:
+            self.missing.add(entry.position)
+        if entry.batch is None and entry.event is None:
+            self.log.append(entry)
+            self.end = segment_end
+            return None
+        return entry
 
     def _fold(self, entry: Entry) -> None:
-        if entry.event is not None:
+        self.log.append(entry)
+        if entry.position in self.missing:
+            pass
+        elif entry.event is not None:
             self.tables.apply_event(entry.event)
             if isinstance(entry.event, StateRelocated) and entry.event.position >= self.start:
                 self.is_complete = True
         elif entry.batch is not None:
-            batch = entry.batch
-            self.tables.apply_batch(batch)
+            self.tables.apply_batch(entry.batch)
+        batch = entry.batch
+        if batch is not None:
             self.batches[entry.position] = batch.topic_id, entry.end, batch.store_timestamp_ms
             queue = self.queues.setdefault((batch.topic_id, batch.queue_id), {})
             for index, body in enumerate(entry.bodies):
@@ -163,3 +214,26 @@ class LogWatch:
             if start <= self.end < end:
                 return start, end, self._files.open(path)
         raise BrokenPromise("log", f"{self._folder}: no segment has position {self.end}.")
+
+
+def _state(entry: Entry, data: bytes) -> State:
+    header = peek_entry(data)
+    if header is None or (header.position, header.entry_crc) != (entry.position, entry.crc):
+        return State.LOST
+    if entry_checks_out(data, header):
+        return State.WHOLE
+    is_header_whole = crc32(data[ASSIGNED_AT:BATCH_HEADER_BYTES], crc32(data[:START_BYTES])) == header.entry_crc
+    return State.HEADER if header.kind == KIND_BATCH and is_header_whole else State.LOST
+
+
+def _read_blocks(file: OpenFile, size: int, position: int) -> bytes:
+    """Zeros for blocks that cannot be read."""
+    parts, end = [], position + size
+    while position < end:
+        stop = min(position - position % BLOCK_BYTES + BLOCK_BYTES, end)
+        try:
+            parts.append(file.pread(stop - position, position))
+        except OSError:
+            parts.append(bytes(stop - position))
+        position = stop
+    return b"".join(parts)

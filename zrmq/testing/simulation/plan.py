@@ -11,7 +11,7 @@ from random import Random
 import msgspec
 
 from zrmq.message import ConsumeFrom, FlushMode, MessageModel
-from zrmq.testing.simulation.work import WorkPlan, draw_work
+from zrmq.testing.simulation.work import RetentionPlan, WorkPlan, draw_work
 from zrmq.transport.memory import START_TIME_MS
 
 FAULTS = {  # kind of fault: the shortest and longest mean time between two of them, in virtual ms
@@ -34,6 +34,14 @@ FAULTS = {  # kind of fault: the shortest and longest mean time between two of t
     "consumer_join": (2_000, 10_000),
     "clock_step": (2_000, 10_000),
 }
+DISK_FAULTS = {  # drawn apart from the others
+    "recovery_power_cut": (2_000, 15_000),
+    "lost_views": (2_000, 15_000),
+    "bit_rot": (500, 10_000),
+    "bad_block": (2_000, 15_000),
+}
+FAULTS |= DISK_FAULTS
+DAMAGE = frozenset({"bit_rot", "bad_block"})  # of what is in no file but the log
 
 
 class TopicPlan(msgspec.Struct, frozen=True):
@@ -88,10 +96,19 @@ class Plan(msgspec.Struct, frozen=True):
     work: WorkPlan = WorkPlan()
 
 
-def draw_plan(seed: int, *, has_work: bool = True) -> Plan:
-    """The plan of a seed; the same for every Python and machine. Not `has_work`: only messages are sent and read."""
+def draw_plan(seed: int, *, has_work: bool = True, has_disk_faults: bool = True) -> Plan:
+    """The plan of a seed; the same for every Python and machine. Not `has_work`: only messages are sent and read. Not
+    `has_disk_faults`: none of `DISK_FAULTS`."""
     plan = _plan(seed)
-    return with_work(plan, draw_work(seed)) if has_work else plan
+    if has_disk_faults:
+        plan = msgspec.structs.replace(plan, faults=plan.faults | _disk_faults(Random(f"plan {seed} disk")))
+    return with_work(plan, _beside(plan.faults, draw_work(seed))) if has_work else plan
+
+
+def _beside(faults: dict[str, float], work: WorkPlan) -> WorkPlan:
+    """What of the work goes with these faults. Nothing is deleted where the log is damaged: the checks know what a log must have
+    that begins late, and what one must have that was hurt, but not both at once."""
+    return msgspec.structs.replace(work, retention=RetentionPlan()) if DAMAGE & faults.keys() else work
 
 
 def with_work(plan: Plan, work: WorkPlan) -> Plan:
@@ -180,4 +197,11 @@ def _beginning(drawn: float) -> tuple[ConsumeFrom, int]:
 
 def _faults(rng: Random) -> dict[str, float]:
     share = rng.choice((0.0, 0.15, 0.3, 0.5, 0.8))
-    return {kind: _log_uniform(rng, *bounds) for kind, bounds in FAULTS.items() if rng.random() < share}
+    kinds = FAULTS.keys() - DISK_FAULTS.keys()
+    return {kind: _log_uniform(rng, *bounds) for kind, bounds in FAULTS.items() if kind in kinds and rng.random() < share}
+
+
+def _disk_faults(rng: Random) -> dict[str, float]:
+    """Most runs have none: what a disk has lost nobody can be asked for, so with them the checks ask for less."""
+    share = rng.choice((0.0, 0.0, 0.0, 0.3, 0.7))
+    return {kind: _log_uniform(rng, *bounds) for kind, bounds in DISK_FAULTS.items() if rng.random() < share}

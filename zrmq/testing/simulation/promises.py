@@ -7,12 +7,12 @@ each group have got through. Both are what a user can see, taken at the public e
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from zrmq.client.batch import OneWay, SendHandle, Target
 from zrmq.errors import UnreachableError, ZrmqError
 from zrmq.message import FlushMode, Message, MessageQueue, SendReceipt
-from zrmq.protocol.events import GroupSubscribed
+from zrmq.protocol.events import AnyEvent, GroupSubscribed
 from zrmq.testing.simulation.plan import GroupPlan, Plan
 from zrmq.testing.simulation.trace import BrokenPromise, spell
 
@@ -80,6 +80,9 @@ class Promises:
         self.subscriptions: dict[tuple[str, str, str], dict[tuple[str, int], None]] = {}  # who: broker name, since when; in order
         self.deleted_until: dict[str, int] = {}  # by broker name: its log had begun there, whatever a power cut brought back
         self._losable: set[bytes] = set()
+        self._damaged: set[bytes] = set()
+        self._went_back: set[MessageQueue] = set()
+        self._unsure: set[tuple[type[Any], str, str]] = set()
         self._async_topics = {topic.name for topic in plan.topics if topic.flush_mode is FlushMode.ASYNC}
         self._wanted = {group.name: wanted_tags(group) for group in plan.groups}
         self._finished: dict[Place, dict[int, bytes]] = {}
@@ -102,7 +105,7 @@ class Promises:
             raise BrokenPromise("bound", f"{posting} for {spell(posting.queue)} was stored in {spell(outcome.queue)}.")
         queue = self.acknowledged.setdefault(outcome.queue, {})
         other = queue.get(outcome.queue_offset)
-        if other is not None and not self.may_be_lost(other):
+        if other is not None and not (self.may_be_lost(other) or self.is_damaged(other.body)):
             place = f"{outcome.queue_offset} of {spell(outcome.queue)}"
             raise BrokenPromise("double", f"{other} and {posting} were both acknowledged at {place}.")
         queue[outcome.queue_offset] = posting
@@ -122,6 +125,32 @@ class Promises:
     def is_async(self, topic: str) -> bool:
         """Whether its messages are acknowledged from the page cache."""
         return topic in self._async_topics
+
+    # --- damage ---------------------------------------------------------------------------------------------------------
+
+    def damaged(self, bodies: Iterable[bytes]) -> None:
+        """The disk has been at the entries of these messages: they may be lost, and stored once more."""
+        self._damaged.update(bodies)
+
+    def is_damaged(self, body: bytes) -> bool:
+        """Whether the disk has been at the message's entry."""
+        return body in self._damaged
+
+    def lost_batch(self, queue: MessageQueue) -> None:
+        """Nobody knows any more of a batch of this queue: its offsets may be given again."""
+        self._went_back.add(queue)
+
+    def may_be_reset(self, queue: MessageQueue) -> bool:
+        """Whether its end may have been lost that consumers knew: then they go back by a reset."""
+        return self.is_async(queue.topic) or queue in self._went_back
+
+    def lost_event(self, broker_name: str, event: AnyEvent) -> None:
+        """Nobody knows any more that the broker said this."""
+        self._unsure.add((type(event), broker_name, getattr(event, "group", "")))
+
+    def is_unsure(self, kind: type[AnyEvent], broker_name: str, group: str) -> bool:
+        """Whether the broker has lost what it said of a group by an event of this kind."""
+        return (kind, broker_name, group) in self._unsure
 
     def is_known_unstored(self, posting: Posting) -> bool:
         """Whether its producer was told that it is not stored."""

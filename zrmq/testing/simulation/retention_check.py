@@ -46,7 +46,7 @@ def _is_expired(topic: Topic, age_ms: int, behind_bytes: int, store_ms: int) -> 
 
 def check_relocated(broker_name: str, store: Store, check: LogCheck, *, is_refused: bool) -> None:
     """What is left of the log says, alone, everything that the tables hold. `is_refused`: there was no room to say it again."""
-    watch = check.fresh_watch()
+    watch = check.watch.anew(check.log_start)
     for _ in watch.advance(store.written_position):
         pass
     if not watch.is_complete:

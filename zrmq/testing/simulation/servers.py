@@ -11,18 +11,23 @@ from typing import TYPE_CHECKING
 
 from zrmq.broker import BrokerRole
 from zrmq.config import BrokerConfig
-from zrmq.errors import DiskFullError, FolderUnusableError
+from zrmq.errors import DiskFullError, FolderUnusableError, NotReadyError
+from zrmq.message import MessageQueue
 from zrmq.protocol.batch import decode_records, iter_batches
+from zrmq.protocol.requests import PullStatus
 from zrmq.routing.core import NameServerCore
 from zrmq.serving.core import BrokerCore
 from zrmq.store.config import StoreConfig
 from zrmq.store.flusher import Flusher
 from zrmq.store.job import Job
 from zrmq.store.store import Store
-from zrmq.store.tables import Queue
+from zrmq.store.tables import Lease, Queue
 from zrmq.testing.files import FaultyFiles, PowerCut
+from zrmq.testing.simulation.damage import LogDamage
 from zrmq.testing.simulation.log_check import LogCheck
+from zrmq.testing.simulation.log_watch import Entry, LogWatch, Placed, State
 from zrmq.testing.simulation.network import Machine
+from zrmq.testing.simulation.plan import DISK_FAULTS
 from zrmq.testing.simulation.trace import BrokenPromise
 
 if TYPE_CHECKING:
@@ -30,6 +35,7 @@ if TYPE_CHECKING:
 
 PAUSED_POLL_MS = 5.0  # how often a job of a paused machine looks whether it may go on
 READ_BYTES = 16 * 1024
+ROW_TAIL_BYTES_MAX = 400  # where disks break: a queue has a file from ten batches on
 RESTART_MS = 500.0  # a broker whose disk is full is started again after
 
 
@@ -157,6 +163,8 @@ class VirtualBroker:
         self.role: BrokerRole | None = None
         self.check: LogCheck | None = None
         self.slowness = 1.0  # of the disk
+        self.damage = LogDamage(self.files, self.folder / "commitlog", Random(f"{world.plan.seed} {name} damage"))
+        self.is_disk_suspect = False  # a fault has been at its files: after each start its queues are read as a whole
         self.life = 0  # counts starts, and stops in good order, with which all leases end
         self._world = world
         self._rng = Random(f"{world.plan.seed} {name}")
@@ -173,6 +181,16 @@ class VirtualBroker:
         """Of the running broker."""
         assert self.role is not None
         return self.role.core
+
+    def lease(self, group: str, queue: MessageQueue) -> Lease | None:
+        """Who may read a queue for a group by the tables of the running broker."""
+        topic, known = self.store.tables.topics[queue.topic], self.store.tables.groups.get(group)
+        return None if known is None else known.leases.get((topic.topic_id, queue.queue_id))
+
+    def contents(self, queue: MessageQueue) -> dict[int, Placed]:
+        """What a queue of the running broker has."""
+        assert self.check is not None
+        return self.check.contents(queue)
 
     # --- lives --------------------------------------------------------------------------------------------------------
 
@@ -197,6 +215,8 @@ class VirtualBroker:
             self._end(f"could not start: {error.message}", is_power_cut=False)
             self._world.later(RESTART_MS, self.start_again)
             return
+        if DISK_FAULTS.keys() & self._world.plan.faults.keys():
+            role.store.shelf.row_tail_bytes_max = ROW_TAIL_BYTES_MAX  # or there would hardly be a queue file to be lost
         self.role = role
         machine.after_turn = self.look
         self._world.note(self.name, "started", f"boot={self.store.boot} log={self.store.appended_position}")
@@ -261,19 +281,74 @@ class VirtualBroker:
     def look(self) -> None:
         """Read what is new in the log."""
         if self.check is None:
-            self.check = LogCheck(
-                self.name, self.files, self.folder / "commitlog", self._world.promises, self.store.start_position
-            )
+            self.check = self._make_check()
             self._world.broker_up(self)
         self._world.log_begins(self, self.check)
         self.check.advance(self.store.written_position, self.store.flushed_position)
+
+    def _make_check(self) -> LogCheck:
+        saved_position = self.store.recovery.replayed_from if self.store.recovery.has_views else 0
+        unsaved = self.damage.missing_before(saved_position)
+        folder, start = self.folder / "commitlog", self.store.start_position
+        watch = LogWatch(self.files, folder, start, dict(self.damage.hurt), saved_position, unsaved)
+        return LogCheck(self.name, watch, self._world.promises, self._world.checked(self) if self.damage.hurt else {})
+
+    def hurt(self, entries: list[Entry]) -> None:
+        """The disk has been at these entries of its log."""
+        self._world.promises.damaged(body for entry in entries for body in entry.bodies)
+
+    def note_losses(self) -> None:
+        """After a start: what of its log the broker has lost for good; it must have told."""
+        assert self.check is not None
+        report, watch, promises = self.store.recovery, self.check.watch, self._world.promises
+        self.damage.begin_life(report.end_position, watch)
+        replayed = [position for position in watch.damaged if position >= watch.saved_position]
+        self.check.check_reported(report.damage, replayed)
+        for position in watch.missing:
+            entry = self.damage.hurt[position]
+            if entry.event is not None:
+                promises.lost_event(self.name, entry.event)
+            elif entry.batch is not None:
+                topic = watch.tables.topics_by_id[entry.batch.topic_id]
+                promises.lost_batch(MessageQueue(topic.config.topic, self.name, entry.batch.queue_id))
+
+    def check_damage_read(self) -> None:
+        """What is damaged of queues that were just read as a whole must have been told."""
+        assert self.check is not None
+        watch = self.check.watch
+        batches = [position for position, entry in self.damage.hurt.items() if entry.batch is not None]
+        known = [position for position in batches if watch.damaged.get(position, State.HEADER) is State.HEADER]
+        self.check.check_reported(self.store.damage, [position for position in known if position not in watch.missing])
+
+    def compare_queues(self) -> None:
+        """What the store reads by its queue files must be what the log has."""
+        assert self.check is not None
+        for topic in self.store.tables.topics.values():
+            for queue in topic.queues:
+                contents = self.check.watch.queues.get((topic.topic_id, queue.queue_id), {})
+                bodies = dict(self.read_all(queue))
+                may = {
+                    offset: placed.body for offset, placed in contents.items()
+                    if offset < queue.visible_offset and placed.end > self.check.log_start
+                }
+                must = {offset: body for offset, body in may.items() if not self._world.promises.is_damaged(body)}
+                if not must.items() <= bodies.items() <= may.items():
+                    counts = f"{len(bodies)} messages of {queue}; its log has {len(must)}, and {len(may)} with the damaged ones"
+                    raise BrokenPromise("views", f"{self.name} serves {counts}.")
 
     def read_all(self, queue: Queue) -> Iterator[tuple[int, bytes]]:
         """Every message of a queue as consumers get it: offset and body."""
         offset = queue.min_offset
         while offset < queue.visible_offset:
-            chunk = self.store.read(queue, offset, READ_BYTES)
-            if chunk.next_offset <= offset or not chunk.frames:
+            try:
+                chunk = self.store.read(queue, offset, READ_BYTES)
+            except NotReadyError as error:
+                raise BrokenPromise("views", f"{self.name}: {error.message}") from error
+            if chunk.status is PullStatus.MOVED and offset < queue.min_offset:  # a queue is trimmed when it is read
+                offset = queue.min_offset
+                continue
+            is_damage = bool(self.damage.hurt) and chunk.status is PullStatus.CORRUPT
+            if chunk.next_offset <= offset or not (chunk.frames or is_damage):
                 raise BrokenPromise("views", f"{self.name}: a read of {queue!r} at {offset} came to {chunk.status.name}.")
             for frame in chunk.frames:
                 for header, batch in iter_batches(frame):

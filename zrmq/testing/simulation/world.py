@@ -9,7 +9,7 @@ from zrmq.client.batch import OneWay
 from zrmq.client.process_queue import Unit
 from zrmq.errors import ZrmqError
 from zrmq.message import Message, MessageQueue, SendReceipt
-from zrmq.protocol.events import TopicConfig, TopicPut
+from zrmq.protocol.events import LeaseGranted, LeaseReleased, OffsetsCommitted, SessionTimeoutChanged, TopicConfig, TopicPut
 from zrmq.testing.simulation.admins import VirtualAdmin
 from zrmq.testing.simulation.consumers import VirtualConsumer
 from zrmq.testing.simulation.log_check import LogCheck
@@ -133,7 +133,8 @@ class World:
     def answered(self, posting: Posting, outcome: SendReceipt | ZrmqError) -> None:
         """A producer was told what became of a message."""
         self.promises.answered(posting, outcome, self.network.now_ms)
-        if isinstance(outcome, SendReceipt) and posting.kind is not OneWay and not self.promises.may_be_lost(posting):
+        is_excused = self.promises.may_be_lost(posting) or self.promises.is_damaged(posting.body)
+        if isinstance(outcome, SendReceipt) and posting.kind is not OneWay and not is_excused:
             self._check_stored(posting, outcome)
 
     def _check_stored(self, posting: Posting, receipt: SendReceipt) -> None:
@@ -153,7 +154,10 @@ class World:
         """A consumer gives messages to a listener."""
         queue = unit.process_queue.queue
         self.note(consumer.who, "handed_out", f"{spell(queue)} {unit.offset}..{unit.next_offset}")
-        if not consumer.is_broadcasting:
+        is_unsure = self.promises.is_unsure(SessionTimeoutChanged, queue.broker_name, "") or any(
+            self.promises.is_unsure(kind, queue.broker_name, consumer.group.name) for kind in (LeaseGranted, LeaseReleased)
+        )
+        if not (consumer.is_broadcasting or is_unsure):
             for other in self.consumers:
                 if other is not consumer and other.group is consumer.group:
                     _check_owner(consumer, other, queue, unit.offset)
@@ -167,7 +171,8 @@ class World:
         if not self.promises.is_wanted(consumer.group.name, message.body):
             raise BrokenPromise("filter", f"{consumer.who} got {posting} with tag {posting.tag}, which its group does not want.")
         broker = self.brokers[message.queue.broker_name]
-        if self.promises.is_async(message.topic) or broker.check is None or broker.machine is None:
+        is_excused = self.promises.is_async(message.topic) or self.promises.is_damaged(message.body)
+        if is_excused or broker.check is None or broker.machine is None:
             return
         placed = broker.check.placed(message.queue, message.queue_offset)
         if placed is None and broker.check.is_expired(message.queue, message.queue_offset):
@@ -177,6 +182,10 @@ class World:
             raise BrokenPromise("phantom", f"{consumer.who} got {posting} from {place}; {placed} is there.")
         if placed.end > broker.store.flushed_position:
             raise BrokenPromise("visible", f"{consumer.who} got {posting} of {spell(message.queue)} before it was flushed.")
+
+    def checked(self, broker: VirtualBroker) -> dict[int, tuple[int, int]]:
+        """The entries that the broker's log had in its last life."""
+        return self._former[broker.name][0].watch.entries if broker.name in self._former else {}
 
     def listened(self, consumer: VirtualConsumer, message: Message, is_failing: bool) -> None:
         """A listener was called."""
@@ -197,7 +206,9 @@ class World:
         for queue, offset in offsets.items():
             broker = self.brokers[queue.broker_name]
             is_beyond = self.promises.is_beyond((consumer.group.name, consumer.instance_name, queue), offset)
-            if broker.role is None or self.promises.is_async(queue.topic) or is_beyond or not consumer.holds(queue):
+            is_lost = self.promises.is_unsure(OffsetsCommitted, broker.name, consumer.group.name)
+            is_excused = is_beyond or is_lost or self.promises.may_be_reset(queue)
+            if broker.role is None or is_excused or not consumer.holds(queue):
                 continue
             topic = broker.store.tables.topics[queue.topic]
             group = broker.store.tables.groups.get(consumer.group.name)
@@ -220,6 +231,7 @@ class World:
             self._former[broker.name] = (check, check.flushed_position if is_power_cut else check.watch.end)
         elif broker.name in self._former and is_power_cut:  # again, before anybody had a look
             former, survives_until = self._former[broker.name]
+            self.promises.may_lose(former.unflushed_bodies())
             self._former[broker.name] = (former, min(survives_until, former.flushed_position))
 
     def broker_up(self, broker: VirtualBroker) -> None:
@@ -231,6 +243,9 @@ class World:
             check.advance(broker.store.written_position, broker.store.flushed_position)
             check.compare_with_former(*former)
             check.compare_tables(broker.store.tables)
+            broker.note_losses()
+            if broker.is_disk_suspect:
+                broker.compare_queues()
 
     def log_begins(self, broker: VirtualBroker, check: LogCheck) -> None:
         """Segments may have been deleted. `check`: it knows what was in them."""
