@@ -18,7 +18,7 @@ from zrmq.protocol.events import AnyEvent, Event, encode_event
 
 DECODER_INPUTS = 6_000
 CORE_INPUTS = 2_000
-FOLDER_INPUTS = 100
+FOLDER_INPUTS = 40
 PORT_INPUTS = 3_000
 
 Patch = pytest.MonkeyPatch

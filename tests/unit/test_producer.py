@@ -192,9 +192,18 @@ def test_of_records_that_fail_the_first_ones_error_is_raised_and_all_are_named(
     begin = producer._accumulator._next_sequence
     errors = {1_000: UnreachableError("of the second"), 3_000: RequestTimeoutError("of the fourth")}
 
+    append_all = producer._accumulator.append_all
+    all_added = threading.Event()
+
+    def tell_when_added(*arguments: Any) -> None:
+        append_all(*arguments)
+        all_added.set()
+
     def fail_some(batch: Batch, outcome: Any) -> None:
+        all_added.wait(30)  # else the rest is not even tried
         finish(batch, errors.get(batch.first_sequence - begin, outcome))
 
+    monkeypatch.setattr(producer._accumulator, "append_all", tell_when_added)
     monkeypatch.setattr(producer._accumulator, "finish", fail_some)
     with pytest.raises(UnreachableError, match="of the second") as caught:
         producer.send_batch("meters", [b"%d" % number for number in range(3_500)], queue=bound)
