@@ -98,6 +98,8 @@ def test_nothing_is_deleted_of_a_damaged_log() -> None:
     assert all(plan.work.retention == RetentionPlan() for plan in damaged)
     kept = [plan for plan in plans if plan.work.retention != RetentionPlan()]
     assert {kind for plan in kept for kind in plan.faults} == FAULTS.keys() - DAMAGE
+    result = run_seed(400288)  # its administrator would have topics expire
+    assert result.counts["changed_topic"] and "log_begins" not in result.counts
 
 
 def test_a_run_in_fair_weather_loses_no_send() -> None:

@@ -13,6 +13,7 @@ from zrmq.client.link import Identity
 from zrmq.errors import ZrmqError
 from zrmq.protocol.events import PERMISSION_READ, PERMISSION_WRITE, TopicConfig
 from zrmq.protocol.requests import AnyReply, DescribeTopics, PutTopic, Topics
+from zrmq.testing.simulation.plan import DAMAGE
 
 if TYPE_CHECKING:
     from zrmq.testing.simulation.world import World
@@ -78,7 +79,7 @@ class VirtualAdmin:
         luck = self._rng.random()
         if luck < 0.4:
             return msgspec.structs.replace(config, queue_count=min(config.queue_count + self._rng.randint(1, 2), QUEUES_MAX))
-        if luck < 0.8:
+        if luck < 0.8 or DAMAGE & self._world.plan.faults.keys():  # nothing is deleted of a damaged log
             return msgspec.structs.replace(config, permission=config.permission ^ PERMISSION_WRITE | PERMISSION_READ)
         return msgspec.structs.replace(
             config, retention_ms=self._rng.choice((None, 500, 5_000)), retention_bytes=self._rng.choice((None, 2_000, 20_000))

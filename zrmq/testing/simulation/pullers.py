@@ -187,7 +187,7 @@ class VirtualPuller(VirtualConsumer):
             self._world.committed(self, {
                 queue: offset for queue, (reading, offset) in asked.items() if self.core.reader.readings.get(queue) is reading
             })
-        self._go_on(number)
+        self.machine.call_later(0.0, partial(self._go_on, number))  # who waits for it goes on in a thread of its own
 
     def _go_on(self, number: int) -> None:
         if number == self._commits and self._is_busy:
