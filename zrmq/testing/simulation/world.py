@@ -9,7 +9,15 @@ from zrmq.client.batch import OneWay
 from zrmq.client.process_queue import Unit
 from zrmq.errors import ZrmqError
 from zrmq.message import Message, MessageQueue, SendReceipt
-from zrmq.protocol.events import LeaseGranted, LeaseReleased, OffsetsCommitted, SessionTimeoutChanged, TopicConfig, TopicPut
+from zrmq.protocol.events import (
+    GroupSubscribed,
+    LeaseGranted,
+    LeaseReleased,
+    OffsetsCommitted,
+    SessionTimeoutChanged,
+    TopicConfig,
+    TopicPut,
+)
 from zrmq.testing.simulation.admins import VirtualAdmin
 from zrmq.testing.simulation.consumers import VirtualConsumer
 from zrmq.testing.simulation.log_check import LogCheck
@@ -206,7 +214,9 @@ class World:
         for queue, offset in offsets.items():
             broker = self.brokers[queue.broker_name]
             is_beyond = self.promises.is_beyond((consumer.group.name, consumer.instance_name, queue), offset)
-            is_lost = self.promises.is_unsure(OffsetsCommitted, broker.name, consumer.group.name)
+            is_lost = any(
+                self.promises.is_unsure(kind, broker.name, consumer.group.name) for kind in (OffsetsCommitted, GroupSubscribed)
+            )
             is_excused = is_beyond or is_lost or self.promises.may_be_reset(queue)
             if broker.role is None or is_excused or not consumer.holds(queue):
                 continue
