@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zmq
 
 from zrmq.client.link import Identity
 from zrmq.errors import (
@@ -37,6 +38,8 @@ from zrmq.protocol.requests import (
     decode_request,
     encode,
 )
+from zrmq.transport.address import parse_address
+from zrmq.transport.client import connect_socket
 from zrmq.transport.lane import Lane
 from zrmq.transport.options import end_context, make_context
 from zrmq.transport.reactor import Reactor
@@ -452,6 +455,17 @@ def test_a_forked_child_is_refused_and_its_parent_undisturbed(place: Place, desk
         assert answer.read() == "refused"
     send(lane)
     assert desk.kinds == ["Hello", "Send", "Send"]
+
+
+def test_a_context_that_has_ended_is_not_taken_for_a_wrong_address() -> None:
+    """An inproc lane looks again and again for who listens, so its context may end just before it connects."""
+
+    class Ended:
+        def connect(self, address: str) -> None:
+            raise zmq.ContextTerminated
+
+    with pytest.raises(zmq.ContextTerminated):
+        connect_socket(Ended(), parse_address("inproc://nobody"))  # type: ignore[arg-type]
 
 
 def test_a_lane_whose_context_was_ended_says_so() -> None:

@@ -47,9 +47,11 @@ def connect_push(reactor: Reactor, address: Address) -> Connection:
 
 
 def connect_socket(sock: Socket, address: Address) -> None:
-    """Begin to connect; libzmq goes on trying. Raises `InvalidArgumentError`."""
+    """Begin to connect; libzmq goes on trying. Raises `InvalidArgumentError`, `zmq.ContextTerminated`."""
     try:
         sock.connect(str(address))
+    except zmq.ContextTerminated:
+        raise  # nothing is wrong with the address
     except zmq.ZMQError as error:
         raise InvalidArgumentError(
             f"Cannot connect to {address}: {error.strerror}; correct the address.", address=str(address)
