@@ -9,8 +9,8 @@ What it shows of the world is what ZeroMQ would show:
   after 9 to 12 s and at each side at a time of its own, so that one side may still believe in a connection that the other has
   replaced. A one-way cut ends connections just so, since TCP needs both ways.
 - A *half-open* connection swallows everything, and is never told to be so, as behind a proxy. New connections work.
-- A *paused* loop (SIGSTOP, a machine that sleeps) does nothing; its peers give up on it as on one behind a cut. Resumed, it finds
-  what arrived meanwhile, and all timers that are due, in one turn.
+- A *paused* loop (SIGSTOP, a machine that sleeps) does nothing; its peers give up on it as on one behind a cut, though for a
+  stopped process the kernel goes on answering. Resumed, it finds what arrived, and all timers that are due, in one turn.
 - A closed loop (a crash) never runs again; its peers see their connections break.
 
 Everything random comes from one `random.Random`: the same seed and the same calls give the same run.
