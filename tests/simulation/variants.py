@@ -20,6 +20,7 @@ from zrmq.serving.groups import GroupDesk
 from zrmq.serving.leases import LeaseDesk
 from zrmq.serving.offsets import OffsetDesk
 from zrmq.serving.outbox import Outbox
+from zrmq.serving.pulling import HeldPull, Pulling
 from zrmq.store import checkpoint, maintenance, recovery, relocation, retention, segment, store
 from zrmq.store import reading as reading_store
 from zrmq.store.checkpoint import Checkpoint
@@ -265,6 +266,18 @@ def seek_one_too_far(patch: Patch) -> None:
     patch.setattr(reading.Reader, "begin_anew", lambda self, old, offset: begin(self, old, offset + 1))
 
 
+def stay_one_too_far(patch: Patch) -> None:
+    waits = Pulling._is_waiting
+
+    def hasty(self: Pulling, held: HeldPull) -> bool:
+        before = held.bytes_left
+        is_waiting = waits(self, held)
+        held.offset += is_waiting and held.bytes_left < before
+        return is_waiting
+
+    patch.setattr(Pulling, "_is_waiting", hasty)
+
+
 def do_not_tell_that_a_seek_goes_back(patch: Patch) -> None:
     begin = reading.Reader.begin_anew
 
@@ -450,6 +463,7 @@ VARIANTS = [
     Variant("delete what is not saved", delete_what_is_not_saved, {"retention"}, DELETING | {"checkpoint_ms": 30_000}),
     Variant("trim too much", trim_too_much, {"views"}, DELETING),
     Variant("never trim", never_trim, {"health", "views", "commit"}, DELETING),
+    Variant("stay one too far", stay_one_too_far, {"commit", "missed"}),
     Variant("skip what follows the deleted", skip_what_follows_the_deleted, {"commit", "missed", "health"}, DELETING),
     Variant("seek one too far", seek_one_too_far, {"commit", "missed"}, PULLING),
     Variant("do not tell that a seek goes back", do_not_tell_that_a_seek_goes_back, {"commit"}, PULLING),

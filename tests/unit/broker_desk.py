@@ -142,6 +142,10 @@ class DeskClient:
         assert len(found) <= 1, f"request {number} was answered {len(found)} times"
         return found[0] if found else None
 
+    def answers(self, number: int) -> list[Any]:
+        """All replies to a pull that stays, so far."""
+        return [reply for reply, _ in self.inbox() if reply.number == number]
+
     def payload(self, number: int) -> list[bytes]:
         return next(payload for reply, payload in self.inbox() if reply.number == number)
 

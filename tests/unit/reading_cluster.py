@@ -79,6 +79,7 @@ from zrmq.transport.sessions import Session, SessionTable
 NAMESERVER = "tcp://127.0.0.1:9876"
 SESSION_TIMEOUT_MS = 10_000
 TICK_MS = 250.0
+STAYS_BYTES_MIN = 10_000  # a pull with less left ends
 LIMITS = Limits(
     limits.BODY_BYTES_MAX, limits.BATCH_BYTES_MAX, limits.BATCH_RECORDS_MAX, limits.INFLIGHT_BATCHES_MAX, limits.PULL_BYTES_MAX
 )
@@ -417,9 +418,7 @@ class ReadingBroker:
             return Pulled(request.number, PullStatus.MOVED, next_offset, log.min_offset, log.next_offset), []
         batches = [batch for batch in log.batches if batch[0] + batch[1] > request.offset]
         if not batches:
-            self.held.append((session, request))
-            assert self.loop is not None
-            self.loop.call_later(request.wait_ms, lambda: self._end_pull(session, request))
+            self._hold(session, request)
             return None, []
         taken = [batches[0]]
         for batch in batches[1:]:
@@ -427,8 +426,17 @@ class ReadingBroker:
                 break
             taken.append(batch)
         next_offset = taken[-1][0] + taken[-1][1]
-        reply = Pulled(request.number, PullStatus.FOUND, next_offset, log.min_offset, log.next_offset)
-        return reply, [b"".join(frame for _, _, frame in taken)]
+        frame = b"".join(frame for _, _, frame in taken)
+        bytes_left = request.bytes_max - len(frame)
+        stays = request.stays and next_offset == log.next_offset and bytes_left > STAYS_BYTES_MIN
+        if stays:
+            self._hold(session, msgspec.structs.replace(request, offset=next_offset, bytes_max=bytes_left))
+        return Pulled(request.number, PullStatus.FOUND, next_offset, log.min_offset, log.next_offset, stays), [frame]
+
+    def _hold(self, session: Session, request: Pull) -> None:
+        assert self.loop is not None
+        self.held.append((session, request))
+        self.loop.call_later(request.wait_ms, lambda: self._end_pull(session, request))
 
     def _try_pull(self, session: Session, request: Pull) -> None:
         try:

@@ -130,6 +130,88 @@ def test_a_pull_that_is_woken_for_nothing_waits_on(desk: BrokerDesk, client: Des
     assert desk.core.pulling.held_count == 0
 
 
+# --- pulls that stay ----------------------------------------------------------------------------------------------------
+
+
+def stay(client: DeskClient, offset: int, bytes_max: int = 10_000, wait_ms: int = 10_000, queue_id: int = 0) -> int:
+    return client.post(Pull, "meters", queue_id, offset, bytes_max, wait_ms, 0, "", 0, True)
+
+
+def facts(client: DeskClient, number: int) -> list[tuple[PullStatus, int, bool]]:
+    return [(answer.status, answer.next_offset, answer.more) for answer in client.answers(number)]
+
+
+def test_a_pull_that_stays_brings_each_message_as_it_comes(desk: BrokerDesk, client: DeskClient) -> None:
+    producer = desk.client("p")
+    producer.send("meters", 0, [b"a"])
+    number = stay(client, 0, wait_ms=2_000)
+    for body in (b"b", b"c"):
+        producer.send("meters", 0, [body])
+    assert facts(client, number) == [(PullStatus.FOUND, offset, True) for offset in (1, 2, 3)]
+    assert desk.core.pulling.held_count == 1
+    desk.pass_ms(2_250)
+    assert facts(client, number)[3:] == [(PullStatus.NOTHING, 3, False)]
+    assert desk.core.pulling.held_count == 0
+
+
+def test_a_pull_that_stays_ends_when_half_of_its_bytes_are_there(desk: BrokerDesk, client: DeskClient) -> None:
+    """So that who is behind is not fed in small pieces; and what comes for one pull is bounded as for one that does not stay."""
+    producer, number = desk.client("p"), stay(client, 0, bytes_max=2_000)
+    for _ in range(4):
+        producer.send("meters", 0, [bytes(300)])
+    assert [more for _, _, more in facts(client, number)] == [True, True, False]
+    assert desk.core.pulling.held_count == 0
+    assert client.pull("meters", 0, 3)[1] == [bytes(300)]
+
+
+def test_a_pull_that_stays_ends_with_an_answer_that_leaves_something(desk: BrokerDesk, client: DeskClient) -> None:
+    client.send("meters", 0, [bytes(300)])
+    client.send("meters", 0, [bytes(900)])
+    assert facts(client, stay(client, 0, bytes_max=1_000)) == [(PullStatus.FOUND, 1, False)]
+
+
+def test_a_pull_that_may_not_wait_does_not_stay(desk: BrokerDesk, client: DeskClient) -> None:
+    client.send("meters", 0, [b"a"])
+    assert facts(client, stay(client, 0, wait_ms=0)) == [(PullStatus.FOUND, 1, False)]
+
+
+def test_a_pull_that_stays_ends_with_a_newer_one_and_with_its_session(desk: BrokerDesk, client: DeskClient) -> None:
+    client.send("meters", 0, [b"a"])
+    older, newer = stay(client, 0), stay(client, 1)
+    assert facts(client, older) == [(PullStatus.FOUND, 1, True), (PullStatus.NOTHING, 1, False)]
+    client.ask(Bye)
+    desk.client("p").send("meters", 0, [b"b"])
+    assert (facts(client, newer), desk.core.pulling.held_count) == ([], 0)
+
+
+def test_a_pull_that_stays_brings_nothing_of_a_queue_that_went_to_somebody_else(desk: BrokerDesk) -> None:
+    producer = desk.client("p")
+    reader, other = (desk.client(name, "consumer", "readers") for name in ("reader", "other"))
+    reader.join("meters", consume_from=ConsumeFrom.EARLIEST)
+    other.join("meters")
+    lease = reader.acquire("meters", 0)
+    number = reader.post(Pull, "meters", 0, 0, 10_000, 10_000, 0, "readers", lease.lease_epoch, True)
+    producer.send("meters", 0, [b"a"])
+    reader.ask(ReleaseLease, "meters", 0, lease.lease_epoch, 1)
+    other.acquire("meters", 0)
+    producer.send("meters", 0, [b"b"])
+    first, last = reader.answers(number)
+    assert (first.next_offset, first.more, last.code) == (1, True, Code.FENCED)
+    assert reader.payload_count == 1
+
+
+def test_a_pull_that_stays_waits_for_a_client_that_does_not_read(desk: BrokerDesk, client: DeskClient) -> None:
+    producer, number = desk.client("p"), stay(client, 0)
+    producer.send("meters", 0, [b"a"])
+    desk.not_reading.add(client.peer)
+    producer.send("meters", 0, [b"b"])
+    producer.send("meters", 0, [b"c"])
+    assert facts(client, number) == [(PullStatus.FOUND, 1, True)]
+    desk.not_reading.clear()
+    desk.turn()
+    assert facts(client, number)[1:] == [(PullStatus.FOUND, 3, True)]
+
+
 def test_one_client_cannot_hold_pulls_without_bound(
     desk: BrokerDesk, client: DeskClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:

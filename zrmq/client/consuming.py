@@ -148,6 +148,7 @@ class ConsumerCore:
         before, self._server_ids[broker_name] = self._server_ids.get(broker_name), server_id(link)
         if before not in (None, server_id(link)):
             self._suspect(link)
+        self.reader.resume(link)
 
     def on_link_lost(self, broker_name: str, link: Link) -> None:
         """Of `InstanceListener`. The readings wait: the session may come back before their leases are in doubt."""

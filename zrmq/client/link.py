@@ -33,6 +33,7 @@ from zrmq.protocol.requests import (
     Failed,
     Heartbeat,
     Hello,
+    Pulled,
     Request,
     Send,
     Welcome,
@@ -154,9 +155,10 @@ class Link:
         """Send `kind(number, timeout_ms, *fields)` with `payload`, now or when the session is open. Returns the number.
 
         `on_reply` is called once, never inside this call: with the reply and its payload frames, or with the typed error of a
-        refusal, `RequestTimeoutError` when `timeout_ms` (at least 1) have passed, `ClosedError` when the link is closed. It must
-        not raise. After a timeout it is unknown whether the server did what was asked. Raises `ClosedError` after `close`, and
-        `PayloadTooLargeError` for a frame beyond `MESSAGE_BYTES_MAX`, on which every server cuts the connection.
+        refusal, `RequestTimeoutError` when `timeout_ms` (at least 1) have passed, `ClosedError` when the link is closed. A pull
+        that stays may have answers with `more` before that. It must not raise. After a timeout it is unknown whether the server
+        did what was asked. Raises `ClosedError` after `close`, and `PayloadTooLargeError` for a frame beyond `MESSAGE_BYTES_MAX`,
+        on which every server cuts the connection.
         """
         if self._is_closed:
             raise ClosedError(f"The link to {self.address} is closed; make a new one.", address=self.address)
@@ -235,7 +237,8 @@ class Link:
         if waiting is None:
             self._handle_own(reply)
         elif type(reply) is not Failed:
-            del self._outstanding[reply.number]
+            if not (type(reply) is Pulled and reply.more):
+                del self._outstanding[reply.number]
             del frames[0]
             waiting.on_reply(reply, frames)
         elif reply.code == Code.NO_SESSION:

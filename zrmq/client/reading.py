@@ -1,7 +1,8 @@
 """Reading queues: a pull is outstanding for each of them as long as there is room for what it may bring.
 
-A pull that finds nothing waits at the broker, so a message reaches an idle consumer in one way of the network. A reply is
-followed by the next pull at once, before anybody has opened it: pulled chunks lie ready while the caller works.
+A pull that finds nothing waits at the broker, so a message reaches an idle consumer in one way of the network; and it stays there
+for the next one. Its last reply is followed by the next pull at once, before anybody has opened it: pulled chunks lie ready while
+the caller works.
 
 Room is counted in bytes and messages over all queues of a consumer. Half of it is free for all. Of the other half each queue has
 an equal share of its own, so that one whose messages nobody takes (a listener that fails in order) never starves the others.
@@ -43,7 +44,8 @@ class Reading(msgspec.Struct, eq=False):
     committed_offset: int  # what the broker knows
     goes_back: bool = False  # the next commit may be smaller than what the broker knows
     pull_number: int = 0  # of the outstanding pull, 0: none
-    pull_offset: int = 0  # what it asked for
+    pull_offset: int = 0  # what it brings next
+    pulled_bytes: int = 0  # what it has brought so far
     suspected_in: str = ""  # the life of the server in which the queue may not be what it was; empty: all is well
     refusal: Code | None = None  # the last one that was logged
     draining_ms: float = 0.0  # since when it is to be given back
@@ -162,15 +164,24 @@ class Reader:
             self._inbox.is_starving = True  # before looking again: a caller that makes room from here on will wake us
             if not self._has_room(queue):
                 return
-        place, offset = queue.queue, queue.pull_offset
-        reading.pull_offset = offset
+        place = queue.queue
+        reading.pull_offset, reading.pulled_bytes = queue.pull_offset, 0
         try:
             reading.pull_number = reading.link.request(
-                Pull, place.topic, place.queue_id, offset, self._pull_bytes, PULL_WAIT_MS, self._tag_masks.get(place.topic, 0),
-                self._lease_group, queue.lease_epoch, timeout_ms=PULL_TIMEOUT_MS, on_reply=partial(self._pulled, reading, offset),
+                Pull, place.topic, place.queue_id, queue.pull_offset, self._pull_bytes, PULL_WAIT_MS,
+                self._tag_masks.get(place.topic, 0), self._lease_group, queue.lease_epoch, True,
+                timeout_ms=PULL_TIMEOUT_MS, on_reply=partial(self._pulled, reading),
             )
         except ClosedError as error:
             self._on_lost(reading, error)
+
+    def resume(self, link: Link) -> None:
+        """The link has a new session. Pulls of the last one are sent again as they were, but those that have brought something
+        have to begin behind it."""
+        for reading in list(self.readings.values()):
+            if reading.link is link and reading.pulled_bytes:
+                self.stop_pulling(reading)
+                self.pull(reading)
 
     def stop_pulling(self, reading: Reading) -> None:
         """Whatever the outstanding pull brings is not wanted."""
@@ -194,30 +205,38 @@ class Reader:
         parts = self._parts
         return parts * queue.held_bytes < bounds.size_bytes and parts * queue.held_messages < bounds.messages
 
-    def _pulled(self, reading: Reading, offset: int, reply: AnyReply | ZrmqError, frames: list[bytes]) -> None:
-        reading.pull_number = 0
+    def _pulled(self, reading: Reading, reply: AnyReply | ZrmqError, frames: list[bytes]) -> None:
         if isinstance(reply, Pulled):
-            self._take(reading, offset, reply, frames)
-        elif isinstance(reply, FencedError | ClosedError):
+            if not reply.more:
+                reading.pull_number = 0
+            self._take(reading, reply, frames)
+            return
+        reading.pull_number = 0
+        if isinstance(reply, FencedError | ClosedError):
             self._on_lost(reading, reply)
         elif isinstance(reply, RequestTimeoutError):
             self.pull(reading)
         elif isinstance(reply, ZrmqError):
             self._refused(reading, reply)
 
-    def _take(self, reading: Reading, offset: int, reply: Pulled, frames: list[bytes]) -> None:
+    def _take(self, reading: Reading, reply: Pulled, frames: list[bytes]) -> None:
         reading.refusal = None
+        offset = reading.pull_offset
         if reply.status is not PullStatus.FOUND and reply.status is not PullStatus.NOTHING:
             self._tell(reading, offset, reply)
         if reply.next_offset < offset:  # the end of the queue was lost; what lies before it and is not finished is still owed
             self.begin_anew(reading, min(reply.next_offset, self._inbox.commit_offset(reading.process_queue)))
             return
-        if frames and reply.next_offset == offset:
-            nonsense = ZrmqError(f"{reading.link.address} sent messages that end where they begin, at offset {offset}.")
-            self._refused(reading, nonsense)
-            return
-        self._inbox.put(reading.process_queue, Chunk(frames, offset, reply.next_offset))
-        self.pull(reading)
+        chunk = Chunk(frames, offset, reply.next_offset)
+        reading.pull_offset = reply.next_offset
+        reading.pulled_bytes += chunk.size_bytes
+        if reply.next_offset == offset and (frames or reply.more):
+            self._refused(reading, ZrmqError(f"{reading.link.address} sent messages that end where they begin, at {offset}."))
+        elif reply.more and reading.pulled_bytes > PULL_BYTES_MAX:
+            self._refused(reading, ZrmqError(f"{reading.link.address} sent {reading.pulled_bytes} bytes for one pull."))
+        else:
+            self._inbox.put(reading.process_queue, chunk)
+            self.pull(reading)
 
     def _tell(self, reading: Reading, offset: int, reply: Pulled) -> None:
         queue = reading.queue
@@ -229,6 +248,7 @@ class Reader:
             log.warning("offset_moved", **place, next_offset=reply.next_offset, min_offset=reply.min_offset)
 
     def _refused(self, reading: Reading, error: ZrmqError) -> None:
+        self.stop_pulling(reading)
         if error.code is not reading.refusal:
             reading.refusal = error.code
             queue = reading.queue

@@ -272,6 +272,9 @@ class Pull(Request, tag=31, frozen=True):
     `group` the lease epoch is checked first (FENCED); without one anybody may read. An offset below the queue's first is
     answered with status MOVED and where to go on; beyond its end too. A session waits with one pull per queue: a newer one ends
     the wait of the older.
+
+    One that `stays` goes on waiting behind an answer that brought everything there was, for what is left of `wait_ms`, until its
+    answers have come to half of `bytes_max`.
     """
 
     topic: Name
@@ -282,6 +285,7 @@ class Pull(Request, tag=31, frozen=True):
     tag_mask: Annotated[int, msgspec.Meta(ge=0)] = 0
     group: Name = ""
     lease_epoch: Natural = 0
+    stays: bool = False
 
 
 class QueryOffsets(Request, tag=32, frozen=True):
@@ -453,6 +457,7 @@ class Pulled(Reply, tag=131, frozen=True):
     next_offset: int
     min_offset: int
     max_offset: int  # visible end of the queue
+    more: bool = False  # the pull stays, and waits at `next_offset`: another answer with the same number follows
 
 
 class Offsets(Reply, tag=132, frozen=True):
