@@ -123,6 +123,20 @@ def start_zrmq(folder: Path, level: Level) -> Server:
     return Server(children, address, folder / "data")
 
 
+def start_zrmq_up(folder: Path, level: Level) -> Server:
+    """Both in one process, as on a small box: `zrmq up`. The address is the NameServer's."""
+    data = folder / "data"
+    ports = ["--nameserver-port", "0", "--broker-port", "0", "--ingest-port", "0"]
+    child = Child("zrmq", "zrmq", ["up", "--broker-name", "bench", "--data", str(data), *ports], folder / "up.log")
+    try:
+        address = child.wait_address()
+        await_brokers(address, 1)
+    except BaseException:
+        child.kill()
+        raise
+    return Server([child], address, data)
+
+
 Start = Callable[[Path, Level], Server]
 
 
@@ -132,3 +146,8 @@ def start_of(server: str) -> tuple[Start, str | None]:
         return start_zrmq, None
     module = import_module(f"benchmarks.peers.{MODULES[server]}")
     return module.start, module.missing()
+
+
+def start_whole(server: str) -> Start:
+    """How a server is started that is looked at as a whole: with nothing apart that can be in its process."""
+    return start_zrmq_up if server == "zrmq" else start_of(server)[0]

@@ -12,7 +12,7 @@ import msgspec
 
 from benchmarks.contestants import Contestant, Level
 from benchmarks.rows import ROWS
-from benchmarks.servers import Server, start_of
+from benchmarks.servers import Server, start_of, start_whole
 from benchmarks.session import session_of
 from zrmq.cli.bench import QUEUE_COUNT
 from zrmq.cli.bench import Stage as ZrmqStage
@@ -117,7 +117,7 @@ class Stage:
 
     def _store(self, contestant: Contestant) -> Values:
         """Start a server, store messages, look at it."""
-        start, _ = start_of(contestant.server)
+        start = start_whole(contestant.server)
         began_ms = SystemClock().monotonic_ms()
         server = start(self._folder / f"storage-{self._plays}", contestant.level)
         try:
@@ -137,7 +137,7 @@ class Stage:
 
     def _recover(self, contestant: Contestant) -> Values:
         """Make a large log, kill the server, start it again."""
-        start, _ = start_of(contestant.server)
+        start = start_whole(contestant.server)
         folder = self._folder / f"recovery-{self._plays}"
         server = start(folder, contestant.level)
         try:
