@@ -204,10 +204,20 @@ class World:
 
     def sought(self, consumer: VirtualConsumer, queue: MessageQueue, before: int, offset: int) -> None:
         """A consumer that was through with everything below `before` goes on from `offset`."""
+        seek = Seek(before, offset, min(offset, self._end_of(queue)))
+        self.promises.sought((consumer.group.name, consumer.instance_name, queue), seek)
+
+    def _end_of(self, queue: MessageQueue) -> int:
+        """Where a queue ends for consumers; while its broker is down, where what is safe of it does."""
         broker = self.brokers[queue.broker_name]
-        topic = broker.store.tables.topics.get(queue.topic) if broker.role is not None else None
-        end = topic.queues[queue.queue_id].visible_offset if topic is not None else 0
-        self.promises.sought((consumer.group.name, consumer.instance_name, queue), Seek(before, offset, min(offset, end)))
+        if broker.role is not None:
+            topic = broker.store.tables.topics.get(queue.topic)
+            return topic.queues[queue.queue_id].visible_offset if topic is not None else 0
+        if broker.name not in self._former:
+            return 0
+        former, survives_until = self._former[broker.name]
+        contents = former.contents(queue)
+        return max((offset + 1 for offset, placed in contents.items() if placed.end <= survives_until), default=0)
 
     def committed(self, consumer: VirtualConsumer, offsets: dict[MessageQueue, int]) -> None:
         """A consumer was told that the brokers have these offsets, or, where it went on meanwhile, later ones."""
