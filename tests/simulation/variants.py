@@ -9,7 +9,7 @@ from zlib import crc32
 
 import pytest
 
-from zrmq.client import reading
+from zrmq.client import link, reading
 from zrmq.client.committing import Committer
 from zrmq.client.cursor import Cursor
 from zrmq.client.inbox import Inbox
@@ -99,6 +99,12 @@ def end_sessions_early(patch: Patch) -> None:
 
 def trust_leases_for_ever(patch: Patch) -> None:
     patch.setattr(reading, "lease_ends_ms", lambda link: inf)
+
+
+def trust_leases_to_the_end(patch: Patch) -> None:
+    """As long as the broker keeps them, if only its clock runs no faster than the member's."""
+    for module in (link, reading):
+        patch.setattr(module, "LEASE_MARGIN", 1.0)
 
 
 def do_not_wait_for_what_is_in_flight(patch: Patch) -> None:
@@ -420,6 +426,9 @@ VARIANTS = [
     Variant("forget leases at restart", forget_leases_at_restart, {"owner"}),
     Variant("end sessions early", end_sessions_early, {"owner"}),
     Variant("trust leases for ever", trust_leases_for_ever, {"owner"}),
+    Variant("trust leases to the end", trust_leases_to_the_end, {"owner"}, {
+        "work": WorkPlan(clock_drift=0.1), "faults": {"cut": 700.0, "pause": 2_000.0}, "session_timeout_ms": 2_000,
+    }),
     Variant("do not wait for what is in flight", do_not_wait_for_what_is_in_flight, {"drain"}),
     Variant("commit before the listener", commit_before_the_listener, {"commit"}),
     Variant("begin where it is convenient", begin_where_it_is_convenient, {"start"}),

@@ -38,7 +38,7 @@ class World:
     def __init__(self, plan: Plan, trace: Trace) -> None:
         self.plan = plan
         self.trace = trace
-        self.network = MachineNetwork(Random(f"{plan.seed} network"), delay_ms=plan.delay_ms)
+        self.network = MachineNetwork(Random(f"{plan.seed} network"), delay_ms=plan.delay_ms, clock_rate=self._clock_rate)
         self.promises = Promises(plan)
         self.nameservers = [VirtualNameServer(self, f"nameserver-{number}") for number in range(plan.nameserver_count)]
         self.brokers = {name: VirtualBroker(self, name) for name in plan.broker_names}
@@ -49,6 +49,10 @@ class World:
         self.ready_ms: dict[tuple[str, str], float] = {}  # group and instance: when its first member had fixed where it begins
         self._lives: dict[str, int] = {}
         self._former: dict[str, tuple[LogCheck, int]] = {}  # broker name: its log's last check, and up to where it must survive
+
+    def _clock_rate(self, name: str) -> float:
+        drift = self.plan.work.clock_drift
+        return 1.0 + Random(f"{self.plan.seed} {name} drift").uniform(-drift, drift) if drift else 1.0
 
     @property
     def nameserver_addresses(self) -> list[str]:
