@@ -402,11 +402,22 @@ def skip_the_rest_of_a_damaged_segment(patch: Patch) -> None:
     patch.setattr(EntryReader, "gap", hasty)
 
 
+def believe_an_entry_wherever_it_stands(patch: Patch) -> None:
+    peek = segment.peek_header
+
+    def credulous(block: bytes, at: int) -> Any:
+        header = peek(block, at)
+        return header if header is None else header._replace(position=Anything(header.position))
+
+    patch.setattr(segment, "peek_header", credulous)
+
+
 def count_starts_by_what_is_left(patch: Patch) -> None:
     patch.setattr(Store, "_next_boot", lambda self: self.tables.boot + 1)
 
 
 ROTTEN = {"faults": {"bit_rot": 300.0, "broker_kill": 1_500.0}}
+MISDIRECTED = {"faults": {"misdirected_write": 300.0, "broker_kill": 1_500.0}, "segment_bytes": 4_096}
 KEEPING = {"work": WorkPlan(retention=RetentionPlan(store_ms=60_000)), "segment_bytes": 4_096, "checkpoint_ms": 200}
 DELETING = {
     "work": WorkPlan(retention=RetentionPlan(store_ms=500, segment_bytes=4_096)), "segment_bytes": 4_096, "checkpoint_ms": 200,
@@ -490,5 +501,6 @@ VARIANTS = [
     Variant("tell nobody of damage that is read", tell_nobody_of_damage_that_is_read, {"damage"}, ROTTEN),
     Variant("end the log at the first damage", end_the_log_at_the_first_damage, {"survival", "log", "views", "raised"}, ROTTEN),
     Variant("skip the rest of a damaged segment", skip_the_rest_of_a_damaged_segment, {"survival", "log", "views"}, ROTTEN),
+    Variant("believe an entry wherever it stands", believe_an_entry_wherever_it_stands, {"views", "log", "damage"}, MISDIRECTED),
     Variant("count starts by what is left", count_starts_by_what_is_left, {"lease"}, ROTTEN),
 ]

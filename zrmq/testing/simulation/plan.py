@@ -39,9 +39,11 @@ DISK_FAULTS = {  # drawn apart from the others
     "lost_views": (2_000, 15_000),
     "bit_rot": (500, 10_000),
     "bad_block": (2_000, 15_000),
+    "misdirected_write": (1_000, 12_000),
 }
 FAULTS |= DISK_FAULTS
-DAMAGE = frozenset({"bit_rot", "bad_block"})  # of what is in no file but the log
+DRAWN_APART = frozenset({"misdirected_write"})  # with their own dice: a run without them stays what it was
+DAMAGE = frozenset({"bit_rot", "bad_block", "misdirected_write"})  # of what is in no file but the log
 
 
 class TopicPlan(msgspec.Struct, frozen=True):
@@ -101,7 +103,7 @@ def draw_plan(seed: int, *, has_work: bool = True, has_disk_faults: bool = True)
     `has_disk_faults`: none of `DISK_FAULTS`."""
     plan = _plan(seed)
     if has_disk_faults:
-        plan = msgspec.structs.replace(plan, faults=plan.faults | _disk_faults(Random(f"plan {seed} disk")))
+        plan = msgspec.structs.replace(plan, faults=plan.faults | _disk_faults(seed))
     return with_work(plan, _beside(plan.faults, draw_work(seed))) if has_work else plan
 
 
@@ -201,7 +203,13 @@ def _faults(rng: Random) -> dict[str, float]:
     return {kind: _log_uniform(rng, *bounds) for kind, bounds in FAULTS.items() if kind in kinds and rng.random() < share}
 
 
-def _disk_faults(rng: Random) -> dict[str, float]:
+def _disk_faults(seed: int) -> dict[str, float]:
     """Most runs have none: what a disk has lost nobody can be asked for, so with them the checks ask for less."""
+    rng = Random(f"plan {seed} disk")
     share = rng.choice((0.0, 0.0, 0.0, 0.3, 0.7))
-    return {kind: _log_uniform(rng, *bounds) for kind, bounds in DISK_FAULTS.items() if rng.random() < share}
+    drawn = {}
+    for kind, bounds in DISK_FAULTS.items():
+        dice = Random(f"plan {seed} disk {kind}") if kind in DRAWN_APART else rng
+        if dice.random() < share:
+            drawn[kind] = _log_uniform(dice, *bounds)
+    return drawn
