@@ -16,6 +16,8 @@ from zrmq.client.inbox import Inbox
 from zrmq.client.process_queue import ProcessQueue
 from zrmq.client.producing import ProducerCore
 from zrmq.protocol.events import BrokerStarted, LeaseGranted, OffsetsCommitted, TopicPut
+from zrmq.protocol.requests import Hello
+from zrmq.serving.core import BrokerCore
 from zrmq.serving.groups import GroupDesk
 from zrmq.serving.leases import LeaseDesk
 from zrmq.serving.offsets import OffsetDesk
@@ -402,6 +404,23 @@ def skip_the_rest_of_a_damaged_segment(patch: Patch) -> None:
     patch.setattr(EntryReader, "gap", hasty)
 
 
+def hear_whom_a_new_connection_replaced(patch: Patch) -> None:
+    """A client is known by every connection it ever had."""
+    dispatch = BrokerCore._dispatch
+    clients: dict[tuple[BrokerCore, bytes], str] = {}
+
+    def credulous(self: BrokerCore, peer: bytes, request: Any, frames: list[bytes]) -> None:
+        if type(request) is not Hello:
+            known = self.sessions.by_client(clients.get((self, peer), ""))
+            peer = known.peer if known is not None else peer
+        dispatch(self, peer, request, frames)
+        session = self.sessions.by_peer(peer)
+        if session is not None:
+            clients[self, peer] = session.client_id
+
+    patch.setattr(BrokerCore, "_dispatch", credulous)
+
+
 def believe_an_entry_wherever_it_stands(patch: Patch) -> None:
     peek = segment.peek_header
 
@@ -501,6 +520,9 @@ VARIANTS = [
     Variant("tell nobody of damage that is read", tell_nobody_of_damage_that_is_read, {"damage"}, ROTTEN),
     Variant("end the log at the first damage", end_the_log_at_the_first_damage, {"survival", "log", "views", "raised"}, ROTTEN),
     Variant("skip the rest of a damaged segment", skip_the_rest_of_a_damaged_segment, {"survival", "log", "views"}, ROTTEN),
+    Variant("hear whom a new connection replaced", hear_whom_a_new_connection_replaced, {"commit", "health"}, PULLING | {
+        "faults": {"late_delivery": 300.0},
+    }),
     Variant("believe an entry wherever it stands", believe_an_entry_wherever_it_stands, {"views", "log", "damage"}, MISDIRECTED),
     Variant("count starts by what is left", count_starts_by_what_is_left, {"lease"}, ROTTEN),
 ]
