@@ -117,8 +117,10 @@ def test_runs_do_what_they_claim() -> None:
         counts.update(run_seed(seed, plan=draw_plan(seed, has_work=False)).counts)
     disks = dict.fromkeys(DISK_FAULTS, 1_000.0)
     counts.update(run_seed(1, plan=msgspec.structs.replace(draw_plan(1, has_work=False), faults=disks)).counts)
+    late = {"late_delivery": 300.0}
+    counts.update(run_seed(1, plan=msgspec.structs.replace(draw_plan(1, has_work=False), faults=late)).counts)
     for what in (
-        "acknowledged", "handed_out", "paused", "cut", "lost power", "killed", "crashed", "left", "queue_given_back",
+        "overtaken", "acknowledged", "handed_out", "paused", "cut", "lost power", "killed", "crashed", "left", "queue_given_back",
         "power_will_go", "lost_views", "damaged", "damage_found",
     ):
         assert counts[what], f"no {what} in so many runs"

@@ -9,13 +9,15 @@ from zlib import crc32
 
 import pytest
 
-from zrmq.client import reading
+from zrmq.client import link, reading
 from zrmq.client.committing import Committer
 from zrmq.client.cursor import Cursor
 from zrmq.client.inbox import Inbox
 from zrmq.client.process_queue import ProcessQueue
 from zrmq.client.producing import ProducerCore
 from zrmq.protocol.events import BrokerStarted, LeaseGranted, OffsetsCommitted, TopicPut
+from zrmq.protocol.requests import Hello
+from zrmq.serving.core import BrokerCore
 from zrmq.serving.groups import GroupDesk
 from zrmq.serving.leases import LeaseDesk
 from zrmq.serving.offsets import OffsetDesk
@@ -100,6 +102,12 @@ def end_sessions_early(patch: Patch) -> None:
 
 def trust_leases_for_ever(patch: Patch) -> None:
     patch.setattr(reading, "lease_ends_ms", lambda link: inf)
+
+
+def trust_leases_to_the_end(patch: Patch) -> None:
+    """As long as the broker keeps them, if only its clock runs no faster than the member's."""
+    for module in (link, reading):
+        patch.setattr(module, "LEASE_MARGIN", 1.0)
 
 
 def do_not_wait_for_what_is_in_flight(patch: Patch) -> None:
@@ -409,11 +417,39 @@ def skip_the_rest_of_a_damaged_segment(patch: Patch) -> None:
     patch.setattr(EntryReader, "gap", hasty)
 
 
+def hear_whom_a_new_connection_replaced(patch: Patch) -> None:
+    """A client is known by every connection it ever had."""
+    dispatch = BrokerCore._dispatch
+    clients: dict[tuple[BrokerCore, bytes], str] = {}
+
+    def credulous(self: BrokerCore, peer: bytes, request: Any, frames: list[bytes]) -> None:
+        if type(request) is not Hello:
+            known = self.sessions.by_client(clients.get((self, peer), ""))
+            peer = known.peer if known is not None else peer
+        dispatch(self, peer, request, frames)
+        session = self.sessions.by_peer(peer)
+        if session is not None:
+            clients[self, peer] = session.client_id
+
+    patch.setattr(BrokerCore, "_dispatch", credulous)
+
+
+def believe_an_entry_wherever_it_stands(patch: Patch) -> None:
+    peek = segment.peek_header
+
+    def credulous(block: bytes, at: int) -> Any:
+        header = peek(block, at)
+        return header if header is None else header._replace(position=Anything(header.position))
+
+    patch.setattr(segment, "peek_header", credulous)
+
+
 def count_starts_by_what_is_left(patch: Patch) -> None:
     patch.setattr(Store, "_next_boot", lambda self: self.tables.boot + 1)
 
 
 ROTTEN = {"faults": {"bit_rot": 300.0, "broker_kill": 1_500.0}}
+MISDIRECTED = {"faults": {"misdirected_write": 300.0, "broker_kill": 1_500.0}, "segment_bytes": 4_096}
 KEEPING = {"work": WorkPlan(retention=RetentionPlan(store_ms=60_000)), "segment_bytes": 4_096, "checkpoint_ms": 200}
 DELETING = {
     "work": WorkPlan(retention=RetentionPlan(store_ms=500, segment_bytes=4_096)), "segment_bytes": 4_096, "checkpoint_ms": 200,
@@ -433,6 +469,9 @@ VARIANTS = [
     Variant("forget leases at restart", forget_leases_at_restart, {"owner"}),
     Variant("end sessions early", end_sessions_early, {"owner"}),
     Variant("trust leases for ever", trust_leases_for_ever, {"owner"}),
+    Variant("trust leases to the end", trust_leases_to_the_end, {"owner"}, {
+        "work": WorkPlan(clock_drift=0.1), "faults": {"cut": 700.0, "pause": 2_000.0}, "session_timeout_ms": 2_000,
+    }),
     Variant("do not wait for what is in flight", do_not_wait_for_what_is_in_flight, {"drain"}),
     Variant("commit before the listener", commit_before_the_listener, {"commit"}),
     Variant("begin where it is convenient", begin_where_it_is_convenient, {"start"}),
@@ -495,5 +534,9 @@ VARIANTS = [
     Variant("tell nobody of damage that is read", tell_nobody_of_damage_that_is_read, {"damage"}, ROTTEN),
     Variant("end the log at the first damage", end_the_log_at_the_first_damage, {"survival", "log", "views", "raised"}, ROTTEN),
     Variant("skip the rest of a damaged segment", skip_the_rest_of_a_damaged_segment, {"survival", "log", "views"}, ROTTEN),
+    Variant("hear whom a new connection replaced", hear_whom_a_new_connection_replaced, {"commit", "health"}, PULLING | {
+        "faults": {"late_delivery": 300.0},
+    }),
+    Variant("believe an entry wherever it stands", believe_an_entry_wherever_it_stands, {"views", "log", "damage"}, MISDIRECTED),
     Variant("count starts by what is left", count_starts_by_what_is_left, {"lease"}, ROTTEN),
 ]

@@ -175,6 +175,21 @@ def test_a_commit_that_nobody_answers_fails(cluster: ReadingCluster) -> None:
     assert [type(answer).__name__ for answer in answers] == ["RequestTimeoutError"]
 
 
+def test_a_commit_that_waits_for_a_broker_ends_when_the_consumer_is_closed(cluster: ReadingCluster) -> None:
+    member = cluster.started("one", eager=1.0, auto_commit=False)
+    cluster.broker.store("meters", 0, 3)
+    cluster.run_for(100)
+    cluster.broker.crash()
+    cluster.broker.start()
+    cluster.run_until(lambda: any(reading.is_suspect for reading in member.core.reader.readings.values()))
+    answers: list[ZrmqError | None] = []
+    member.core.commit(answers.append, 1_000)
+    cluster.run_until(lambda: not any(reading.is_suspect for reading in member.core.reader.readings.values()))
+    member.core.close(lambda: member.instance.close(lambda: None), 1_000)
+    cluster.run_for(1_500)
+    assert [type(answer).__name__ for answer in answers] == ["ClosedError"]
+
+
 # --- where a group begins -----------------------------------------------------------------------------------------------
 
 

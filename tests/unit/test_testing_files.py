@@ -295,6 +295,16 @@ def test_rot_flips_one_bit_on_the_disk() -> None:
         files.rot(FOLDER / "nothing")
 
 
+def test_bytes_are_replaced_on_the_disk() -> None:
+    files = disk(content=b"0123456789")
+    files.replace(FILE, 7, b"abc")
+    assert read_file(files, FILE) == b"0123456abc"
+    files.crash()
+    assert read_file(files, FILE) == b"0123456abc"
+    with pytest.raises(ValueError, match="none to replace"):
+        files.replace(FILE, 8, b"abc")
+
+
 def test_bad_sectors_cannot_be_read() -> None:
     files = disk(content=b"0123456789")
     file = files.open(FILE)

@@ -211,6 +211,35 @@ def test_what_had_arrived_before_a_pause_is_read_after_it(pair: Pair, peer: byte
     assert pair.received_bodies() == BODIES
 
 
+@given(seed=st.integers(0, 10_000))
+def test_what_was_held_back_arrives_after_what_came_by_the_next_connection(seed: int) -> None:
+    pair = Pair(seed)
+    old = pair.connect()
+    pair.network.hold_back("client", "server", 2_000.0)
+    send_all(lambda body: pair.connection.send([body]))
+    pair.network.break_connections("client", "server")
+    pair.network.run_for(10.0)
+    new = pair.connect()
+    pair.network.run_for(1_000.0)
+    assert [peer for peer, _ in pair.received] == [old, new]
+    pair.network.run_for(2_000.0)
+    late = [body for peer, body in pair.received[2:] if peer == old]
+    assert late == BODIES[: len(late)], "in order, as far as they arrive, and never twice"
+    assert pair.network.overtaken_count == len(late)
+    assert not pair.endpoint.send(old, [b"the server has heard of its end by now"])
+    assert pair.send_until_heard() == new
+
+
+def test_what_is_held_back_only_comes_late_when_nothing_breaks(pair: Pair, peer: bytes) -> None:
+    pair.network.hold_back("client", "server", 300.0)
+    send_all(lambda body: pair.connection.send([body]))
+    pair.network.run_for(299.0)
+    assert pair.received_bodies() == []
+    pair.network.run_for(10.0)
+    assert pair.received_bodies() == BODIES
+    assert pair.network.overtaken_count == 0
+
+
 def test_a_crashed_server_is_noticed_and_its_successor_found(pair: Pair, peer: bytes) -> None:
     pair.there.call_later(50, lambda: pair.events.append(("ghost", 0.0)))
     pair.there.close()

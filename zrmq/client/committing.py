@@ -10,7 +10,7 @@ import msgspec
 from zrmq.client.inbox import Inbox
 from zrmq.client.link import Link
 from zrmq.client.reading import Reading
-from zrmq.errors import FencedError, UnreachableError, ZrmqError
+from zrmq.errors import ClosedError, FencedError, UnreachableError, ZrmqError
 from zrmq.logs import get_logger
 from zrmq.protocol.requests import AnyReply, CommitOffsets, Committed, QueueOffset
 
@@ -52,9 +52,12 @@ class Committer:
             attempt = _Attempt(link, changed, tally)
             self._under_way[attempt] = None
             offsets = [_wire(reading, offset) for reading, offset in changed]
-            attempt.number = link.request(
-                CommitOffsets, offsets, goes_back, timeout_ms=timeout_ms, on_reply=partial(self._committed, attempt)
-            )
+            try:
+                attempt.number = link.request(
+                    CommitOffsets, offsets, goes_back, timeout_ms=timeout_ms, on_reply=partial(self._committed, attempt)
+                )
+            except ClosedError as error:  # the consumer was closed while the commit waited for something
+                self._end(attempt, error)
         if not groups:
             on_done(None)
 

@@ -23,7 +23,8 @@ write after taking what fits. Writing where a file has bytes already always work
 
 **Bad sectors** (`bad_ranges`). Reading any byte between two positions of a file fails with EIO, until the range is taken out.
 
-**Silent damage**. `rot` flips a bit on the disk, and nobody is told. `misdirect` lets a file's next write land elsewhere in it.
+**Silent damage**. `rot` flips a bit on the disk, `replace` puts other bytes there, and nobody is told. `misdirect` lets a file's
+next write land elsewhere in it.
 
 **Whims**. With `short_writes`, a write takes fewer bytes than given, by the dice. `before` is called with each operation's name
 and path before it happens: a slow disk turns a clock there, a stuck one waits.
@@ -125,6 +126,10 @@ class FaultyFiles:
         at = self.rng.randrange(len(inode.content)) if position is None else position
         inode.flip(at, 1 << self.rng.randrange(8))
         return at
+
+    def replace(self, path: Path, position: int, data: bytes) -> None:
+        """Put other bytes in the place of synced ones."""
+        self._inode(path).replace(position, data)
 
     def misdirect(self, path: Path, distance: int) -> None:
         """Let the next write to the file land `distance` bytes behind where it should."""
@@ -347,6 +352,12 @@ class _Inode:
             elif fate == 2:
                 _put(self.synced, position + at, data[at : rng.randrange(at, end)])
             at = end
+
+    def replace(self, at: int, data: bytes) -> None:
+        for stored in (self.content, self.synced):
+            if at + len(data) > len(stored):
+                raise ValueError(f"{self.path} has {len(stored)} bytes; there are none to replace up to {at + len(data)}.")
+            stored[at : at + len(data)] = data
 
     def flip(self, at: int, bit: int) -> None:
         self.content[at] ^= bit

@@ -27,18 +27,21 @@ class Circuit:
         self._connection, self._endpoint = connection, endpoint
         self._client_believes = self._server_believes = True
         self._silence = 0  # counts the times it fell mute, so that an old one's end is recognised
-        number = self.network.draw_number()
+        self.number = number = self.network.draw_number()  # greater than those of all earlier ones
         self.peer = b"\0" + number.to_bytes(8, "big")
         self.to_server = Stream(self, self.client, self.server, lambda frames: endpoint.receive(self, frames))
         self.to_client = Stream(self, self.server, self.client, lambda frames: connection.receive(self, frames))
         self.network.circuits[number] = self
-        self._number = number
         endpoint.accept(self)
 
     def break_now(self) -> None:
         """Gone for both sides, which hear of it after what still arrives."""
         self._tell_client()
         self._tell_server()
+
+    def hold_back(self, late_ms: float) -> None:
+        """What the client sends from now on takes `late_ms` at least, whatever becomes of the connection meanwhile."""
+        self.to_server.hold_back(late_ms)
 
     def close_client(self) -> None:
         """The client's end was closed."""
@@ -115,7 +118,7 @@ class Circuit:
 
     def _forget_if_over(self) -> None:
         if not (self._client_believes or self._server_believes):
-            self.network.circuits.pop(self._number, None)
+            self.network.circuits.pop(self.number, None)
 
 
 class Stream:
@@ -147,6 +150,10 @@ class Stream:
         self._under_way.append((self._due_ms, message))
         self._network.schedule(self._receiver, self._due_ms - now_ms, self._arrive)
         return True
+
+    def hold_back(self, late_ms: float) -> None:
+        """What is sent from now on arrives in `late_ms` at the earliest."""
+        self._due_ms = max(self._due_ms, self._network.now_ms + late_ms)
 
     @property
     def size_bytes(self) -> int:

@@ -4,6 +4,8 @@ What it shows of the world is what ZeroMQ would show:
 
 - A connection delivers in order, each message after a delay of its own, or breaks. Of what is under way when it breaks a random
   number of the oldest still arrives and the rest is lost; neither side is told which.
+- A server may read what it was *held back* on a connection that is gone after what came by the one that replaced it: each has a
+  pipe of its own, and a busy server reads them in any order.
 - A client's end reconnects by itself, ever more slowly. Each time the server sees a new peer.
 - A *cut* between two loops holds everything back. What was sent before it heals arrives late, unless TCP gave up first,
   after 9 to 12 s and at each side at a time of its own, so that one side may still believe in a connection that the other has
@@ -97,6 +99,7 @@ class MemoryNetwork:
         self.loops: dict[str, MemoryLoop] = {}
         self.endpoints: dict[str, MemoryEndpoint] = {}
         self.circuits: dict[int, Circuit] = {}  # in the order made, so that a seed gives one run
+        self.overtaken_count = 0  # messages that a server got after one of a newer connection of the same client
         self._cuts: set[tuple[str, str]] = set()
         self._events: list[tuple[float, int, MemoryTimer]] = []
         self._numbers = count(1)
@@ -184,6 +187,12 @@ class MemoryNetwork:
         """All connections between the two break now; both sides are told soon."""
         for circuit in self._between(name, other):
             circuit.break_now()
+
+    def hold_back(self, name: str, other: str, late_ms: float) -> None:
+        """What clients send by the present connections between the two takes `late_ms` at least: when these break before, it
+        may arrive after what is sent by the next ones."""
+        for circuit in self._between(name, other):
+            circuit.hold_back(late_ms)
 
     def half_open(self, name: str, other: str) -> None:
         """All present connections between the two swallow everything from now on, and nobody is ever told."""
@@ -386,6 +395,7 @@ class MemoryEndpoint:
         self.unreachable_count = 0
         self._handler = handler
         self._peers: dict[bytes, Circuit] = {}
+        self._newest: dict[str, int] = {}  # by the client's name: the number of the newest circuit it was heard by
         self._is_closed = False
         loop.network.endpoints[address] = self
 
@@ -417,6 +427,11 @@ class MemoryEndpoint:
     def receive(self, circuit: Circuit, frames: list[bytes]) -> None:
         """A message arrived."""
         if not self._is_closed:
+            newest = self._newest.get(circuit.client.name, 0)
+            if circuit.number < newest:
+                self.loop.network.overtaken_count += 1
+            else:
+                self._newest[circuit.client.name] = circuit.number
             self._handler(circuit.peer if self.kind == "router" else b"", frames)
 
     def lose(self, circuit: Circuit) -> None:

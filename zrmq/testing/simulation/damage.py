@@ -10,13 +10,16 @@ out, with nothing behind it that tells of the flush, looks like one that a power
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
 from zrmq.protocol.events import TopicPut
 from zrmq.testing.files import FaultyFiles
-from zrmq.testing.simulation.log_watch import BLOCK_BYTES, SEGMENT_HEADER_BYTES, Entry, LogWatch
+from zrmq.testing.simulation.log_watch import BLOCK_BYTES, SEGMENT_HEADER_BYTES, Entry, LogWatch, read_blocks
+
+MISDIRECT_TRIES = 10  # to find two places that fit
 
 
 class Life(NamedTuple):
@@ -66,6 +69,35 @@ class LogDamage:
         self._files.bad_ranges.setdefault(path, []).append((begin - start, end - start))
         return self._note(inside)
 
+    def misdirect(self, watch: LogWatch, flushed_position: int) -> list[Entry]:
+        """A write has landed where other entries were, in its own segment or in another one. Returns what is hurt by it.
+
+        There the log has entries that check out but for their position, and where they should be it has what was there before:
+        nothing yet, or what the file held when it was another segment.
+        """
+        may_be_hurt, _ = self._choice(watch, flushed_position)
+        positions = {entry.position for entry in may_be_hurt}
+        for _ in range(MISDIRECT_TRIES if may_be_hurt else 0):
+            written = _stretch(may_be_hurt, self._rng.choice(may_be_hurt).position, self._rng.choice((1, 1, 1, 500)))
+            place, size = self._rng.choice(may_be_hurt).position, written[-1].end - written[0].position
+            overwritten = _stretch(watch.log, place, size)
+            is_apart = written[-1].end <= place or overwritten[-1].end <= written[0].position
+            if is_apart and overwritten[-1].end - place >= size and all(each.position in positions for each in overwritten):
+                self._move(written[0].position, size, place)
+                return self._note(sorted([*written, *overwritten]))
+        return []
+
+    def _move(self, position: int, size: int, place: int) -> None:
+        start, path = self._segment_at(position)
+        to_start, to_path = self._segment_at(place)
+        data = read_blocks(self._files.open(path), size, position - start)
+        other = self._folder / self._rng.choice([name for name in self._files.listdir(self._folder) if name.endswith(".log")])
+        before = bytes(size)
+        if other != path and self._rng.random() < 0.5:
+            before = read_blocks(self._files.open(other), size, position - start)
+        self._files.replace(to_path, place - to_start, data)
+        self._files.replace(path, position - start, before.ljust(size, b"\0"))
+
     def _choice(self, watch: LogWatch, flushed_position: int) -> tuple[list[Entry], int]:
         """The entries that may be hurt: whole ones that an entry behind them, whole and flushed itself, says were flushed."""
         whole = [entry for entry in watch.log if entry.end <= flushed_position and entry.position not in self.hurt]
@@ -93,6 +125,16 @@ class LogDamage:
     def begin_life(self, position: int, watch: LogWatch) -> None:
         """A broker has come up; its log goes on at `position`."""
         self._lives.append(Life(position, frozenset(watch.missing)))
+
+
+def _stretch(entries: list[Entry], position: int, size: int) -> list[Entry]:
+    """The entry at `position` and those that follow it without a gap, as long as they begin within so many bytes."""
+    found: list[Entry] = []
+    for entry in entries[bisect_left(entries, position, key=lambda entry: entry.position) :]:
+        if entry.position >= position + size or entry.position != (found[-1].end if found else position):
+            break
+        found.append(entry)
+    return found
 
 
 def _is_spared(entry: Entry) -> bool:

@@ -35,6 +35,7 @@ class DiskFaults:
             "lost_views": self._lose_views,
             "bit_rot": self._rot,
             "bad_block": self._spoil_block,
+            "misdirected_write": self._misdirect,
         }
         self._world = world
         self._for_a_while = for_a_while
@@ -84,6 +85,11 @@ class DiskFaults:
         broker = self._broker()
         if broker is not None and broker.check is not None:
             self._hurt(broker, broker.damage.spoil_block(broker.check.watch, broker.check.flushed_position))
+
+    def _misdirect(self) -> None:
+        broker = self._broker()
+        if broker is not None and broker.check is not None:
+            self._hurt(broker, broker.damage.misdirect(broker.check.watch, broker.check.flushed_position))
 
     def _hurt(self, broker: VirtualBroker, entries: list[Entry]) -> None:
         if not entries:

@@ -13,6 +13,7 @@ from zrmq.testing.simulation.world import World
 from zrmq.transport.memory import MemoryLoop
 
 DOWN_MS = (50.0, 6_000.0)  # how long a server stays down
+LATE_MS = (300.0, 8_000.0)  # how late messages of a connection arrive that breaks within that time
 CUT_MS = (100.0, 14_000.0)
 PAUSE_MS = (50.0, 14_000.0)  # longer than any session timeout, sometimes
 SLOW_MS = (200.0, 5_000.0)
@@ -39,6 +40,7 @@ class FaultMaker:
             "broker_restart": self._restart_broker,
             "nameserver_crash": self._crash_nameserver,
             "break_connections": self._break_connections,
+            "late_delivery": self._deliver_late,
             "cut": self._cut,
             "half_open": self._half_open,
             "pause": self._pause,
@@ -156,6 +158,18 @@ class FaultMaker:
         server, other = self._two()
         self._world.note("faults", "broke_connections", f"{server} {other}")
         self._network.break_connections(server, other)
+
+    def _deliver_late(self) -> None:
+        circuits = list(self._network.circuits.values())
+        if not circuits:
+            return
+        circuit = self._rng.choice(circuits)
+        server, other = circuit.server.name, circuit.client.name
+        least, most = LATE_MS
+        late_ms = least * (most / least) ** self._rng.random()
+        self._world.note("faults", "delivers_late", f"{server} {other} {late_ms:.0f} ms")
+        self._network.hold_back(server, other, late_ms)
+        self._for_a_while((0.01 * late_ms, 0.9 * late_ms), partial(self._network.break_connections, server, other))
 
     def _cut(self) -> None:
         server, other = self._two()

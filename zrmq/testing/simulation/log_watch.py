@@ -168,7 +168,7 @@ class LogWatch:
         return Entry(*said, batch, decode_records(batch, whole).bodies, None)
 
     def _read_hurt(self, entry: Entry, file: OpenFile, at: int, segment_end: int) -> Entry | None:
-        state = _state(entry, _read_blocks(file, entry.end - entry.position, at))
+        state = _state(entry, read_blocks(file, entry.end - entry.position, at))
         if state is not State.WHOLE:
             self.damaged[entry.position] = state
         if state is State.LOST and entry.position >= self.saved_position:
@@ -226,7 +226,7 @@ def _state(entry: Entry, data: bytes) -> State:
     return State.HEADER if header.kind == KIND_BATCH and is_header_whole else State.LOST
 
 
-def _read_blocks(file: OpenFile, size: int, position: int) -> bytes:
+def read_blocks(file: OpenFile, size: int, position: int) -> bytes:
     """Zeros for blocks that cannot be read."""
     parts, end = [], position + size
     while position < end:

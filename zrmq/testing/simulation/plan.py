@@ -33,15 +33,18 @@ FAULTS = {  # kind of fault: the shortest and longest mean time between two of t
     "consumer_leave": (2_000, 10_000),
     "consumer_join": (2_000, 10_000),
     "clock_step": (2_000, 10_000),
+    "late_delivery": (500, 6_000),
 }
 DISK_FAULTS = {  # drawn apart from the others
     "recovery_power_cut": (2_000, 15_000),
     "lost_views": (2_000, 15_000),
     "bit_rot": (500, 10_000),
     "bad_block": (2_000, 15_000),
+    "misdirected_write": (1_000, 12_000),
 }
 FAULTS |= DISK_FAULTS
-DAMAGE = frozenset({"bit_rot", "bad_block"})  # of what is in no file but the log
+DRAWN_APART = frozenset({"misdirected_write", "late_delivery"})  # with their own dice: a run without them stays what it was
+DAMAGE = frozenset({"bit_rot", "bad_block", "misdirected_write"})  # of what is in no file but the log
 
 
 class TopicPlan(msgspec.Struct, frozen=True):
@@ -98,10 +101,10 @@ class Plan(msgspec.Struct, frozen=True):
 
 def draw_plan(seed: int, *, has_work: bool = True, has_disk_faults: bool = True) -> Plan:
     """The plan of a seed; the same for every Python and machine. Not `has_work`: only messages are sent and read. Not
-    `has_disk_faults`: none of `DISK_FAULTS`."""
+    `has_disk_faults`: none of `DISK_FAULTS`, nor other faults that are drawn apart."""
     plan = _plan(seed)
     if has_disk_faults:
-        plan = msgspec.structs.replace(plan, faults=plan.faults | _disk_faults(Random(f"plan {seed} disk")))
+        plan = msgspec.structs.replace(plan, faults=plan.faults | _disk_faults(seed) | _network_faults(seed, plan.faults))
     return with_work(plan, _beside(plan.faults, draw_work(seed))) if has_work else plan
 
 
@@ -197,11 +200,24 @@ def _beginning(drawn: float) -> tuple[ConsumeFrom, int]:
 
 def _faults(rng: Random) -> dict[str, float]:
     share = rng.choice((0.0, 0.15, 0.3, 0.5, 0.8))
-    kinds = FAULTS.keys() - DISK_FAULTS.keys()
+    kinds = FAULTS.keys() - DISK_FAULTS.keys() - DRAWN_APART
     return {kind: _log_uniform(rng, *bounds) for kind, bounds in FAULTS.items() if kind in kinds and rng.random() < share}
 
 
-def _disk_faults(rng: Random) -> dict[str, float]:
+def _disk_faults(seed: int) -> dict[str, float]:
     """Most runs have none: what a disk has lost nobody can be asked for, so with them the checks ask for less."""
+    rng = Random(f"plan {seed} disk")
     share = rng.choice((0.0, 0.0, 0.0, 0.3, 0.7))
-    return {kind: _log_uniform(rng, *bounds) for kind, bounds in DISK_FAULTS.items() if rng.random() < share}
+    drawn = {}
+    for kind, bounds in DISK_FAULTS.items():
+        dice = Random(f"plan {seed} disk {kind}") if kind in DRAWN_APART else rng
+        if dice.random() < share:
+            drawn[kind] = _log_uniform(dice, *bounds)
+    return drawn
+
+
+def _network_faults(seed: int, others: dict[str, float]) -> dict[str, float]:
+    """In some of the runs in which something goes wrong."""
+    dice = Random(f"plan {seed} late_delivery")
+    is_chosen = bool(others) and dice.random() < 0.35
+    return {"late_delivery": _log_uniform(dice, *FAULTS["late_delivery"])} if is_chosen else {}

@@ -40,6 +40,7 @@ def run_seed(seed: int, *, events_kept: int = EVENTS_KEPT, plan: Plan | None = N
         raise SimulationError(seed, "raised", f"{type(fault).__name__}: {fault}", _story(world)) from fault
     trace.mix([(name, broker.check.watch.entries if broker.check else ()) for name, broker in world.brokers.items()])
     trace.mix(world.network.rng.getstate())
+    trace.counts["overtaken"] = world.network.overtaken_count
     return Result(seed, trace.digest, world.network.now_ms, healed_ms, dict(trace.counts))
 
 

@@ -45,6 +45,7 @@ class WorkPlan(msgspec.Struct, frozen=True):
     pulls: dict[str, PullPlan] = {}  # by group; the members of others have listeners
     change_topics_every_ms: float = 0.0  # mean time between two changes of an administrator, 0: none
     session_timeouts_ms: tuple[int, ...] = ()  # one of these from each start of a broker on but the first; else always the plan's
+    clock_drift: float = 0.0  # the share of the time by which a machine's clocks are too fast or too slow, at most
 
 
 def draw_work(seed: int) -> WorkPlan:
@@ -91,6 +92,12 @@ def _timeouts(rng: Random) -> tuple[int, ...]:
     return rng.choice(((2_000, 10_000), (1_000, 4_000, 15_000)))
 
 
+def _drift(rng: Random) -> float:
+    """Up to what docs/decisions/clock-rates.md says that leases bear: two clocks are then 1.1 / 0.9 unlike."""
+    return rng.choice((1e-5, 1e-3, 1e-2, 1e-1))
+
+
 KINDS: dict[str, Callable[[Random], Any]] = {
     "retention": _retention, "pulls": _pulls, "change_topics_every_ms": _changes, "session_timeouts_ms": _timeouts,
+    "clock_drift": _drift,
 }

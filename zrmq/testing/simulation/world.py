@@ -38,7 +38,7 @@ class World:
     def __init__(self, plan: Plan, trace: Trace) -> None:
         self.plan = plan
         self.trace = trace
-        self.network = MachineNetwork(Random(f"{plan.seed} network"), delay_ms=plan.delay_ms)
+        self.network = MachineNetwork(Random(f"{plan.seed} network"), delay_ms=plan.delay_ms, clock_rate=self._clock_rate)
         self.promises = Promises(plan)
         self.nameservers = [VirtualNameServer(self, f"nameserver-{number}") for number in range(plan.nameserver_count)]
         self.brokers = {name: VirtualBroker(self, name) for name in plan.broker_names}
@@ -49,6 +49,10 @@ class World:
         self.ready_ms: dict[tuple[str, str], float] = {}  # group and instance: when its first member had fixed where it begins
         self._lives: dict[str, int] = {}
         self._former: dict[str, tuple[LogCheck, int]] = {}  # broker name: its log's last check, and up to where it must survive
+
+    def _clock_rate(self, name: str) -> float:
+        drift = self.plan.work.clock_drift
+        return 1.0 + Random(f"{self.plan.seed} {name} drift").uniform(-drift, drift) if drift else 1.0
 
     @property
     def nameserver_addresses(self) -> list[str]:
@@ -204,10 +208,20 @@ class World:
 
     def sought(self, consumer: VirtualConsumer, queue: MessageQueue, before: int, offset: int) -> None:
         """A consumer that was through with everything below `before` goes on from `offset`."""
+        seek = Seek(before, offset, min(offset, self._end_of(queue)))
+        self.promises.sought((consumer.group.name, consumer.instance_name, queue), seek)
+
+    def _end_of(self, queue: MessageQueue) -> int:
+        """Where a queue ends for consumers; while its broker is down, where what is safe of it does."""
         broker = self.brokers[queue.broker_name]
-        topic = broker.store.tables.topics.get(queue.topic) if broker.role is not None else None
-        end = topic.queues[queue.queue_id].visible_offset if topic is not None else 0
-        self.promises.sought((consumer.group.name, consumer.instance_name, queue), Seek(before, offset, min(offset, end)))
+        if broker.role is not None:
+            topic = broker.store.tables.topics.get(queue.topic)
+            return topic.queues[queue.queue_id].visible_offset if topic is not None else 0
+        if broker.name not in self._former:
+            return 0
+        former, survives_until = self._former[broker.name]
+        contents = former.contents(queue)
+        return max((offset + 1 for offset, placed in contents.items() if placed.end <= survives_until), default=0)
 
     def committed(self, consumer: VirtualConsumer, offsets: dict[MessageQueue, int]) -> None:
         """A consumer was told that the brokers have these offsets, or, where it went on meanwhile, later ones."""
