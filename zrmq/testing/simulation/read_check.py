@@ -84,36 +84,38 @@ class ReadCheck:
     # --- what follows -------------------------------------------------------------------------------------------------
 
     def _check_beginning(self, queue: MessageQueue, offset: int) -> None:
-        """Of a queue that was just named. Where its group stands somewhere, a beginning behind that shows when it commits."""
+        """Of a queue that was just named: where its group stands, or this reader was; else where it was told to begin."""
         place = (self._group.name, "", queue)
-        is_new = queue not in self._left
-        if not self._may_choose(place, offset, is_new=is_new):
-            self._check_gap("missed", queue, self._left.get(queue, offset), offset)
+        is_new, left, found = queue not in self._left, self._left.get(queue, 0), self._find(queue)
+        known = self._stands_at(queue, found)
+        if not self._may_choose(place, offset, known, is_new=is_new, is_known=found is not None):
+            self._check_gap("missed", queue, offset if known is None else max(known, left), offset)
             return
         if self._has_group:
             self._world.promises.began(place, offset)
-        found = self._find(queue)
         if found is None:
             return
         if self._group.consume_from is ConsumeFrom.LATEST and not self._has_group and is_new:
             least = self._latest[queue]
             if offset < least and not self._world.promises.may_be_reset(queue):
                 raise BrokenPromise("start", f"{self._who} begins at {offset} of {spell(queue)}, which had {least} by then.")
-        self._check_gap("start", queue, max(self._latest_start(queue, found), self._left.get(queue, 0)), offset)
+        self._check_gap("start", queue, max(self._latest_start(queue, found), left), offset)
 
-    def _may_choose(self, place: Place, offset: int, *, is_new: bool) -> bool:
+    def _stands_at(self, queue: MessageQueue, found: Queue | None) -> int | None:
+        if found is None or not self._has_group:
+            return None
+        group = self._world.brokers[queue.broker_name].store.tables.groups.get(self._group.name)
+        return group.start_offset(found.topic, queue.queue_id) if group is not None else None
+
+    def _may_choose(self, place: Place, offset: int, known: int | None, *, is_new: bool, is_known: bool) -> bool:
         """Whether it begins where it was told to, for want of a place where its group stands. What an earlier life has committed
         may have come too late for this one."""
         if not self._has_group:
             return True
-        queue = place[2]
-        broker, found = self._world.brokers[queue.broker_name], self._find(queue)
         before = self._first_commits.get(place, 0)
         commits = self._world.promises.first_commits(self._group.name).get(place, 0)
-        if found is None:  # nobody knows what the broker has said
+        if not is_known:  # nobody knows what the broker has said
             return is_new and (commits == 0 or commits > before)
-        group = broker.store.tables.groups.get(self._group.name)
-        known = group.start_offset(found.topic, queue.queue_id) if group is not None else None
         return known is None or (is_new and commits > before and offset > known)
 
     def _latest_start(self, queue: MessageQueue, found: Queue) -> int:
