@@ -185,7 +185,8 @@ class Promises:
     def first_commit(self, place: Place, offset: int, entry: object) -> int | None:
         """By this entry a group that stood nowhere stands at `offset`. Returns where its reader began; None if none ever did."""
         self._first_commits.setdefault(place, set()).add(entry)
-        return max((begun for begun in self._begun.get(place, ()) if begun <= offset), default=None)
+        begun = self._begun.get(place, [])
+        return max((each for each in begun if each <= offset), default=min(begun, default=None))  # or it sought back first
 
     def first_commits(self, group: str) -> dict[Place, int]:
         """How often that was so, by now: a broker may lose it."""

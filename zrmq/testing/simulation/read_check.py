@@ -52,7 +52,9 @@ class ReadCheck:
             self._check_beginning(queue, offset)
         else:
             self._check_gap("missed", queue, known[1], offset)
-        self._next[queue] = (offset, offset)
+        found = self._find(queue)  # where it sought beyond the end it goes back when the broker says so
+        end = found.visible_offset if found is not None else known[0] if known is not None else 0
+        self._next[queue] = (min(offset, end), offset)
 
     def seeks(self, queue: MessageQueue, offset: int) -> None:
         """It goes on from there, or from the queue's end, if that is before; which is where it is when the broker hears of it."""
