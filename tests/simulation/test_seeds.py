@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from random import Random
 from typing import Any
 
 import msgspec
@@ -16,7 +17,7 @@ from zrmq.testing.simulation import __main__ as command
 from zrmq.testing.simulation.plan import DAMAGE, DISK_FAULTS, FAULTS, draw_plan
 from zrmq.testing.simulation.run import run_seed
 from zrmq.testing.simulation.trace import BrokenPromise, SimulationError
-from zrmq.testing.simulation.work import RetentionPlan, WorkPlan
+from zrmq.testing.simulation.work import KINDS, RetentionPlan, WorkPlan
 from zrmq.testing.simulation.world import World
 
 SEEDS = 150
@@ -36,6 +37,11 @@ DISK_FAILURES: dict[int, tuple[str, dict[str, float]]] = {  # with the faults th
         "bit_rot": 500.0, "bad_block": 1_000.0, "lost_views": 2_000.0, "broker_power_cut": 3_000.0, "recovery_power_cut": 3_000.0,
         "broker_restart": 4_000.0,
     }),
+}
+READER_FAILURES = {  # with readers that name their queues themselves, whether the seed has them or not
+    1300011: "a queue is assigned again before it was let go",
+    1300068: "a group stands nowhere, and a broker that acknowledges before it flushes is started again",
+    1300314: "a broker goes away after a seek back and before the commit",
 }
 CHUNK = 10  # so that workers of pytest-xdist can share them
 
@@ -57,6 +63,14 @@ def test_a_failure_stays_mended(seed: int) -> None:
 @pytest.mark.parametrize("seed", DISK_FAILURES, ids={seed: name for seed, (name, _) in DISK_FAILURES.items()}.get)
 def test_a_failure_of_the_disk_stays_mended(seed: int) -> None:
     run_seed(seed, plan=msgspec.structs.replace(draw_plan(seed, has_work=False), faults=DISK_FAILURES[seed][1]))
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("seed", READER_FAILURES, ids=READER_FAILURES.get)
+def test_a_failure_of_a_reader_stays_mended(seed: int) -> None:
+    plan = draw_plan(seed)
+    readers = plan.work.readers or KINDS["readers"](Random(f"plan {seed} work readers forced"))
+    run_seed(seed, plan=msgspec.structs.replace(plan, work=msgspec.structs.replace(plan.work, readers=readers)))
 
 
 @pytest.mark.timeout(120)
@@ -130,7 +144,7 @@ def test_work_is_done() -> None:
     counts: Counter[str] = Counter()
     for seed in [seed for seed in range(1, 100) if draw_plan(seed).work != WorkPlan()][:12]:
         counts.update(run_seed(seed).counts)
-    for what in ("log_begins", "offset_moved", "sought", "queues_paused", "changed_topic"):
+    for what in ("log_begins", "offset_moved", "sought", "queues_paused", "changed_topic", "assigns", "begins"):
         assert counts[what], f"no {what} in a dozen runs"
 
 

@@ -10,11 +10,14 @@ from zlib import crc32
 import pytest
 
 from zrmq.client import link, reading
+from zrmq.client.claiming import OffsetClaims
 from zrmq.client.committing import Committer
+from zrmq.client.consuming import ConsumerCore
 from zrmq.client.cursor import Cursor
 from zrmq.client.inbox import Inbox
 from zrmq.client.process_queue import ProcessQueue
 from zrmq.client.producing import ProducerCore
+from zrmq.message import ConsumeFrom
 from zrmq.protocol.events import BrokerStarted, LeaseGranted, OffsetsCommitted, TopicPut
 from zrmq.protocol.requests import Hello
 from zrmq.serving.core import BrokerCore
@@ -32,7 +35,7 @@ from zrmq.store.relocation import Relocation
 from zrmq.store.segment import EntryReader, Found
 from zrmq.store.store import Store
 from zrmq.store.tables import Tables
-from zrmq.testing.simulation.work import PullPlan, RetentionPlan, WorkPlan
+from zrmq.testing.simulation.work import PullPlan, ReaderPlan, RetentionPlan, WorkPlan
 from zrmq.transport.sessions import SessionTable
 
 Patch = pytest.MonkeyPatch
@@ -448,6 +451,73 @@ def count_starts_by_what_is_left(patch: Patch) -> None:
     patch.setattr(Store, "_next_boot", lambda self: self.tables.boot + 1)
 
 
+def do_not_commit_assigned_queues_at_close(patch: Patch) -> None:
+    close = ConsumerCore.close
+
+    def hasty(self: Any, on_closed: Callable[[], None], timeout_ms: int) -> None:
+        if not self._config.is_assigned:
+            close(self, on_closed, timeout_ms)
+            return
+        self._stop()
+        on_closed()
+
+    patch.setattr(ConsumerCore, "close", hasty)
+
+
+def go_on_behind_what_was_got(patch: Patch) -> None:
+    lose = OffsetClaims.lose
+    patch.setattr(OffsetClaims, "lose", lambda self, reading, offset, error: lose(self, reading, offset + 1, error))
+
+
+def forget_where_a_reader_left_off(patch: Patch) -> None:
+    patch.setattr(OffsetClaims, "lose", lambda self, reading, offset, error: None)
+
+
+def ask_no_group_where_it_stands(patch: Patch) -> None:
+    start = OffsetClaims.__init__
+
+    def hasty(self: OffsetClaims, listener: Any, **told: Any) -> None:
+        start(self, listener, **told)
+        self._has_group = self._has_group and not listener._config.is_assigned
+
+    patch.setattr(OffsetClaims, "__init__", hasty)
+
+
+def begin_at_the_end_of_assigned_queues(patch: Patch) -> None:
+    find = OffsetClaims._find
+
+    def hasty(self: OffsetClaims, *parts: Any) -> None:
+        self._consume_from = ConsumeFrom.LATEST
+        find(self, *parts)
+
+    patch.setattr(OffsetClaims, "_find", hasty)
+
+
+def begin_before_the_end_of_assigned_queues(patch: Patch) -> None:
+    begin = OffsetClaims._begin
+    patch.setattr(OffsetClaims, "_begin", lambda self, offsets, link: begin(
+        self, {queue: max(offset - 1, 0) for queue, offset in offsets.items()}, link
+    ))
+
+
+def let_go_of_what_is_assigned_again(patch: Patch) -> None:
+    patch.setattr(OffsetClaims, "let_go", lambda self, reading, offset: None)
+
+
+def begin_behind_what_a_broker_has_lost(patch: Patch) -> None:
+    found = OffsetClaims._found
+
+    def forgetful(self: OffsetClaims, *parts: Any) -> None:
+        self._latest.clear()
+        found(self, *parts)
+
+    patch.setattr(OffsetClaims, "_found", forgetful)
+
+
+def forget_that_a_reader_sought_back(patch: Patch) -> None:
+    patch.setattr(OffsetClaims, "_begin_at", lambda self, queue, link, offset: self._listener.on_claimed(queue, link, offset, 0))
+
+
 ROTTEN = {"faults": {"bit_rot": 300.0, "broker_kill": 1_500.0}}
 MISDIRECTED = {"faults": {"misdirected_write": 300.0, "broker_kill": 1_500.0}, "segment_bytes": 4_096}
 KEEPING = {"work": WorkPlan(retention=RetentionPlan(store_ms=60_000)), "segment_bytes": 4_096, "checkpoint_ms": 200}
@@ -460,6 +530,27 @@ PULLING = {"work": WorkPlan(pulls={
     group: PullPlan(iterates=iterates, auto_commit=auto_commit, seek_every_ms=300.0, pause_every_ms=1_000.0, message_ms=1.0)
     for group, iterates, auto_commit in (("group-0", False, False), ("group-1", True, True), ("group-2", False, True))
 })}
+
+
+
+def reading_plan(*, has_group: bool, consume_from: ConsumeFrom, **pulls: Any) -> ReaderPlan:
+    """A reader that does everything often."""
+    often = {"iterates": False, "auto_commit": True, "seek_every_ms": 0.0, "pause_every_ms": 0.0, "message_ms": 10.0}
+    return ReaderPlan(
+        has_group=has_group, topics=(0, 1, 2), share=1.0, consume_from=consume_from, consume_after_ms=0,
+        pulls=PullPlan(**{**often, **pulls}), assign_every_ms=500.0, end_every_ms=3_000.0, starts_ms=0.0,
+    )
+
+
+def readers(**pulls: Any) -> WorkPlan:
+    """One of each kind."""
+    return WorkPlan(readers=tuple(
+        reading_plan(has_group=has_group, consume_from=consume_from, **pulls)
+        for has_group in (True, False) for consume_from in (ConsumeFrom.LATEST, ConsumeFrom.EARLIEST)
+    ))
+
+
+AWAY = {"faults": {"broker_kill": 2_000.0, "broker_restart": 2_000.0}}
 
 VARIANTS = [
     Variant("acknowledge before flush", acknowledge_before_flush, {"flush", "lost"}),
@@ -509,6 +600,15 @@ VARIANTS = [
     Variant("always reset", always_reset, {"commit"}, PULLING),
     Variant("finish what is being given", finish_what_is_being_given, {"commit"}, ITERATING),
     Variant("say at once that a commit is done", say_at_once_that_a_commit_is_done, {"commit"}, PULLING),
+    Variant("do not commit assigned queues at close", do_not_commit_assigned_queues_at_close, {"commit"}, {"work": readers()}),
+    Variant("go on behind what was got", go_on_behind_what_was_got, {"missed", "commit"}, {"work": readers()} | AWAY),
+    Variant("forget where a reader left off", forget_where_a_reader_left_off, {"missed"}, {"work": readers()} | AWAY),
+    Variant("ask no group where it stands", ask_no_group_where_it_stands, {"commit", "missed"}, {"work": readers()}),
+    Variant("begin at the end of assigned queues", begin_at_the_end_of_assigned_queues, {"start"}, {"work": readers()}),
+    Variant("begin before the end of assigned queues", begin_before_the_end_of_assigned_queues, {"start"}, {"work": readers()}),
+    Variant("let go of what is assigned again", let_go_of_what_is_assigned_again, {"health"}, {
+        "work": readers(message_ms=100.0),
+    }),
     Variant("save no changes of topics", save_no_changes_of_topics, {"topics"}, {
         "work": WorkPlan(change_topics_every_ms=500.0),
     }),

@@ -1267,6 +1267,56 @@ def test_another_assignment_takes_the_place_of_the_first(cluster: ReadingCluster
     assert (offsets_seen(member, Q0), offsets_seen(member, Q1)) == ([], [0])
 
 
+def test_a_queue_that_is_assigned_again_before_it_was_let_go_is_read_on(cluster: ReadingCluster) -> None:
+    cluster.broker.store("meters", 0, 2)
+    member = assigned(cluster, "one", Q0, consume_from=ConsumeFrom.EARLIEST, eager=0.0)
+    wait_for_messages(cluster, member)
+    unit = member.take(1)
+    assert unit is not None
+    member.core.assign([])
+    cluster.run_for(10)
+    member.started_ms = None
+    member.core.assign([Q0])
+    cluster.run_for(10)
+    assert (member.core.queues(), member.started_ms) == ([], None), "what was taken is not finished yet"
+    member.inbox.done(unit)
+    cluster.run_for(10)
+    assert member.core.queues() == [Q0]
+    assert member.started_ms is not None
+    member.take_all()
+    assert offsets_seen(member) == [0, 1]
+
+
+def test_nothing_is_passed_over_for_a_group_that_stands_nowhere_when_a_broker_was_started_again(cluster: ReadingCluster) -> None:
+    cluster.broker.unflushed.add("meters")
+    member = assigned(cluster, "one", Q0, auto_commit=False)
+    cluster.broker.store("meters", 0, 1)
+    cluster.run_for(10)
+    cluster.broker.crash()
+    cluster.broker.start()
+    cluster.broker.store("meters", 0, 2)
+    cluster.run_for(5_000)
+    assert offsets_seen(member) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("is_flushed", [True, False])
+def test_a_seek_back_is_committed_when_the_broker_was_away(cluster: ReadingCluster, is_flushed: bool) -> None:
+    cluster.broker.unflushed |= set() if is_flushed else {"meters"}
+    cluster.broker.store("meters", 0, 5)
+    member = assigned(cluster, "one", Q0, consume_from=ConsumeFrom.EARLIEST)
+    cluster.run_for(2_000)
+    assert cluster.broker.committed("reports", "meters", 0) == 5
+    member.core.seek(Q0, 2)
+    member.core.pause([Q0], True)
+    cluster.broker.crash()
+    cluster.run_for(15_000 if is_flushed else 10)
+    member.seen.clear()
+    cluster.broker.start()
+    cluster.run_until(lambda: offsets_seen(member) == [2, 3, 4])
+    cluster.run_for(2_000)
+    assert [commit.reset for commit in cluster.broker.asked(CommitOffsets)][-1]
+
+
 def test_a_queue_the_topic_does_not_have_is_refused(cluster: ReadingCluster) -> None:
     member = cluster.member("one", **{**ASSIGNED, "group": ""})
     member.core.assign([MessageQueue("meters", "broker-a", 7)])

@@ -43,8 +43,10 @@ STILL_HELD = UNKNOWN_OUTCOME | {Code.DISK_FULL}  # after these a lease that was 
 class ClaimListener(Protocol):
     """What a claim tells the consumer's core."""
 
-    def on_claimed(self, queue: MessageQueue, link: Link, offset: int, lease_epoch: int) -> bool:
-        """Read it from here on. False: it is not wanted any more, let it go."""
+    def on_claimed(
+        self, queue: MessageQueue, link: Link, offset: int, lease_epoch: int, *, goes_back: bool = False
+    ) -> bool:
+        """Read it from here on. False: it is not wanted any more, let it go. `goes_back`: the broker does not know of a seek."""
 
     def on_unclaimed(self, after_ms: float) -> None:
         """A claim failed, or one of ours ended: look again what to claim, after a while."""
@@ -159,6 +161,7 @@ class OffsetClaims:
         self.pending: set[MessageQueue] = set()
         self.left_off: dict[MessageQueue, int] = {}  # where reading ended without a commit: broker gone, or no group
         self._latest: dict[MessageQueue, int] = {}  # the same, where what lies before it may be lost: to begin no later
+        self._going_back: set[MessageQueue] = set()  # of both, those that were sought and not committed since
         self._listener = listener
         self._has_group = has_group
         self._consume_from = consume_from
@@ -169,7 +172,7 @@ class OffsetClaims:
         groups: dict[tuple[Link, str], list[MessageQueue]] = {}
         for queue, link in queues:
             if queue in self.left_off:
-                self._listener.on_claimed(queue, link, self.left_off.pop(queue), 0)
+                self._begin_at(queue, link, self.left_off.pop(queue))
             else:
                 groups.setdefault((link, queue.topic), []).append(queue)
         for (link, topic), wanted in groups.items():
@@ -182,13 +185,16 @@ class OffsetClaims:
                 self._find(wanted, link)
 
     def let_go(self, reading: Reading, offset: int) -> None:
-        """Nothing to tell anybody."""
+        """Nothing to tell any broker; but by now it may be wanted again."""
+        self._listener.on_unclaimed(0.0)
 
     def lose(self, reading: Reading, offset: int, error: ZrmqError) -> None:
         """The broker is gone. What it does not know we have to remember; else it is asked when it is back."""
         if not self._has_group or reading.committed_offset < 0:
             places = self._latest if self._has_group and reading.is_suspect else self.left_off
             places[reading.queue] = offset
+            if reading.goes_back:
+                self._going_back.add(reading.queue)
 
     def restarted(self, link: Link) -> None:
         """Nothing is under way that would commit."""
@@ -204,7 +210,6 @@ class OffsetClaims:
     def _committed(self, wanted: list[MessageQueue], link: Link, reply: AnyReply | ZrmqError, frames: list[bytes]) -> None:
         found = dict(reply.offsets) if isinstance(reply, Offsets) else {}
         known = {queue: found[queue.queue_id] for queue in wanted if found.get(queue.queue_id, OFFSET_LATEST) >= 0}
-        known = {queue: min(offset, self._latest.pop(queue, offset)) for queue, offset in known.items()}
         if isinstance(reply, ZrmqError):
             self._refused(wanted, reply)
             return
@@ -232,7 +237,12 @@ class OffsetClaims:
     def _begin(self, offsets: dict[MessageQueue, int], link: Link) -> None:
         for queue, offset in offsets.items():
             self.pending.discard(queue)
-            self._listener.on_claimed(queue, link, offset, 0)
+            self._begin_at(queue, link, min(offset, self._latest.pop(queue, offset)))
+
+    def _begin_at(self, queue: MessageQueue, link: Link, offset: int) -> None:
+        goes_back = queue in self._going_back
+        self._going_back.discard(queue)
+        self._listener.on_claimed(queue, link, offset, 0, goes_back=goes_back)
 
     def _refused(self, wanted: Collection[MessageQueue], error: ZrmqError) -> None:
         self.pending.difference_update(wanted)

@@ -166,11 +166,14 @@ class ConsumerCore:
 
     # --- what claims say ----------------------------------------------------------------------------------------------
 
-    def on_claimed(self, queue: MessageQueue, link: Link, offset: int, lease_epoch: int) -> bool:
+    def on_claimed(
+        self, queue: MessageQueue, link: Link, offset: int, lease_epoch: int, *, goes_back: bool = False
+    ) -> bool:
         """Of `ClaimListener`."""
         if self._is_closed or self._wanted is None or queue not in self._wanted:
             return False
         reading = self.reader.begin(queue, link, offset, lease_epoch)
+        reading.goes_back = goes_back
         if self._is_paused:
             self.reader.pause(reading, True)
         log.info("queue_claimed", **_place(queue), group=self._config.group, offset=offset, lease_epoch=lease_epoch)
@@ -276,7 +279,7 @@ class ConsumerCore:
         not wait long, and what is stored meanwhile is not missed."""
         if self._is_started or self._wanted is None or (self._membership is not None and not self._membership.is_complete):
             return
-        if self._wanted <= self.reader.readings.keys() and not self._awaits_topics():
+        if self._wanted.issubset(self.queues()) and not self._awaits_topics():
             self._end_start()
         elif self._patience is None:
             self._patience = self._loop.call_later(CLAIM_MS_MAX, self._end_start)

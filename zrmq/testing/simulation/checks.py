@@ -17,6 +17,7 @@ from zrmq.testing.simulation.log_watch import Placed
 from zrmq.testing.simulation.plan import FAULTS, GroupPlan
 from zrmq.testing.simulation.producers import BUFFER_BYTES
 from zrmq.testing.simulation.promises import Posting
+from zrmq.testing.simulation.readers import VirtualReader
 from zrmq.testing.simulation.retention_check import check_relocated
 from zrmq.testing.simulation.servers import VirtualBroker
 from zrmq.testing.simulation.trace import BrokenPromise, spell
@@ -79,6 +80,8 @@ def _troubles(world: World) -> Iterator[str]:
             yield f"{producer.who} has {producer.open_count} messages without an answer."
     for group in world.plan.groups:
         yield from _group_troubles(world, group)
+    for group, _ in world.readers.values():
+        yield from _reader_troubles(world, group)
     for broker in world.brokers.values():
         if len(broker.core.outbox) or broker.store.flushed_position < broker.store.written_position:
             yield f"{broker.name} holds {len(broker.core.outbox)} replies and has flushed {broker.store.flushed_position}."
@@ -110,6 +113,21 @@ def _group_troubles(world: World, group: GroupPlan) -> Iterator[str]:
                 yield from _lease_troubles(group, broker, queue, members)
             for instance_name in sorted({member.instance_name for member in members}):
                 yield from _lag_troubles(world, group, broker, queue, instance_name)
+
+
+def _reader_troubles(world: World, group: GroupPlan) -> Iterator[str]:
+    reader = next((each for each in world.consumers if each.group is group), None)
+    if not isinstance(reader, VirtualReader) or not reader.is_started:
+        yield f"{group.name} is not there, or has not started."
+        return
+    yield from reader.troubles()
+    for queue in reader.chosen if reader.has_group else ():
+        broker = world.brokers[queue.broker_name]
+        known = broker.store.tables.groups.get(group.name)
+        is_lost = world.promises.is_unsure(OffsetsCommitted, broker.name, group.name)
+        if is_lost and (known is None or known.start_offset(broker.store.tables.topics[queue.topic], queue.queue_id) is None):
+            continue  # as of a lost commit below
+        yield from _lag_troubles(world, group, broker, queue, "")
 
 
 def _lease_troubles(
@@ -166,6 +184,9 @@ def check_accounts(world: World) -> None:
     _check_copies(world, checks)
     for group in world.plan.groups:
         _check_consumed(world, group, checks)
+    for consumer in world.consumers:
+        if isinstance(consumer, VirtualReader):
+            consumer.check_read()
 
 
 def _check_topics(world: World) -> None:

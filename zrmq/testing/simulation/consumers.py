@@ -68,9 +68,8 @@ class VirtualConsumer:
         self._rng = rng = Random(f"{world.plan.seed} {self.who}")
         self.machine: Machine = world.network.machine(self.name)
         self.inbox = self._make_inbox()
-        identity = Identity(self.who, "consumer", group.name, self.instance_name)
-        self._instance = ClientInstance(self.machine, world.nameserver_addresses, identity, rng)
-        self.core = ConsumerCore(
+        self._instance = ClientInstance(self.machine, world.nameserver_addresses, self._identity(), rng)
+        self.core = self._core_type(
             self.machine, self._config(), self.inbox, self._instance, rng, settle=self._settle, on_started=self._started
         )
         self._idle = group.workers
@@ -78,6 +77,11 @@ class VirtualConsumer:
         self._is_woken = False
         self._handed_out: dict[ProcessQueue, int] = {}
         world.note(self.who, "started")
+
+    _core_type: type[ConsumerCore] = ConsumerCore
+
+    def _identity(self) -> Identity:
+        return Identity(self.who, "consumer", self.group.name, self.instance_name)
 
     def _make_inbox(self) -> Inbox:
         line = ReadyLine(self._work_soon)

@@ -65,7 +65,9 @@ class LogCheck:
     def is_expired(self, queue: MessageQueue, offset: int) -> bool:
         """Whether the log begins behind the message that was at this offset of a queue."""
         topic = self.watch.tables.topics.get(queue.topic)
-        if topic is None or self.log_start == 0 or queue.queue_id >= len(topic.queues):
+        if topic is None:
+            return not self.watch.is_complete  # there was no room to say again what the deleted log said
+        if self.log_start == 0 or queue.queue_id >= len(topic.queues):
             return False
         key, next_offset = (topic.topic_id, queue.queue_id), topic.queues[queue.queue_id].next_offset
         return offset < self.watch.first_offset(key, self.log_start, next_offset)
@@ -234,6 +236,9 @@ class LogCheck:
             if offset > topic.queues[queue_id].next_offset:
                 self._fail("commit", f"{event} commits beyond the end of {spell(queue)}, {topic.queues[queue_id].next_offset}.")
             before = group.start_offset(topic, queue_id, event.instance_name) if group is not None else None
+            if before is None:
+                place = (event.group, event.instance_name, queue)
+                before = self._promises.first_commit(place, offset, (self.watch.end, offset))  # of who names its queues itself
             if before is None:
                 self._fail("commit", f"{event} is for a group that never subscribed to {spell(queue)}.")
             self._check_move(event, queue, before, offset)

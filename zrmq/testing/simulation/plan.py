@@ -11,7 +11,7 @@ from random import Random
 import msgspec
 
 from zrmq.message import ConsumeFrom, FlushMode, MessageModel
-from zrmq.testing.simulation.work import RetentionPlan, WorkPlan, draw_work
+from zrmq.testing.simulation.work import ReaderPlan, RetentionPlan, WorkPlan, draw_work
 from zrmq.transport.memory import START_TIME_MS
 
 FAULTS = {  # kind of fault: the shortest and longest mean time between two of them, in virtual ms
@@ -106,6 +106,22 @@ def draw_plan(seed: int, *, has_work: bool = True, has_disk_faults: bool = True)
     if has_disk_faults:
         plan = msgspec.structs.replace(plan, faults=plan.faults | _disk_faults(seed) | _network_faults(seed, plan.faults))
     return with_work(plan, _beside(plan.faults, draw_work(seed))) if has_work else plan
+
+
+def reader_groups(plan: Plan) -> tuple[GroupPlan, ...]:
+    """Each reader that names its queues itself, as a group of its own. One without a group has that name only in the run."""
+    return tuple(_reader_group(plan, number, reader) for number, reader in enumerate(plan.work.readers))
+
+
+def _reader_group(plan: Plan, number: int, reader: ReaderPlan) -> GroupPlan:
+    topics = dict.fromkeys(plan.topics[topic % len(plan.topics)].name for topic in reader.topics)
+    is_timed = reader.consume_from is ConsumeFrom.TIMESTAMP
+    return GroupPlan(
+        name=f"reader-{number}", topics=tuple(topics), expression="*", message_model=MessageModel.CLUSTERING,
+        consume_from=reader.consume_from, consume_timestamp_ms=START_TIME_MS + reader.consume_after_ms if is_timed else 0,
+        members=1, allocation="averagely", in_order=False, workers=1, message_ms=0.0, failure_share=0.0,
+        starts_ms=reader.starts_ms,
+    )
 
 
 def _beside(faults: dict[str, float], work: WorkPlan) -> WorkPlan:

@@ -13,7 +13,7 @@ from zrmq.client.batch import OneWay, SendHandle, Target
 from zrmq.errors import UnreachableError, ZrmqError
 from zrmq.message import FlushMode, Message, MessageQueue, SendReceipt
 from zrmq.protocol.events import AnyEvent, GroupSubscribed
-from zrmq.testing.simulation.plan import GroupPlan, Plan
+from zrmq.testing.simulation.plan import GroupPlan, Plan, reader_groups
 from zrmq.testing.simulation.trace import BrokenPromise, spell
 
 
@@ -84,9 +84,11 @@ class Promises:
         self._went_back: set[MessageQueue] = set()
         self._unsure: set[tuple[type[Any], str, str]] = set()
         self._async_topics = {topic.name for topic in plan.topics if topic.flush_mode is FlushMode.ASYNC}
-        self._wanted = {group.name: wanted_tags(group) for group in plan.groups}
+        self._wanted = {group.name: wanted_tags(group) for group in (*plan.groups, *reader_groups(plan))}
         self._finished: dict[Place, dict[int, bytes]] = {}
         self._seeks: dict[Place, list[Seek]] = {}
+        self._begun: dict[Place, list[int]] = {}
+        self._first_commits: dict[Place, set[object]] = {}
 
     # --- producers ----------------------------------------------------------------------------------------------------
 
@@ -176,6 +178,20 @@ class Promises:
         """A consumer goes on elsewhere."""
         self._seeks.setdefault(place, []).append(seek)
 
+    def began(self, place: Place, offset: int) -> None:
+        """A reader whose group stood nowhere began there, as it was told to: what lies before is nobody's."""
+        self._begun.setdefault(place, []).append(offset)
+
+    def first_commit(self, place: Place, offset: int, entry: object) -> int | None:
+        """By this entry a group that stood nowhere stands at `offset`. Returns where its reader began; None if none ever did."""
+        self._first_commits.setdefault(place, set()).add(entry)
+        begun = self._begun.get(place, [])
+        return max((each for each in begun if each <= offset), default=min(begun, default=None))  # or it sought back first
+
+    def first_commits(self, group: str) -> dict[Place, int]:
+        """How often that was so, by now: a broker may lose it."""
+        return {place: len(entries) for place, entries in self._first_commits.items() if place[0] == group}
+
     def is_beyond(self, place: Place, offset: int) -> bool:
         """Whether a consumer sought this offset where the queue had already ended: its broker commits the end then."""
         return any(seek.end < offset == seek.offset for seek in self._seeks.get(place, ()))
@@ -193,6 +209,7 @@ class Promises:
         return (
             (done is not None and done.get(offset) == body) or not self.is_wanted(group, body)
             or any(seek.before <= offset < seek.offset for seek in self._seeks.get(place, ()))
+            or offset < max(self._begun.get(place, ()), default=0)
         )
 
     def is_wanted(self, group: str, body: bytes) -> bool:

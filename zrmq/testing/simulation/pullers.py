@@ -87,8 +87,11 @@ class VirtualPuller(VirtualConsumer):
         inbox = WatchedInbox(ReadyLine(self._work_soon), nullcontext(), self.machine.clock, self._wake)
         inbox.on_unit = self._take_unit
         self.inbox = inbox
-        self.door = Door(self)
+        self.door = self._make_door()
         return inbox
+
+    def _make_door(self) -> Door:
+        return Door(self)
 
     def _settle(self) -> None:
         if self.pulls.auto_commit:
@@ -121,13 +124,17 @@ class VirtualPuller(VirtualConsumer):
         if self.pulls.auto_commit:
             self._finish_given()
         messages = self._iterate() if self.pulls.iterates else self.door.poll(self._work_rng.randint(1, 20), 0)
-        self._given += messages
+        self._got(messages)
         if not self.pulls.auto_commit and self._given and (not messages or self._work_rng.random() < 0.3):
             self._commit()
         elif messages:
             self._is_busy = True
             mean_ms = self.pulls.message_ms * len(messages) if self._world.is_working else 0.0
             self.machine.call_later(self._work_rng.expovariate(1.0 / mean_ms) if mean_ms else 0.0, self._ask_for_messages)
+
+    def _got(self, messages: list[Message]) -> None:
+        """The door gave these."""
+        self._given += messages
 
     def _iterate(self) -> list[Message]:
         """The next message of an iteration; where a real one waits for the next, this one ends, and another goes on behind it."""

@@ -78,7 +78,7 @@ def _advance(world: World, duration_ms: float) -> None:
 
 def _fill_groups(world: World) -> None:
     """Every group has all its members in the end."""
-    for group in world.plan.groups:
+    for group in world.groups:
         for slot in range(group.members):
             world.start_consumer(group, slot)
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import msgspec
 
+from zrmq.message import ConsumeFrom
+
 KEPT_MS = 72 * 3_600_000  # what a store keeps where nothing is drawn: longer than any run
 
 GROUPS = ("group-0", "group-1", "group-2")
@@ -38,12 +40,27 @@ class PullPlan(msgspec.Struct, frozen=True):
     message_ms: float  # what it does with one message takes so long
 
 
+class ReaderPlan(msgspec.Struct, frozen=True):
+    """One reader that names its queues itself. Times are means in virtual ms, 0: never."""
+
+    has_group: bool  # of its own, where it commits
+    topics: tuple[int, ...]  # numbers, of those there are
+    share: float  # of their queues that it reads at a time
+    consume_from: ConsumeFrom
+    consume_after_ms: int  # where it begins at a time: so long after the run's beginning
+    pulls: PullPlan
+    assign_every_ms: float  # it names others
+    end_every_ms: float  # it is closed, or crashes, and is started again
+    starts_ms: float
+
+
 class WorkPlan(msgspec.Struct, frozen=True):
     """The kinds of work of one run."""
 
     retention: RetentionPlan = RetentionPlan()
     pulls: dict[str, PullPlan] = {}  # by group; the members of others have listeners
     change_topics_every_ms: float = 0.0  # mean time between two changes of an administrator, 0: none
+    readers: tuple[ReaderPlan, ...] = ()
     session_timeouts_ms: tuple[int, ...] = ()  # one of these from each start of a broker on but the first; else always the plan's
     clock_drift: float = 0.0  # the share of the time by which a machine's clocks are too fast or too slow, at most
 
@@ -84,6 +101,20 @@ def _pull(rng: Random) -> PullPlan:
     )
 
 
+def _readers(rng: Random) -> tuple[ReaderPlan, ...]:
+    return tuple(_reader(rng) for _ in range(rng.randint(1, 3)))
+
+
+def _reader(rng: Random) -> ReaderPlan:
+    return ReaderPlan(
+        has_group=rng.random() < 0.5, topics=tuple(rng.sample(range(3), rng.randint(1, 3))),
+        share=rng.choice((1.0, 1.0, 0.5, 0.3)),
+        consume_from=rng.choice((ConsumeFrom.EARLIEST, ConsumeFrom.LATEST, ConsumeFrom.TIMESTAMP)),
+        consume_after_ms=rng.randrange(4_000), pulls=_pull(rng), assign_every_ms=rng.choice((0.0, 500.0, 3_000.0)),
+        end_every_ms=rng.choice((0.0, 2_000.0, 5_000.0)), starts_ms=rng.choice((0.0, rng.uniform(0.0, 3_000.0))),
+    )
+
+
 def _changes(rng: Random) -> float:
     return rng.choice((200.0, 1_000.0, 3_000.0))
 
@@ -98,6 +129,6 @@ def _drift(rng: Random) -> float:
 
 
 KINDS: dict[str, Callable[[Random], Any]] = {
-    "retention": _retention, "pulls": _pulls, "change_topics_every_ms": _changes, "session_timeouts_ms": _timeouts,
-    "clock_drift": _drift,
+    "retention": _retention, "pulls": _pulls, "readers": _readers, "change_topics_every_ms": _changes,
+    "session_timeouts_ms": _timeouts, "clock_drift": _drift,
 }

@@ -22,10 +22,11 @@ from zrmq.testing.simulation.admins import VirtualAdmin
 from zrmq.testing.simulation.consumers import VirtualConsumer
 from zrmq.testing.simulation.log_check import LogCheck
 from zrmq.testing.simulation.network import MachineNetwork
-from zrmq.testing.simulation.plan import GroupPlan, Plan
+from zrmq.testing.simulation.plan import GroupPlan, Plan, reader_groups
 from zrmq.testing.simulation.producers import VirtualProducer
 from zrmq.testing.simulation.promises import Posting, Promises, Seek
 from zrmq.testing.simulation.pullers import VirtualPuller
+from zrmq.testing.simulation.readers import VirtualReader
 from zrmq.testing.simulation.retention_check import check_deleted
 from zrmq.testing.simulation.servers import VirtualBroker, VirtualNameServer
 from zrmq.testing.simulation.trace import BrokenPromise, Trace, spell
@@ -44,6 +45,7 @@ class World:
         self.brokers = {name: VirtualBroker(self, name) for name in plan.broker_names}
         self.producers: list[VirtualProducer] = []  # all that ever were
         self.consumers: list[VirtualConsumer] = []  # those that are
+        self.readers = {group.name: (group, reader) for group, reader in zip(reader_groups(plan), plan.work.readers, strict=True)}
         self.admin: VirtualAdmin | None = None
         self.is_working = True
         self.ready_ms: dict[tuple[str, str], float] = {}  # group and instance: when its first member had fixed where it begins
@@ -58,6 +60,11 @@ class World:
     def nameserver_addresses(self) -> list[str]:
         """Where clients and brokers ask."""
         return [nameserver.address for nameserver in self.nameservers]
+
+    @property
+    def groups(self) -> list[GroupPlan]:
+        """Those of the plan, and those of readers."""
+        return [*self.plan.groups, *[group for group, _ in self.readers.values()]]
 
     def note(self, who: str, what: str, detail: str = "") -> None:
         """Something happened."""
@@ -92,7 +99,7 @@ class World:
             self.start_producer(f"producer-{number}")
         if self.plan.work.change_topics_every_ms:
             self.admin = VirtualAdmin(self, self.plan.work.change_topics_every_ms)
-        for group in self.plan.groups:
+        for group in self.groups:
             for slot in range(group.members):
                 self.later(group.starts_ms, lambda group=group, slot=slot: self.start_consumer(group, slot))  # type: ignore[misc]
 
@@ -124,6 +131,8 @@ class World:
             self.consumers.append(self._new_consumer(group, slot, self._next_life(name)))
 
     def _new_consumer(self, group: GroupPlan, slot: int, life: int) -> VirtualConsumer:
+        if group.name in self.readers:
+            return VirtualReader(self, group, slot, life, self.readers[group.name][1])
         pulls = self.plan.work.pulls.get(group.name)
         return VirtualConsumer(self, group, slot, life) if pulls is None else VirtualPuller(self, group, slot, life, pulls)
 
