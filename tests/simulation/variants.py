@@ -15,11 +15,13 @@ from zrmq.client.cursor import Cursor
 from zrmq.client.inbox import Inbox
 from zrmq.client.process_queue import ProcessQueue
 from zrmq.client.producing import ProducerCore
+from zrmq.message import FlushMode
 from zrmq.protocol.events import BrokerStarted, LeaseGranted, OffsetsCommitted, TopicPut
 from zrmq.serving.groups import GroupDesk
 from zrmq.serving.leases import LeaseDesk
 from zrmq.serving.offsets import OffsetDesk
 from zrmq.serving.outbox import Outbox
+from zrmq.serving.sending import Sending
 from zrmq.store import checkpoint, maintenance, recovery, relocation, retention, segment, store
 from zrmq.store import reading as reading_store
 from zrmq.store.checkpoint import Checkpoint
@@ -400,6 +402,36 @@ def count_starts_by_what_is_left(patch: Patch) -> None:
     patch.setattr(Store, "_next_boot", lambda self: self.tables.boot + 1)
 
 
+def go_on_where_it_was_whatever_the_broker_lost(patch: Patch) -> None:
+    patch.setattr(reading.Reading, "is_safe", True)
+
+
+def call_flushed_what_is_visible(patch: Patch) -> None:
+    show = Store._show
+
+    def hasty(self: Store, queue: Any, offset: int) -> None:
+        show(self, queue, offset)
+        queue.flushed_offset = offset
+
+    patch.setattr(Store, "_show", hasty)
+
+
+def acknowledge_as_the_topic_was_once(patch: Patch) -> None:
+    """A topic that was ever acknowledged before its flush stays so, and says the contrary."""
+    after_flush, send = Outbox.after_flush, Sending.send
+    once: set[int] = set()
+
+    def stubborn(self: Sending, session: Any, request: Any, frames: Any) -> None:
+        topic = self._context.topic(request.topic)
+        if topic.config.flush_mode is FlushMode.ASYNC:
+            once.add(id(topic))
+        patch.setattr(Outbox, "after_flush", Outbox.after_write if id(topic) in once else after_flush)
+        send(self, session, request, frames)
+        patch.setattr(Outbox, "after_flush", after_flush)
+
+    patch.setattr(Sending, "send", stubborn)
+
+
 ROTTEN = {"faults": {"bit_rot": 300.0, "broker_kill": 1_500.0}}
 KEEPING = {"work": WorkPlan(retention=RetentionPlan(store_ms=60_000)), "segment_bytes": 4_096, "checkpoint_ms": 200}
 DELETING = {
@@ -407,6 +439,7 @@ DELETING = {
 }
 ITERATION = PullPlan(iterates=True, auto_commit=True, seek_every_ms=0.0, pause_every_ms=0.0, message_ms=100.0)
 ITERATING = {"work": WorkPlan(pulls=dict.fromkeys(("group-0", "group-1", "group-2"), ITERATION))}
+FLUSHING = {"work": WorkPlan(change_flush_every_ms=300.0), "faults": {"broker_power_cut": 1_000.0}}
 PULLING = {"work": WorkPlan(pulls={
     group: PullPlan(iterates=iterates, auto_commit=auto_commit, seek_every_ms=300.0, pause_every_ms=1_000.0, message_ms=1.0)
     for group, iterates, auto_commit in (("group-0", False, False), ("group-1", True, True), ("group-2", False, True))
@@ -459,6 +492,11 @@ VARIANTS = [
     Variant("save no changes of topics", save_no_changes_of_topics, {"topics"}, {
         "work": WorkPlan(change_topics_every_ms=500.0),
     }),
+    Variant(
+        "go on where it was whatever the broker lost", go_on_where_it_was_whatever_the_broker_lost, {"commit", "missed"}, FLUSHING
+    ),
+    Variant("call flushed what is visible", call_flushed_what_is_visible, {"commit", "missed"}, FLUSHING),
+    Variant("acknowledge as the topic was once", acknowledge_as_the_topic_was_once, {"flush", "lost"}, FLUSHING),
     Variant("forget the longer session timeout", forget_the_longer_session_timeout, {"owner", "drain"}, {
         "work": WorkPlan(session_timeouts_ms=(1_000,)), "session_timeout_ms": 10_000,
         "faults": {"broker_kill": 3_000.0, "cut": 1_000.0, "pause": 2_000.0},

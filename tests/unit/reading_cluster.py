@@ -31,7 +31,7 @@ from zrmq.errors import (
     TopicNotFoundError,
     ZrmqError,
 )
-from zrmq.message import ConsumeFrom, FlushMode, Message, MessageModel, MessageQueue
+from zrmq.message import ConsumeFrom, Message, MessageModel, MessageQueue
 from zrmq.protocol import limits
 from zrmq.protocol.events import TopicConfig
 from zrmq.protocol.requests import (
@@ -43,7 +43,6 @@ from zrmq.protocol.requests import (
     Bye,
     CommitOffsets,
     Committed,
-    DescribeTopics,
     Done,
     Failed,
     GroupChanged,
@@ -113,7 +112,7 @@ class ReadingBroker:
         self.address = f"tcp://127.0.0.1:{port}"
         self.auto_create = auto_create
         self.topics: dict[str, list[Log]] = {}
-        self.unflushed: set[str] = set()  # topics acknowledged before they are flushed
+        self.unflushed: set[str] = set()  # topics of which nothing is
         self.groups: defaultdict[str, Standing] = defaultdict(Standing)
         self.leases: dict[Key, tuple[str, int]] = {}
         self.requests: list[tuple[str, Any]] = []  # client id and request, since the last `forget_requests`
@@ -237,11 +236,6 @@ class ReadingBroker:
         self.drop(session)
         self.sessions.close(session)
         return Done(request.number)
-
-    def _do_DescribeTopics(self, session: Session, request: DescribeTopics) -> Reply:
-        modes = {topic: FlushMode.ASYNC if topic in self.unflushed else FlushMode.SYNC for topic in request.topics}
-        configs = [TopicConfig(topic, len(self._logs(topic)), flush_mode=mode) for topic, mode in modes.items()]
-        return Topics(request.number, [TopicInfo(config, 1, []) for config in configs])
 
     def _do_PutTopic(self, session: Session, request: PutTopic) -> Reply:
         config: TopicConfig = request.config
@@ -414,7 +408,7 @@ class ReadingBroker:
         log = self._logs(request.topic)[request.queue_id]
         if not log.min_offset <= request.offset <= log.next_offset:
             next_offset = min(max(request.offset, log.min_offset), log.next_offset)
-            return Pulled(request.number, PullStatus.MOVED, next_offset, log.min_offset, log.next_offset), []
+            return Pulled(request.number, PullStatus.MOVED, next_offset, *self._ends(request.topic, log)), []
         batches = [batch for batch in log.batches if batch[0] + batch[1] > request.offset]
         if not batches:
             self.held.append((session, request))
@@ -427,7 +421,7 @@ class ReadingBroker:
                 break
             taken.append(batch)
         next_offset = taken[-1][0] + taken[-1][1]
-        reply = Pulled(request.number, PullStatus.FOUND, next_offset, log.min_offset, log.next_offset)
+        reply = Pulled(request.number, PullStatus.FOUND, next_offset, *self._ends(request.topic, log))
         return reply, [b"".join(frame for _, _, frame in taken)]
 
     def _try_pull(self, session: Session, request: Pull) -> None:
@@ -438,11 +432,14 @@ class ReadingBroker:
         if reply is not None:
             self.endpoint.send(session.peer, [encode(reply), *frames])
 
+    def _ends(self, topic: str, log: Log) -> tuple[int, int, int]:
+        return log.min_offset, log.next_offset, 0 if topic in self.unflushed else log.next_offset
+
     def _end_pull(self, session: Session, request: Pull) -> None:
         if (session, request) in self.held:
             self.held.remove((session, request))
             log = self.topics[request.topic][request.queue_id]
-            reply = Pulled(request.number, PullStatus.NOTHING, request.offset, log.min_offset, log.next_offset)
+            reply = Pulled(request.number, PullStatus.NOTHING, request.offset, *self._ends(request.topic, log))
             self.endpoint.send(session.peer, [encode(reply)])
 
 

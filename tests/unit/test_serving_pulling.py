@@ -6,8 +6,20 @@ import pytest
 
 from tests.unit.broker_desk import BrokerDesk, DeskClient
 from zrmq.errors import Code
-from zrmq.message import ConsumeFrom
-from zrmq.protocol.requests import Bye, DeleteTopic, Failed, Heartbeat, Pull, Pulled, PullStatus, ReleaseLease
+from zrmq.message import ConsumeFrom, FlushMode
+from zrmq.protocol.events import TopicConfig
+from zrmq.protocol.requests import (
+    Bye,
+    DeleteTopic,
+    Failed,
+    Heartbeat,
+    Pull,
+    Pulled,
+    PullStatus,
+    PutTopic,
+    ReleaseLease,
+    Send,
+)
 from zrmq.protocol.tags import filter_mask
 from zrmq.serving import pulling
 
@@ -29,7 +41,24 @@ def test_a_pull_begins_at_its_offset_and_says_where_to_go_on(client: DeskClient)
         client.send("meters", 0, [body])
     reply, bodies = client.pull("meters", 0, 1)
     assert bodies == [b"b", b"c"]
-    assert reply == Pulled(reply.number, PullStatus.FOUND, 3, 0, 3)
+    assert reply == Pulled(reply.number, PullStatus.FOUND, 3, 0, 3, 3)
+
+
+def test_a_reader_is_told_what_survives_a_power_cut(desk: BrokerDesk, client: DeskClient) -> None:
+    """However its topic is acknowledged: here that has just changed, and the change is not flushed itself."""
+    client.send("meters", 0, [b"a"])
+    client.post(PutTopic, TopicConfig("meters", queue_count=4, flush_mode=FlushMode.ASYNC))
+    client.post(Send, "meters", 0, payload=[client.batch([b"b"])])
+    desk.turn(flush=False)
+    number = client.post(Pull, "meters", 0, 0, 1000, 0)
+    assert client.bodies(number) == [b"a", b"b"]
+    assert client.reply(number).flushed_offset == 1
+    desk.turn()
+    reply, _ = client.pull("meters", 0, 2)
+    assert (reply.status, reply.flushed_offset) == (PullStatus.NOTHING, 2)
+    desk.restart()
+    reply, _ = desk.client("c2").pull("meters", 0, 2)
+    assert (reply.status, reply.flushed_offset) == (PullStatus.NOTHING, 2)
 
 
 def test_a_pull_gets_at_least_one_batch_however_small_its_bound(client: DeskClient) -> None:
@@ -187,7 +216,7 @@ def test_a_client_that_does_not_read_is_told_nothing_rather_than_data(desk: Brok
     pulls = (1, 0), (0, 10_000), (0, 2_000)
     numbers = [client.post(Pull, "meters", queue_id, 1, 1000, wait_ms) for queue_id, wait_ms in pulls]
     cannot_wait, replaced, waits = numbers
-    nothing = {number: Pulled(number, PullStatus.NOTHING, 1, 0, 2) for number in numbers}
+    nothing = {number: Pulled(number, PullStatus.NOTHING, 1, 0, 2, 2) for number in numbers}
     assert [client.reply(number) for number in numbers] == [nothing[cannot_wait], nothing[replaced], None]
     desk.pass_ms(2_500)
     assert client.reply(waits) == nothing[waits]
@@ -202,7 +231,7 @@ def test_a_newer_pull_ends_the_wait_of_one_that_had_no_room(desk: BrokerDesk, cl
     older = client.post(Pull, "meters", 0, 0, 1000, 10_000)
     desk.not_reading.clear()
     assert client.pull("meters", 0, 1)[1]
-    assert client.reply(older) == Pulled(older, PullStatus.NOTHING, 0, 0, 2)
+    assert client.reply(older) == Pulled(older, PullStatus.NOTHING, 0, 0, 2, 2)
     assert client.bodies(older) == []
 
 

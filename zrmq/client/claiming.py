@@ -187,7 +187,7 @@ class OffsetClaims:
     def lose(self, reading: Reading, offset: int, error: ZrmqError) -> None:
         """The broker is gone. What it does not know we have to remember; else it is asked when it is back."""
         if not self._has_group or reading.committed_offset < 0:
-            places = self._latest if self._has_group and reading.is_suspect else self.left_off
+            places = self._latest if self._has_group and offset > reading.flushed_offset else self.left_off
             places[reading.queue] = offset
 
     def restarted(self, link: Link) -> None:

@@ -73,9 +73,7 @@ class Committer:
             self._end(attempt, error)
 
     def _changed(self, readings: Iterable[Reading]) -> list[tuple[Reading, int]]:
-        found = [
-            (reading, self._inbox.commit_offset(reading.process_queue)) for reading in readings if not reading.is_suspect
-        ]
+        found = [(reading, self._inbox.commit_offset(reading.process_queue)) for reading in readings]
         return [(reading, offset) for reading, offset in found if offset > reading.committed_offset]
 
     def _committed(self, attempt: _Attempt, reply: AnyReply | ZrmqError, frames: list[bytes]) -> None:

@@ -44,7 +44,7 @@ class Reading(msgspec.Struct, eq=False):
     goes_back: bool = False  # the next commit may be smaller than what the broker knows
     pull_number: int = 0  # of the outstanding pull, 0: none
     pull_offset: int = 0  # what it asked for
-    suspected_in: str = ""  # the life of the server in which the queue may not be what it was; empty: all is well
+    flushed_offset: int = 0  # no power cut takes what is before
     refusal: Code | None = None  # the last one that was logged
     draining_ms: float = 0.0  # since when it is to be given back
 
@@ -53,9 +53,9 @@ class Reading(msgspec.Struct, eq=False):
         return self.process_queue.queue
 
     @property
-    def is_suspect(self) -> bool:
-        """Whether nothing may be pulled or committed before it is known that the queue is as it was."""
-        return bool(self.suspected_in)
+    def is_safe(self) -> bool:
+        """Whether all that was read is as it was when its broker is started again, whatever ended it."""
+        return self.process_queue.pull_offset <= self.flushed_offset
 
 
 class Bounds(msgspec.Struct, frozen=True):
@@ -106,8 +106,9 @@ class Reader:
             queue, offset, lease_epoch=lease_epoch, wanted_tags=self._wanted_tags.get(queue.topic), account=self._inbox.account,
             valid_until_ms=valid_until_ms,
         )
-        # A lease comes with what the broker knows. Without one, even the place to begin is news to it.
-        reading = self.readings[queue] = Reading(process_queue, link, offset if lease_epoch else -1)
+        # A lease comes with what the broker knows, on its disk. Without one, even the place to begin is news to it.
+        known_offset = offset if lease_epoch else -1
+        reading = self.readings[queue] = Reading(process_queue, link, known_offset, flushed_offset=max(known_offset, 0))
         self.pull(reading)
         return reading
 
@@ -123,7 +124,7 @@ class Reader:
         old = reading.process_queue
         self.end(reading)
         anew = self._begin(old.queue, reading.link, offset, old.lease_epoch, old.valid_until_ms)
-        anew.committed_offset, anew.goes_back = -1, True
+        anew.committed_offset, anew.goes_back, anew.flushed_offset = -1, True, reading.flushed_offset
         if old.is_paused:
             self.pause(anew, True)
         return anew
@@ -154,7 +155,7 @@ class Reader:
         queue = reading.process_queue
         if reading.pull_number and reading.pull_offset != queue.pull_offset:
             self.stop_pulling(reading)  # what came before was damaged and has to come again first
-        if reading.pull_number or reading.is_suspect or self._is_closed:
+        if reading.pull_number or self._is_closed:
             return
         if queue.is_dropped or queue.is_draining or queue.is_paused:
             return
@@ -207,6 +208,7 @@ class Reader:
 
     def _take(self, reading: Reading, offset: int, reply: Pulled, frames: list[bytes]) -> None:
         reading.refusal = None
+        reading.flushed_offset = reply.flushed_offset
         if reply.status is not PullStatus.FOUND and reply.status is not PullStatus.NOTHING:
             self._tell(reading, offset, reply)
         if reply.next_offset < offset:  # the end of the queue was lost; what lies before it and is not finished is still owed

@@ -447,12 +447,17 @@ class PullStatus(IntEnum):
 
 
 class Pulled(Reply, tag=131, frozen=True):
-    """B `next_offset` is what to pull next, in every case. The first batch may begin before the offset asked for."""
+    """B `next_offset` is what to pull next, in every case. The first batch may begin before the offset asked for.
+
+    What is before `flushed_offset` survives a power cut. Whoever has read beyond it asks where to go on when the broker has been
+    started again: the offsets may have been lost, and given again.
+    """
 
     status: PullStatus
     next_offset: int
     min_offset: int
     max_offset: int  # visible end of the queue
+    flushed_offset: int = 0
 
 
 class Offsets(Reply, tag=132, frozen=True):

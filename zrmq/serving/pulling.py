@@ -125,7 +125,9 @@ class Pulling:
         chunk = self._store.read(queue, offset, min(request.bytes_max, limits.PULL_BYTES_MAX), request.tag_mask)
         if wait and chunk.status is PullStatus.NOTHING and chunk.next_offset >= chunk.max_offset:
             return chunk.next_offset
-        reply = Pulled(request.number, chunk.status, chunk.next_offset, chunk.min_offset, chunk.max_offset)
+        reply = Pulled(
+            request.number, chunk.status, chunk.next_offset, chunk.min_offset, chunk.max_offset, queue.flushed_offset
+        )
         self._context.outbox.now(session.peer, reply, chunk.frames)
         self.bytes_out += sum(map(len, chunk.frames))
         return None
@@ -168,5 +170,6 @@ class Pulling:
         self._answer_nothing(held.session, held.request, held.queue, held.offset)
 
     def _answer_nothing(self, session: Session, request: Pull, queue: Queue, offset: int) -> None:
-        reply = Pulled(request.number, PullStatus.NOTHING, offset, queue.min_offset, queue.visible_offset)
+        ends = queue.min_offset, queue.visible_offset, queue.flushed_offset
+        reply = Pulled(request.number, PullStatus.NOTHING, offset, *ends)
         self._context.outbox.now(session.peer, reply)

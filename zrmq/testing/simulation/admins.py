@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from random import Random
 from typing import TYPE_CHECKING
@@ -11,12 +12,15 @@ import msgspec
 from zrmq.client.instance import ClientInstance
 from zrmq.client.link import Identity
 from zrmq.errors import ZrmqError
+from zrmq.message import FlushMode
 from zrmq.protocol.events import PERMISSION_READ, PERMISSION_WRITE, TopicConfig
 from zrmq.protocol.requests import AnyReply, DescribeTopics, PutTopic, Topics
 from zrmq.testing.simulation.plan import DAMAGE
 
 if TYPE_CHECKING:
     from zrmq.testing.simulation.world import World
+
+Change = Callable[[TopicConfig], TopicConfig]
 
 ASK_MS = 5_000
 QUEUES_MAX = 8
@@ -42,37 +46,43 @@ class IdleListener:
 class VirtualAdmin:
     """One administrator, from the beginning to the end. `settled` is what topics were last said to be, by broker and name."""
 
-    def __init__(self, world: World, every_ms: float) -> None:
+    def __init__(self, world: World) -> None:
         self.settled: dict[tuple[str, str], TopicConfig] = {}
+        self._asked: dict[tuple[str, str], TopicConfig] = {}  # the last one, whatever has become of it
         self._world = world
-        self._every_ms = every_ms
         self._rng = Random(f"{world.plan.seed} {NAME}")
+        self._flush_rng = Random(f"{world.plan.seed} {NAME} flush")
         self._machine = world.network.machine(NAME)
         identity = Identity(NAME, "admin")
         self._instance = ClientInstance(self._machine, world.nameserver_addresses, identity, self._rng)
         self._instance.listener = IdleListener()
-        self._later()
+        self._again(self._rng, world.plan.work.change_topics_every_ms, self._changed)
+        self._again(self._flush_rng, world.plan.work.change_flush_every_ms, _flushed_otherwise)
 
-    def _later(self) -> None:
-        self._machine.call_later(self._rng.expovariate(1.0 / self._every_ms), self._change_something)
+    def _again(self, rng: Random, every_ms: float, change: Change) -> None:
+        if every_ms:
+            self._machine.call_later(rng.expovariate(1.0 / every_ms), partial(self._change_something, rng, every_ms, change))
 
-    def _change_something(self) -> None:
+    def _change_something(self, rng: Random, every_ms: float, change: Change) -> None:
         if not self._world.is_working:
             return
-        self._later()
-        topic = self._rng.choice(self._world.plan.topics).name
-        broker_name = self._rng.choice(self._world.plan.broker_names)
+        self._again(rng, every_ms, change)
+        topic = rng.choice(self._world.plan.topics).name
+        broker_name = rng.choice(self._world.plan.broker_names)
         link = self._instance.link(broker_name)
         if link is not None:
-            link.request(DescribeTopics, [topic], timeout_ms=ASK_MS, on_reply=partial(self._described, broker_name))
+            on_reply = partial(self._described, broker_name, change)
+            link.request(DescribeTopics, [topic], timeout_ms=ASK_MS, on_reply=on_reply)
 
-    def _described(self, broker_name: str, reply: AnyReply | ZrmqError, frames: list[bytes]) -> None:
+    def _described(self, broker_name: str, change: Change, reply: AnyReply | ZrmqError, frames: list[bytes]) -> None:
         link = self._instance.link(broker_name)
         if not isinstance(reply, Topics) or link is None or not self._world.is_working:
             return
-        config = self._changed(reply.topics[0].config)
+        config = change(reply.topics[0].config)
         self._world.note(NAME, "changes_topic", f"{broker_name} {config}")
         self.settled.pop((broker_name, config.topic), None)
+        self._asked[broker_name, config.topic] = config
+        self._world.promises.flush_asked(broker_name, config.topic, config.flush_mode)
         link.request(PutTopic, config, timeout_ms=ASK_MS, on_reply=partial(self._put, broker_name, config))
 
     def _changed(self, config: TopicConfig) -> TopicConfig:
@@ -86,6 +96,14 @@ class VirtualAdmin:
         )
 
     def _put(self, broker_name: str, config: TopicConfig, reply: AnyReply | ZrmqError, frames: list[bytes]) -> None:
-        if isinstance(reply, Topics):
-            self._world.note(NAME, "changed_topic", f"{broker_name} {config.topic}")
+        if not isinstance(reply, Topics):
+            return
+        self._world.note(NAME, "changed_topic", f"{broker_name} {config.topic}")
+        if self._asked[broker_name, config.topic] is config:  # else it is something else already, or will be
             self.settled[broker_name, config.topic] = config
+            self._world.promises.flush_settled(broker_name, config.topic, config.flush_mode, self._world.network.now_ms)
+
+
+def _flushed_otherwise(config: TopicConfig) -> TopicConfig:
+    flush_mode = FlushMode.SYNC if config.flush_mode is FlushMode.ASYNC else FlushMode.ASYNC
+    return msgspec.structs.replace(config, flush_mode=flush_mode)

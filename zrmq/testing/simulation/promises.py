@@ -7,6 +7,7 @@ each group have got through. Both are what a user can see, taken at the public e
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import inf
 from typing import Any, NamedTuple
 
 from zrmq.client.batch import OneWay, SendHandle, Target
@@ -79,11 +80,14 @@ class Promises:
         self.acknowledged: dict[MessageQueue, dict[int, Posting]] = {}
         self.subscriptions: dict[tuple[str, str, str], dict[tuple[str, int], None]] = {}  # who: broker name, since when; in order
         self.deleted_until: dict[str, int] = {}  # by broker name: its log had begun there, whatever a power cut brought back
-        self._losable: set[bytes] = set()
+        self._losable: set[tuple[str, bytes]] = set()  # by broker name
         self._damaged: set[bytes] = set()
         self._went_back: set[MessageQueue] = set()
         self._unsure: set[tuple[type[Any], str, str]] = set()
-        self._async_topics = {topic.name for topic in plan.topics if topic.flush_mode is FlushMode.ASYNC}
+        self._async_until_ms: dict[tuple[str, str], float] = {  # by broker name and topic: inf, unless it is flushed first by now
+            (broker_name, topic.name): inf
+            for topic in plan.topics if topic.flush_mode is FlushMode.ASYNC for broker_name in plan.broker_names
+        }
         self._wanted = {group.name: wanted_tags(group) for group in plan.groups}
         self._finished: dict[Place, dict[int, bytes]] = {}
         self._seeks: dict[Place, list[Seek]] = {}
@@ -110,21 +114,43 @@ class Promises:
             raise BrokenPromise("double", f"{other} and {posting} were both acknowledged at {place}.")
         queue[outcome.queue_offset] = posting
 
-    def may_lose(self, bodies: Iterable[bytes]) -> None:
-        """The power goes, and these are written and not flushed. Those acknowledged from the page cache may be lost."""
-        self._losable.update(bodies)
+    def may_lose(self, broker_name: str, bodies: Iterable[bytes]) -> None:
+        """The power of a broker goes, and these are written and not flushed. What was acknowledged, or read, from the page cache
+        of a topic that was flushed first again before this moment is flushed."""
+        unsafe = (body for body in bodies if self.is_async(broker_name, self.postings[body].topic))
+        self._losable.update((broker_name, body) for body in unsafe)
 
     def may_be_lost(self, posting: Posting) -> bool:
         """Whether it was only promised to survive the end of the process, and the power went before it was flushed."""
-        return posting.topic in self._async_topics and posting.body in self._losable
+        receipt = posting.receipt
+        is_from_cache = receipt is not None and receipt.durability is FlushMode.ASYNC
+        return receipt is not None and is_from_cache and self.may_have_lost(receipt.broker_name, posting.body)
+
+    def may_have_lost(self, broker_name: str, body: bytes) -> bool:
+        """Whether a broker may have shown this message, and lost it."""
+        return (broker_name, body) in self._losable
 
     def is_deleted(self, broker_name: str, end: int) -> bool:
         """Whether an entry of a broker's log that ends there was in a segment that was deleted."""
         return end <= self.deleted_until.get(broker_name, 0)
 
-    def is_async(self, topic: str) -> bool:
-        """Whether its messages are acknowledged from the page cache."""
-        return topic in self._async_topics
+    def flush_asked(self, broker_name: str, topic: str, flush_mode: FlushMode) -> None:
+        """An administrator asks a broker to have a topic flushed so; whether it ever hears of it is unknown."""
+        if flush_mode is FlushMode.ASYNC:
+            self._async_until_ms[broker_name, topic] = inf
+
+    def flush_settled(self, broker_name: str, topic: str, flush_mode: FlushMode, now_ms: float) -> None:
+        """A broker has said so of the last that it was asked for: it is on its disk, with all that was stored before it."""
+        if flush_mode is FlushMode.SYNC and self.is_async(broker_name, topic):
+            self._async_until_ms[broker_name, topic] = now_ms
+
+    def is_async(self, broker_name: str, topic: str) -> bool:
+        """Whether its messages may be acknowledged from the page cache."""
+        return self._async_until_ms.get((broker_name, topic)) == inf
+
+    def was_async(self, broker_name: str, topic: str, since_ms: float) -> bool:
+        """Whether they may have been at some time since then."""
+        return self._async_until_ms.get((broker_name, topic), -inf) >= since_ms
 
     # --- damage ---------------------------------------------------------------------------------------------------------
 
@@ -142,7 +168,7 @@ class Promises:
 
     def may_be_reset(self, queue: MessageQueue) -> bool:
         """Whether its end may have been lost that consumers knew: then they go back by a reset."""
-        return self.is_async(queue.topic) or queue in self._went_back
+        return (queue.broker_name, queue.topic) in self._async_until_ms or queue in self._went_back
 
     def lost_event(self, broker_name: str, event: AnyEvent) -> None:
         """Nobody knows any more that the broker said this."""

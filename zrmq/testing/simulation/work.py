@@ -44,7 +44,13 @@ class WorkPlan(msgspec.Struct, frozen=True):
     retention: RetentionPlan = RetentionPlan()
     pulls: dict[str, PullPlan] = {}  # by group; the members of others have listeners
     change_topics_every_ms: float = 0.0  # mean time between two changes of an administrator, 0: none
+    change_flush_every_ms: float = 0.0  # likewise, from sync to async or back
     session_timeouts_ms: tuple[int, ...] = ()  # one of these from each start of a broker on but the first; else always the plan's
+
+    @property
+    def has_admin(self) -> bool:
+        """Whether somebody changes topics."""
+        return bool(self.change_topics_every_ms or self.change_flush_every_ms)
 
 
 def draw_work(seed: int) -> WorkPlan:
@@ -93,4 +99,5 @@ def _timeouts(rng: Random) -> tuple[int, ...]:
 
 KINDS: dict[str, Callable[[Random], Any]] = {
     "retention": _retention, "pulls": _pulls, "change_topics_every_ms": _changes, "session_timeouts_ms": _timeouts,
+    "change_flush_every_ms": _changes,
 }

@@ -8,7 +8,7 @@ from random import Random
 from zrmq.client.batch import OneWay
 from zrmq.client.process_queue import Unit
 from zrmq.errors import ZrmqError
-from zrmq.message import Message, MessageQueue, SendReceipt
+from zrmq.message import FlushMode, Message, MessageQueue, SendReceipt
 from zrmq.protocol.events import (
     GroupSubscribed,
     LeaseGranted,
@@ -86,8 +86,8 @@ class World:
             self._create_topics(broker)
         for number in range(self.plan.producer_count):
             self.start_producer(f"producer-{number}")
-        if self.plan.work.change_topics_every_ms:
-            self.admin = VirtualAdmin(self, self.plan.work.change_topics_every_ms)
+        if self.plan.work.has_admin:
+            self.admin = VirtualAdmin(self)
         for group in self.plan.groups:
             for slot in range(group.members):
                 self.later(group.starts_ms, lambda group=group, slot=slot: self.start_consumer(group, slot))  # type: ignore[misc]
@@ -141,8 +141,12 @@ class World:
     def answered(self, posting: Posting, outcome: SendReceipt | ZrmqError) -> None:
         """A producer was told what became of a message."""
         self.promises.answered(posting, outcome, self.network.now_ms)
-        is_excused = self.promises.may_be_lost(posting) or self.promises.is_damaged(posting.body)
-        if isinstance(outcome, SendReceipt) and posting.kind is not OneWay and not is_excused:
+        if not isinstance(outcome, SendReceipt) or posting.kind is OneWay:
+            return
+        is_from_cache = outcome.durability is FlushMode.ASYNC
+        if is_from_cache and not self.promises.was_async(outcome.broker_name, posting.topic, posting.posted_ms):
+            raise BrokenPromise("flush", f"{posting} was acknowledged before its flush, in a topic that is flushed first.")
+        if not (self.promises.may_be_lost(posting) or self.promises.is_damaged(posting.body)):
             self._check_stored(posting, outcome)
 
     def _check_stored(self, posting: Posting, receipt: SendReceipt) -> None:
@@ -155,7 +159,7 @@ class World:
         place = f"{receipt.queue_offset} of {spell(receipt.queue)}"
         if placed is None or placed.body != posting.body:
             raise BrokenPromise("lost", f"{posting} was acknowledged at {place}; {placed} is there.")
-        if placed.end > broker.store.flushed_position and not self.promises.is_async(posting.topic):
+        if placed.end > broker.store.flushed_position and receipt.durability is FlushMode.SYNC:
             raise BrokenPromise("flush", f"{posting} was acknowledged before it was flushed, at {place}.")
 
     def handed_out(self, consumer: VirtualConsumer, unit: Unit) -> None:
@@ -179,7 +183,9 @@ class World:
         if not self.promises.is_wanted(consumer.group.name, message.body):
             raise BrokenPromise("filter", f"{consumer.who} got {posting} with tag {posting.tag}, which its group does not want.")
         broker = self.brokers[message.queue.broker_name]
-        is_excused = self.promises.is_async(message.topic) or self.promises.is_damaged(message.body)
+        is_async = self.promises.is_async(message.queue.broker_name, message.topic)
+        is_lost = self.promises.may_have_lost(message.queue.broker_name, message.body)
+        is_excused = is_async or is_lost or self.promises.is_damaged(message.body)
         if is_excused or broker.check is None or broker.machine is None:
             return
         placed = broker.check.placed(message.queue, message.queue_offset)
@@ -237,11 +243,11 @@ class World:
         check, broker.check = broker.check, None
         if check is not None:
             if is_power_cut:
-                self.promises.may_lose(check.unflushed_bodies())
+                self.promises.may_lose(broker.name, check.unflushed_bodies())
             self._former[broker.name] = (check, check.flushed_position if is_power_cut else check.watch.end)
         elif broker.name in self._former and is_power_cut:  # again, before anybody had a look
             former, survives_until = self._former[broker.name]
-            self.promises.may_lose(former.unflushed_bodies())
+            self.promises.may_lose(broker.name, former.unflushed_bodies())
             self._former[broker.name] = (former, min(survives_until, former.flushed_position))
 
     def broker_up(self, broker: VirtualBroker) -> None:
