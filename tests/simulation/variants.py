@@ -17,6 +17,7 @@ from zrmq.client.process_queue import ProcessQueue
 from zrmq.client.producing import ProducerCore
 from zrmq.message import FlushMode
 from zrmq.protocol.events import BrokerStarted, LeaseGranted, OffsetsCommitted, TopicPut
+from zrmq.serving.context import Context
 from zrmq.serving.groups import GroupDesk
 from zrmq.serving.leases import LeaseDesk
 from zrmq.serving.offsets import OffsetDesk
@@ -26,7 +27,7 @@ from zrmq.store import checkpoint, maintenance, recovery, relocation, retention,
 from zrmq.store import reading as reading_store
 from zrmq.store.checkpoint import Checkpoint
 from zrmq.store.commit_log import CommitLog, LogFlush
-from zrmq.store.consume_queue import ConsumeQueue
+from zrmq.store.consume_queue import ConsumeQueue, Shelf
 from zrmq.store.relocation import Relocation
 from zrmq.store.segment import EntryReader, Found
 from zrmq.store.store import Store
@@ -432,11 +433,53 @@ def acknowledge_as_the_topic_was_once(patch: Patch) -> None:
     patch.setattr(Sending, "send", stubborn)
 
 
+def take_a_topic_by_its_name(patch: Patch) -> None:
+    """As brokers and clients did that knew of no topic ids."""
+    queue = Context.queue
+    patch.setattr(Context, "queue", lambda self, name, queue_id, topic_id=0: queue(self, name, queue_id))
+
+
+def _inherit(patch: Patch, what: str) -> None:
+    """A topic that is made anew takes over something of what groups had of the former one of its name."""
+    put, deleted = Tables._topic_put, Tables._topic_deleted
+
+    def keep(self: Any, event: Any) -> None:
+        topic = self.topics_by_id.get(event.topic_id)
+        if topic is not None:
+            had = {name: dict(getattr(group, what)) for name, group in self.groups.items()}
+            self.former = {**getattr(self, "former", {}), topic.config.topic: (event.topic_id, had)}
+        deleted(self, event)
+
+    def take_over(self: Any, event: Any) -> None:
+        put(self, event)
+        former_id, had = getattr(self, "former", {}).pop(event.config.topic, (0, {}))
+        for name, places in had.items():
+            getattr(self.groups[name], what).update(
+                {(*key[:-2], event.topic_id, key[-1]): place for key, place in places.items() if key[-2] == former_id}
+            )
+
+    patch.setattr(Tables, "_topic_deleted", keep)
+    patch.setattr(Tables, "_topic_put", take_over)
+
+
+def inherit_offsets(patch: Patch) -> None:
+    _inherit(patch, "offsets")
+
+
+def inherit_leases(patch: Patch) -> None:
+    _inherit(patch, "leases")
+
+
+def keep_queue_files_by_name(patch: Patch) -> None:
+    patch.setattr(Shelf, "folder_of_topic", lambda self, topic: self.folder / topic.config.topic)
+
+
 ROTTEN = {"faults": {"bit_rot": 300.0, "broker_kill": 1_500.0}}
 KEEPING = {"work": WorkPlan(retention=RetentionPlan(store_ms=60_000)), "segment_bytes": 4_096, "checkpoint_ms": 200}
 DELETING = {
     "work": WorkPlan(retention=RetentionPlan(store_ms=500, segment_bytes=4_096)), "segment_bytes": 4_096, "checkpoint_ms": 200,
 }
+REMAKING = {"work": WorkPlan(remake_topics_every_ms=700.0), "checkpoint_ms": 200}
 ITERATION = PullPlan(iterates=True, auto_commit=True, seek_every_ms=0.0, pause_every_ms=0.0, message_ms=100.0)
 ITERATING = {"work": WorkPlan(pulls=dict.fromkeys(("group-0", "group-1", "group-2"), ITERATION))}
 FLUSHING = {"work": WorkPlan(change_flush_every_ms=300.0), "faults": {"broker_power_cut": 1_000.0}}
@@ -497,6 +540,10 @@ VARIANTS = [
     ),
     Variant("call flushed what is visible", call_flushed_what_is_visible, {"commit", "missed"}, FLUSHING),
     Variant("acknowledge as the topic was once", acknowledge_as_the_topic_was_once, {"flush", "lost"}, FLUSHING),
+    Variant("take a topic by its name", take_a_topic_by_its_name, {"former", "phantom", "commit", "missed"}, REMAKING),
+    Variant("inherit offsets", inherit_offsets, {"commit", "missed"}, REMAKING),
+    Variant("inherit leases", inherit_leases, {"phantom", "commit", "missed", "lease"}, REMAKING),
+    Variant("keep queue files by name", keep_queue_files_by_name, {"views"}, REMAKING),
     Variant("forget the longer session timeout", forget_the_longer_session_timeout, {"owner", "drain"}, {
         "work": WorkPlan(session_timeouts_ms=(1_000,)), "session_timeout_ms": 10_000,
         "faults": {"broker_kill": 3_000.0, "cut": 1_000.0, "pause": 2_000.0},

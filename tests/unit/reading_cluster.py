@@ -112,6 +112,8 @@ class ReadingBroker:
         self.address = f"tcp://127.0.0.1:{port}"
         self.auto_create = auto_create
         self.topics: dict[str, list[Log]] = {}
+        self.topic_ids: dict[str, int] = {}
+        self.topics_made = 0
         self.unflushed: set[str] = set()  # topics of which nothing is
         self.groups: defaultdict[str, Standing] = defaultdict(Standing)
         self.leases: dict[Key, tuple[str, int]] = {}
@@ -155,6 +157,21 @@ class ReadingBroker:
     def add_topic(self, topic: str, queue_count: int = 2) -> None:
         """Have it."""
         self.topics[topic] = [Log() for _ in range(queue_count)]
+        self.topics_made += 1
+        self.topic_ids[topic] = self.topics_made
+        if self.loop is not None:
+            self.registration.topics_changed()
+
+    def delete_topic(self, topic: str) -> None:
+        """Have it no more, nor what groups had of it, and tell those who wait for its messages."""
+        del self.topics[topic], self.topic_ids[topic]
+        self.leases = {key: lease for key, lease in self.leases.items() if key[1] != topic}
+        for group in self.groups.values():
+            group.offsets = {key: offset for key, offset in group.offsets.items() if key[1] != topic}
+            group.starts = {key: offset for key, offset in group.starts.items() if key[1] != topic}
+        held, self.held = self.held, []
+        for session, request in held:
+            self._try_pull(session, request)
         if self.loop is not None:
             self.registration.topics_changed()
 
@@ -183,7 +200,8 @@ class ReadingBroker:
 
     def _routes(self) -> tuple[int, Callable[[], list[TopicRoute]]]:
         routes = [TopicRoute(topic, self.name, len(logs), 6) for topic, logs in self.topics.items()]
-        return sum(route.queue_count + 1 for route in routes) + 1, lambda: routes
+        version = 1_000 * self.topics_made + sum(route.queue_count + 1 for route in routes) + 1
+        return version, lambda: routes
 
     def _tick(self) -> None:
         assert self.loop is not None
@@ -364,6 +382,9 @@ class ReadingBroker:
     def _do_CommitOffsets(self, session: Session, request: CommitOffsets) -> Reply:
         fenced, group, instance = [], self.groups[session.group], self._instance(session)
         for index, each in enumerate(request.offsets):
+            if each.topic_id not in (0, self.topic_ids[each.topic]):
+                fenced.append(index)
+                continue
             if each.lease_epoch or (session.group, each.topic, each.queue_id) in self.leases:
                 try:
                     self._check_lease(session, each.topic, each.queue_id, each.lease_epoch)
@@ -378,7 +399,7 @@ class ReadingBroker:
         logs = self._logs(request.topic)
         instance = self._instance(session)
         found = [(queue_id, self._stands_at(session.group, instance, request.topic, queue_id)) for queue_id in range(len(logs))]
-        return Offsets(request.number, found)
+        return Offsets(request.number, found, self.topic_ids[request.topic])
 
     def _do_QueryOffsets(self, session: Session, request: QueryOffsets) -> Reply:
         logs = self._logs(request.topic)
@@ -390,7 +411,7 @@ class ReadingBroker:
             named = {OFFSET_EARLIEST: log.min_offset, OFFSET_LATEST: log.next_offset}
             at = named[request.timestamp_ms] if request.timestamp_ms in named else self._offset_at(log, request.timestamp_ms)
             found.append((queue_id, at))
-        return Offsets(request.number, found)
+        return Offsets(request.number, found, self.topic_ids[request.topic])
 
     def _logs(self, topic: str) -> list[Log]:
         if topic not in self.topics:
@@ -400,6 +421,9 @@ class ReadingBroker:
     # --- pulls ----------------------------------------------------------------------------------------------------------
 
     def _do_Pull(self, session: Session, request: Pull) -> tuple[Reply | None, list[bytes]]:
+        self._logs(request.topic)
+        if request.topic_id not in (0, self.topic_ids[request.topic]):
+            raise TopicNotFoundError(f"Topic {request.topic!r} is another one.")
         if request.group:
             self._check_lease(session, request.topic, request.queue_id, request.lease_epoch)
         scripted = self.answer_pull(request)

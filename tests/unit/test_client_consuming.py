@@ -732,6 +732,72 @@ def test_what_was_read_and_flushed_later_is_not_doubted(cluster: ReadingCluster)
     assert offsets_seen(member) == [*range(5)]
 
 
+WAYS: list[dict[str, Any]] = [
+    {}, {"message_model": MessageModel.BROADCASTING, "instance_name": "hall"}, {"group": ""}, {"assigned": True},
+]
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+@pytest.mark.parametrize("way", WAYS, ids=["clustering", "broadcasting", "no group", "assigned"])
+def test_a_topic_made_anew_is_read_from_its_beginning(cluster: ReadingCluster, way: dict[str, Any], is_told: bool) -> None:
+    """`is_told`: that it was deleted; else it is there again when the connection is."""
+    broker = cluster.broker
+    broker.auto_create = False
+    if way.get("assigned"):
+        member = cluster.member("one", eager=1.0, is_assigned=True)
+        member.core.assign([Q0, Q1])
+    else:
+        member = cluster.started("one", eager=1.0, **way)
+    cluster.run_until(lambda: member.queues == [Q0, Q1])
+    broker.store("meters", 0, 5)
+    cluster.run_for(1_500)
+    if not is_told:
+        cluster.network.break_connections("one", "broker-a")
+    broker.delete_topic("meters")
+    if is_told:
+        cluster.run_for(200)
+    broker.add_topic("meters")
+    broker.store("meters", 0, 3)
+    cluster.run_for(200)
+    broker.store("meters", 0, 5)
+    cluster.run_for(5_000)
+    assert offsets_seen(member) == [*range(5), *range(8)]
+    committed = broker.committed("reports", "meters", 0, way.get("instance_name", ""))
+    assert committed == (None if way.get("group") == "" else 8)
+
+
+def test_what_is_finished_of_a_former_topic_is_not_committed_in_the_next(cluster: ReadingCluster) -> None:
+    broker = cluster.broker
+    member = cluster.started("one", eager=1.0, auto_commit=False, message_model=MessageModel.BROADCASTING, instance_name="hall")
+    cluster.run_until(lambda: member.queues == [Q0, Q1])
+    broker.store("meters", 0, 5)
+    cluster.run_for(100)
+    broker.delete_topic("meters")
+    broker.add_topic("meters")
+    broker.store("meters", 0, 5)
+    answers: list[ZrmqError | None] = []
+    member.core.commit(answers.append, 10_000)
+    cluster.run_until(lambda: bool(answers))
+    assert broker.committed("reports", "meters", 0, "hall") is None
+
+
+def test_a_topic_made_anew_with_fewer_queues_ends_nobody(cluster: ReadingCluster) -> None:
+    """Who does not know the new route yet asks for queues that are not there."""
+    broker = cluster.broker
+    member = cluster.started("one", eager=1.0, group="")
+    cluster.run_until(lambda: member.queues == [Q0, Q1])
+    cluster.network.cut("one", "nameserver")
+    broker.delete_topic("meters")
+    broker.add_topic("meters", 1)
+    broker.store("meters", 0, 3)
+    cluster.run_for(5_000)
+    assert not member.inbox.is_closed
+    cluster.network.heal("one", "nameserver")
+    cluster.run_until(lambda: member.queues == [Q0])
+    cluster.run_for(100)
+    assert offsets_seen(member) == [*range(3)]
+
+
 def test_the_last_commit_is_not_made_as_somebody_else(cluster: ReadingCluster) -> None:
     """A broadcasting instance that is no member any more would commit for the group instead of itself."""
     member = cluster.started("one", message_model=MessageModel.BROADCASTING, instance_name="hall")

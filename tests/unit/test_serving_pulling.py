@@ -6,10 +6,11 @@ import pytest
 
 from tests.unit.broker_desk import BrokerDesk, DeskClient
 from zrmq.errors import Code
-from zrmq.message import ConsumeFrom, FlushMode
+from zrmq.message import ConsumeFrom, FlushMode, MessageModel
 from zrmq.protocol.events import TopicConfig
 from zrmq.protocol.requests import (
     Bye,
+    CommitOffsets,
     DeleteTopic,
     Failed,
     Heartbeat,
@@ -17,6 +18,9 @@ from zrmq.protocol.requests import (
     Pulled,
     PullStatus,
     PutTopic,
+    QueryCommitted,
+    QueryOffsets,
+    QueueOffset,
     ReleaseLease,
     Send,
 )
@@ -59,6 +63,24 @@ def test_a_reader_is_told_what_survives_a_power_cut(desk: BrokerDesk, client: De
     desk.restart()
     reply, _ = desk.client("c2").pull("meters", 0, 2)
     assert (reply.status, reply.flushed_offset) == (PullStatus.NOTHING, 2)
+
+
+def test_offsets_of_a_former_topic_are_refused_in_the_next_one_of_its_name(desk: BrokerDesk, client: DeskClient) -> None:
+    client.send("meters", 0, [b"a"])
+    topic_id = client.ask(QueryOffsets, "meters").topic_id
+    assert client.bodies(client.post(Pull, "meters", 0, 0, 1000, 0, 0, "", 0, topic_id)) == [b"a"]
+    client.ask(DeleteTopic, "meters")
+    desk.topic("meters")
+    client.send("meters", 0, [b"b", b"c"])
+    assert client.ask(Pull, "meters", 0, 1, 1000, 0, 0, "", 0, topic_id).code == Code.TOPIC_NOT_FOUND
+    member = desk.client("m", role="consumer", group="reports", instance_name="hall")
+    member.join("meters", model=MessageModel.BROADCASTING, consume_from=ConsumeFrom.EARLIEST)
+    assert member.ask(CommitOffsets, [QueueOffset("meters", 0, 1, 0, topic_id)]).fenced == [0]
+    found = member.ask(QueryCommitted, "meters")
+    assert found.topic_id == client.ask(QueryOffsets, "meters").topic_id > topic_id
+    assert dict(found.offsets)[0] == 0
+    assert member.ask(CommitOffsets, [QueueOffset("meters", 0, 1, 0, found.topic_id)]).fenced == []
+    assert client.bodies(client.post(Pull, "meters", 0, 1, 1000, 0, 0, "", 0, found.topic_id)) == [b"b", b"c"]
 
 
 def test_a_pull_gets_at_least_one_batch_however_small_its_bound(client: DeskClient) -> None:

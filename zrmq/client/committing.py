@@ -125,7 +125,7 @@ class _Attempt(msgspec.Struct, eq=False):
 
 def _wire(reading: Reading, offset: int) -> QueueOffset:
     queue = reading.queue
-    return QueueOffset(queue.topic, queue.queue_id, offset, reading.process_queue.lease_epoch)
+    return QueueOffset(queue.topic, queue.queue_id, offset, reading.process_queue.lease_epoch, reading.topic_id)
 
 
 def _fenced(reading: Reading) -> FencedError:

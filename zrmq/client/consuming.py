@@ -112,7 +112,8 @@ class ConsumerCore:
         )
         self._committer = Committer(inbox, self._fenced)
         self._claims: LeaseClaims | OffsetClaims = LeaseClaims(self) if config.leases else OffsetClaims(
-            self, has_group=bool(config.group), consume_from=config.consume_from, consume_timestamp_ms=config.consume_timestamp_ms
+            self, has_group=bool(config.group), is_assigned=config.is_assigned, consume_from=config.consume_from,
+            consume_timestamp_ms=config.consume_timestamp_ms,
         )
         self._membership: Membership | None = None
         if config.joins:
@@ -163,11 +164,11 @@ class ConsumerCore:
 
     # --- what claims say ----------------------------------------------------------------------------------------------
 
-    def on_claimed(self, queue: MessageQueue, link: Link, offset: int, lease_epoch: int) -> bool:
+    def on_claimed(self, queue: MessageQueue, link: Link, offset: int, lease_epoch: int, topic_id: int = 0) -> bool:
         """Of `ClaimListener`."""
         if self._is_closed or self._wanted is None or queue not in self._wanted:
             return False
-        reading = self.reader.begin(queue, link, offset, lease_epoch)
+        reading = self.reader.begin(queue, link, offset, lease_epoch, topic_id)
         if self._is_paused:
             self.reader.pause(reading, True)
         log.info("queue_claimed", **_place(queue), group=self._config.group, offset=offset, lease_epoch=lease_epoch)
@@ -311,13 +312,13 @@ class ConsumerCore:
         self._claims.let_go(reading, offset)
 
     def _lose(self, reading: Reading, error: ZrmqError) -> None:
-        """The lease or the broker is gone: what is buffered is nobody's, what is in flight is not committed."""
+        """The lease, the topic or the broker is gone: what is buffered is nobody's, what is in flight is not committed."""
         if self._is_closed or reading.process_queue.is_dropped:
             return
         log.warning("queue_lost", **_place(reading.queue), group=self._config.group, reason=error.message)
         self._claims.lose(reading, self._inbox.commit_offset(reading.process_queue), error)
         self.reader.end(reading)
-        self._rebalance_soon()
+        self._rebalance_soon(RETRY_MS if isinstance(error, TopicNotFoundError) else 0.0)  # unless the route tells of another one
 
     def _fenced(self, reading: Reading, error: ZrmqError) -> None:
         """A commit was refused. Without leases of our own it means that the group has members that hold some."""

@@ -19,7 +19,7 @@ import msgspec
 from zrmq.client.inbox import Inbox
 from zrmq.client.link import LEASE_MARGIN, Link
 from zrmq.client.process_queue import Chunk, ProcessQueue, forever
-from zrmq.errors import ClosedError, Code, FencedError, RequestTimeoutError, ZrmqError
+from zrmq.errors import ClosedError, Code, FencedError, RequestTimeoutError, TopicNotFoundError, ZrmqError
 from zrmq.logs import get_logger
 from zrmq.message import MessageQueue
 from zrmq.protocol.requests import AnyReply, Pull, Pulled, PullStatus
@@ -45,6 +45,7 @@ class Reading(msgspec.Struct, eq=False):
     pull_number: int = 0  # of the outstanding pull, 0: none
     pull_offset: int = 0  # what it asked for
     flushed_offset: int = 0  # no power cut takes what is before
+    topic_id: int = 0  # of the topic that the offsets belong to; 0: the lease says it
     refusal: Code | None = None  # the last one that was logged
     draining_ms: float = 0.0  # since when it is to be given back
 
@@ -66,7 +67,7 @@ class Bounds(msgspec.Struct, frozen=True):
 
 
 class Reader:
-    """All readings of one consumer. Loop thread only. `on_lost` is told of a reading whose lease or broker is gone."""
+    """All readings of one consumer. Loop thread only. `on_lost` is told of a reading whose lease, topic or broker is gone."""
 
     def __init__(
         self,
@@ -94,13 +95,13 @@ class Reader:
 
     # --- readings -----------------------------------------------------------------------------------------------------
 
-    def begin(self, queue: MessageQueue, link: Link, offset: int, lease_epoch: int = 0) -> Reading:
-        """Read a queue from an offset on, under a lease that was just given."""
+    def begin(self, queue: MessageQueue, link: Link, offset: int, lease_epoch: int = 0, topic_id: int = 0) -> Reading:
+        """Read a queue from an offset on, under a lease that was just given; without one, of the topic with this id."""
         valid_until_ms = partial(_valid_until_ms, link, link.gap_count) if lease_epoch else forever
-        return self._begin(queue, link, offset, lease_epoch, valid_until_ms)
+        return self._begin(queue, link, offset, lease_epoch, topic_id, valid_until_ms)
 
     def _begin(
-        self, queue: MessageQueue, link: Link, offset: int, lease_epoch: int, valid_until_ms: Callable[[], float]
+        self, queue: MessageQueue, link: Link, offset: int, lease_epoch: int, topic_id: int, valid_until_ms: Callable[[], float]
     ) -> Reading:
         process_queue = ProcessQueue(
             queue, offset, lease_epoch=lease_epoch, wanted_tags=self._wanted_tags.get(queue.topic), account=self._inbox.account,
@@ -108,7 +109,9 @@ class Reader:
         )
         # A lease comes with what the broker knows, on its disk. Without one, even the place to begin is news to it.
         known_offset = offset if lease_epoch else -1
-        reading = self.readings[queue] = Reading(process_queue, link, known_offset, flushed_offset=max(known_offset, 0))
+        reading = self.readings[queue] = Reading(
+            process_queue, link, known_offset, flushed_offset=max(known_offset, 0), topic_id=topic_id
+        )
         self.pull(reading)
         return reading
 
@@ -123,7 +126,7 @@ class Reader:
         """Read the same queue, under the same lease, from another offset on, which the next commit tells the broker."""
         old = reading.process_queue
         self.end(reading)
-        anew = self._begin(old.queue, reading.link, offset, old.lease_epoch, old.valid_until_ms)
+        anew = self._begin(old.queue, reading.link, offset, old.lease_epoch, reading.topic_id, old.valid_until_ms)
         anew.committed_offset, anew.goes_back, anew.flushed_offset = -1, True, reading.flushed_offset
         if old.is_paused:
             self.pause(anew, True)
@@ -168,7 +171,8 @@ class Reader:
         try:
             reading.pull_number = reading.link.request(
                 Pull, place.topic, place.queue_id, offset, self._pull_bytes, PULL_WAIT_MS, self._tag_masks.get(place.topic, 0),
-                self._lease_group, queue.lease_epoch, timeout_ms=PULL_TIMEOUT_MS, on_reply=partial(self._pulled, reading, offset),
+                self._lease_group, queue.lease_epoch, reading.topic_id,
+                timeout_ms=PULL_TIMEOUT_MS, on_reply=partial(self._pulled, reading, offset),
             )
         except ClosedError as error:
             self._on_lost(reading, error)
@@ -199,7 +203,7 @@ class Reader:
         reading.pull_number = 0
         if isinstance(reply, Pulled):
             self._take(reading, offset, reply, frames)
-        elif isinstance(reply, FencedError | ClosedError):
+        elif isinstance(reply, FencedError | TopicNotFoundError | ClosedError):
             self._on_lost(reading, reply)
         elif isinstance(reply, RequestTimeoutError):
             self.pull(reading)

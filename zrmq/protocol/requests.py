@@ -117,12 +117,16 @@ class Subscription(msgspec.Struct, array_like=True, frozen=True):
 
 
 class QueueOffset(msgspec.Struct, array_like=True, frozen=True):
-    """A queue of this broker and an offset in it; `lease_epoch` 0 where no lease is held (broadcasting, plain readers)."""
+    """A queue of this broker and an offset in it; `lease_epoch` 0 where no lease is held (broadcasting, plain readers).
+
+    `topic_id`: which topic of that name is meant, 0 if any; see `Pull`.
+    """
 
     topic: Name
     queue_id: QueueId
     offset: Natural
     lease_epoch: Natural = 0
+    topic_id: Natural = 0
 
 
 class MemberInfo(msgspec.Struct, array_like=True, frozen=True):
@@ -272,6 +276,9 @@ class Pull(Request, tag=31, frozen=True):
     `group` the lease epoch is checked first (FENCED); without one anybody may read. An offset below the queue's first is
     answered with status MOVED and where to go on; beyond its end too. A session waits with one pull per queue: a newer one ends
     the wait of the older.
+
+    `topic_id` (0: any) says of which topic of that name the offset is: when it was deleted and made again, TOPIC_NOT_FOUND. Who
+    reads without a lease gets it with the offset to begin at.
     """
 
     topic: Name
@@ -282,6 +289,7 @@ class Pull(Request, tag=31, frozen=True):
     tag_mask: Annotated[int, msgspec.Meta(ge=0)] = 0
     group: Name = ""
     lease_epoch: Natural = 0
+    topic_id: Natural = 0
 
 
 class QueryOffsets(Request, tag=32, frozen=True):
@@ -461,9 +469,10 @@ class Pulled(Reply, tag=131, frozen=True):
 
 
 class Offsets(Reply, tag=132, frozen=True):
-    """B (queue id, offset) pairs."""
+    """B (queue id, offset) pairs, and which topic of that name they belong to."""
 
     offsets: list[tuple[int, int]]
+    topic_id: int = 0
 
 
 class Joined(Reply, tag=140, frozen=True):

@@ -56,7 +56,7 @@ class Pulling:
 
     def pull(self, session: Session, request: Pull, frames: list[bytes]) -> None:
         """The consume path, whole: check, read, answer or hold."""
-        queue = self._context.queue(request.topic, request.queue_id)
+        queue = self._context.queue(request.topic, request.queue_id, request.topic_id)
         if not queue.topic.config.permission & PERMISSION_READ:
             raise RequestRefusedError(
                 f"Topic {request.topic!r} may not be read at broker {self._context.config.broker_name}.",

@@ -80,6 +80,9 @@ class Promises:
         self.acknowledged: dict[MessageQueue, dict[int, Posting]] = {}
         self.subscriptions: dict[tuple[str, str, str], dict[tuple[str, int], None]] = {}  # who: broker name, since when; in order
         self.deleted_until: dict[str, int] = {}  # by broker name: its log had begun there, whatever a power cut brought back
+        self.lease_topics: dict[tuple[str, int], int] = {}  # by broker name and lease epoch: of which topic its queue is
+        self.topic_ids: dict[tuple[str, str], int] = {}  # by broker name and topic: the one there is, or was last
+        self._gone: dict[str, dict[int, set[bytes]]] = {}  # messages of deleted topics: by broker name, and where its log says so
         self._losable: set[tuple[str, bytes]] = set()  # by broker name
         self._damaged: set[bytes] = set()
         self._went_back: set[MessageQueue] = set()
@@ -89,8 +92,8 @@ class Promises:
             for topic in plan.topics if topic.flush_mode is FlushMode.ASYNC for broker_name in plan.broker_names
         }
         self._wanted = {group.name: wanted_tags(group) for group in plan.groups}
-        self._finished: dict[Place, dict[int, bytes]] = {}
-        self._seeks: dict[Place, list[Seek]] = {}
+        self._finished: dict[Place, set[tuple[int, bytes]]] = {}
+        self._seeks: dict[tuple[Place, int], list[Seek]] = {}  # by place and topic id
 
     # --- producers ----------------------------------------------------------------------------------------------------
 
@@ -109,16 +112,21 @@ class Promises:
             raise BrokenPromise("bound", f"{posting} for {spell(posting.queue)} was stored in {spell(outcome.queue)}.")
         queue = self.acknowledged.setdefault(outcome.queue, {})
         other = queue.get(outcome.queue_offset)
-        if other is not None and not (self.may_be_lost(other) or self.is_damaged(other.body)):
+        if other is not None and self.is_gone(outcome.broker_name, posting.body):
+            return  # of a former topic, and told late
+        is_excused = other is None or self.is_gone(outcome.broker_name, other.body)
+        if other is not None and not (is_excused or self.may_be_lost(other) or self.is_damaged(other.body)):
             place = f"{outcome.queue_offset} of {spell(outcome.queue)}"
             raise BrokenPromise("double", f"{other} and {posting} were both acknowledged at {place}.")
         queue[outcome.queue_offset] = posting
 
-    def may_lose(self, broker_name: str, bodies: Iterable[bytes]) -> None:
+    def may_lose(self, broker_name: str, bodies: Iterable[bytes], flushed_position: int) -> None:
         """The power of a broker goes, and these are written and not flushed. What was acknowledged, or read, from the page cache
         of a topic that was flushed first again before this moment is flushed."""
         unsafe = (body for body in bodies if self.is_async(broker_name, self.postings[body].topic))
         self._losable.update((broker_name, body) for body in unsafe)
+        for position in [position for position in self._gone.get(broker_name, ()) if position >= flushed_position]:
+            del self._gone[broker_name][position]  # unless it is seen again
 
     def may_be_lost(self, posting: Posting) -> bool:
         """Whether it was only promised to survive the end of the process, and the power went before it was flushed."""
@@ -151,6 +159,14 @@ class Promises:
     def was_async(self, broker_name: str, topic: str, since_ms: float) -> bool:
         """Whether they may have been at some time since then."""
         return self._async_until_ms.get((broker_name, topic), -inf) >= since_ms
+
+    def is_gone(self, broker_name: str, body: bytes) -> bool:
+        """Whether a broker had the message in a topic that was deleted. It may be stored once more, and that one is owed."""
+        return any(body in bodies for bodies in self._gone.get(broker_name, {}).values())
+
+    def topic_deleted(self, broker_name: str, position: int, bodies: Iterable[bytes]) -> None:
+        """A broker's log says at `position` that a topic is deleted, which had these messages."""
+        self._gone.setdefault(broker_name, {}).setdefault(position, set()).update(bodies)
 
     # --- damage ---------------------------------------------------------------------------------------------------------
 
@@ -196,20 +212,25 @@ class Promises:
     def finish(self, group: str, instance_name: str, message: Message) -> None:
         """A listener returned."""
         key = (group, instance_name, message.queue)
-        self._finished.setdefault(key, {})[message.queue_offset] = message.body
+        self._finished.setdefault(key, set()).add((message.queue_offset, message.body))
 
     def sought(self, place: Place, seek: Seek) -> None:
         """A consumer goes on elsewhere."""
-        self._seeks.setdefault(place, []).append(seek)
+        self._seeks.setdefault(self._now(place), []).append(seek)
+
+    def _now(self, place: Place) -> tuple[Place, int]:
+        """The place in the topic that there is: of a former one nothing counts."""
+        queue = place[2]
+        return place, self.topic_ids.get((queue.broker_name, queue.topic), 0)
 
     def is_beyond(self, place: Place, offset: int) -> bool:
         """Whether a consumer sought this offset where the queue had already ended: its broker commits the end then."""
-        return any(seek.end < offset == seek.offset for seek in self._seeks.get(place, ()))
+        return any(seek.end < offset == seek.offset for seek in self._seeks.get(self._now(place), ()))
 
     def may_go_back(self, place: Place, offset: int, times: int) -> int | None:
         """From where on a group that goes back to `offset`, for the so-many-th time, has finished everything before it; None if
         it must not go back. Who seeks beyond the end goes back twice."""
-        seeks = self._seeks.get(place, [])
+        seeks = self._seeks.get(self._now(place), [])
         return max((seek.end for seek in seeks if seek.end <= offset), default=None) if times <= 2 * len(seeks) else None
 
     def is_finished(self, group: str, instance_name: str, queue: MessageQueue, offset: int, body: bytes) -> bool:
@@ -217,8 +238,8 @@ class Promises:
         place = (group, instance_name, queue)
         done = self._finished.get(place)
         return (
-            (done is not None and done.get(offset) == body) or not self.is_wanted(group, body)
-            or any(seek.before <= offset < seek.offset for seek in self._seeks.get(place, ()))
+            (done is not None and (offset, body) in done) or not self.is_wanted(group, body)
+            or any(seek.before <= offset < seek.offset for seek in self._seeks.get(self._now(place), ()))
         )
 
     def is_wanted(self, group: str, body: bytes) -> bool:

@@ -45,12 +45,13 @@ class WorkPlan(msgspec.Struct, frozen=True):
     pulls: dict[str, PullPlan] = {}  # by group; the members of others have listeners
     change_topics_every_ms: float = 0.0  # mean time between two changes of an administrator, 0: none
     change_flush_every_ms: float = 0.0  # likewise, from sync to async or back
+    remake_topics_every_ms: float = 0.0  # between two deletions of a topic, which is made again a little later
     session_timeouts_ms: tuple[int, ...] = ()  # one of these from each start of a broker on but the first; else always the plan's
 
     @property
     def has_admin(self) -> bool:
         """Whether somebody changes topics."""
-        return bool(self.change_topics_every_ms or self.change_flush_every_ms)
+        return bool(self.change_topics_every_ms or self.change_flush_every_ms or self.remake_topics_every_ms)
 
 
 def draw_work(seed: int) -> WorkPlan:
@@ -93,11 +94,15 @@ def _changes(rng: Random) -> float:
     return rng.choice((200.0, 1_000.0, 3_000.0))
 
 
+def _remakes(rng: Random) -> float:
+    return rng.choice((500.0, 1_500.0, 4_000.0))
+
+
 def _timeouts(rng: Random) -> tuple[int, ...]:
     return rng.choice(((2_000, 10_000), (1_000, 4_000, 15_000)))
 
 
 KINDS: dict[str, Callable[[Random], Any]] = {
     "retention": _retention, "pulls": _pulls, "change_topics_every_ms": _changes, "session_timeouts_ms": _timeouts,
-    "change_flush_every_ms": _changes,
+    "change_flush_every_ms": _changes, "remake_topics_every_ms": _remakes,
 }
