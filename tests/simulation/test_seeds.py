@@ -98,7 +98,7 @@ def test_plans_differ_and_cover_what_can_go_wrong() -> None:
 
 
 def test_some_runs_have_work_beside_sending_and_reading() -> None:
-    plans = [draw_plan(seed) for seed in range(1, 101)]
+    plans = [draw_plan(seed) for seed in range(1, SEEDS + 1)]
     assert sum(plan.work == WorkPlan() for plan in plans) >= 20, "many have none"
     for kind in WorkPlan.__struct_fields__:
         assert sum(getattr(plan.work, kind) != getattr(WorkPlan(), kind) for plan in plans) >= 10, kind

@@ -17,20 +17,22 @@ from zrmq.client.cursor import Cursor
 from zrmq.client.inbox import Inbox
 from zrmq.client.process_queue import ProcessQueue
 from zrmq.client.producing import ProducerCore
-from zrmq.message import ConsumeFrom
+from zrmq.message import ConsumeFrom, FlushMode
 from zrmq.protocol.events import BrokerStarted, LeaseGranted, OffsetsCommitted, TopicPut
 from zrmq.protocol.requests import Hello
+from zrmq.serving.context import Context
 from zrmq.serving.core import BrokerCore
 from zrmq.serving.groups import GroupDesk
 from zrmq.serving.leases import LeaseDesk
 from zrmq.serving.offsets import OffsetDesk
 from zrmq.serving.outbox import Outbox
 from zrmq.serving.pulling import HeldPull, Pulling
+from zrmq.serving.sending import Sending
 from zrmq.store import checkpoint, maintenance, recovery, relocation, retention, segment, store
 from zrmq.store import reading as reading_store
 from zrmq.store.checkpoint import Checkpoint
 from zrmq.store.commit_log import CommitLog, LogFlush
-from zrmq.store.consume_queue import ConsumeQueue
+from zrmq.store.consume_queue import ConsumeQueue, Shelf
 from zrmq.store.relocation import Relocation
 from zrmq.store.segment import EntryReader, Found
 from zrmq.store.store import Store
@@ -495,8 +497,8 @@ def begin_at_the_end_of_assigned_queues(patch: Patch) -> None:
 
 def begin_before_the_end_of_assigned_queues(patch: Patch) -> None:
     begin = OffsetClaims._begin
-    patch.setattr(OffsetClaims, "_begin", lambda self, offsets, link: begin(
-        self, {queue: max(offset - 1, 0) for queue, offset in offsets.items()}, link
+    patch.setattr(OffsetClaims, "_begin", lambda self, offsets, *parts: begin(
+        self, {queue: max(offset - 1, 0) for queue, offset in offsets.items()}, *parts
     ))
 
 
@@ -515,7 +517,80 @@ def begin_behind_what_a_broker_has_lost(patch: Patch) -> None:
 
 
 def forget_that_a_reader_sought_back(patch: Patch) -> None:
-    patch.setattr(OffsetClaims, "_begin_at", lambda self, queue, link, offset: self._listener.on_claimed(queue, link, offset, 0))
+    patch.setattr(OffsetClaims, "_begin_at", lambda self, queue, link, offset, topic_id: self._listener.on_claimed(
+        queue, link, offset, 0, topic_id
+    ))
+
+
+def go_on_where_it_was_whatever_the_broker_lost(patch: Patch) -> None:
+    patch.setattr(reading.Reading, "is_safe", True)
+
+
+def call_flushed_what_is_visible(patch: Patch) -> None:
+    show = Store._show
+
+    def hasty(self: Store, queue: Any, offset: int) -> None:
+        show(self, queue, offset)
+        queue.flushed_offset = offset
+
+    patch.setattr(Store, "_show", hasty)
+
+
+def acknowledge_as_the_topic_was_once(patch: Patch) -> None:
+    """A topic that was ever acknowledged before its flush stays so, and says the contrary."""
+    after_flush, send = Outbox.after_flush, Sending.send
+    once: set[int] = set()
+
+    def stubborn(self: Sending, session: Any, request: Any, frames: Any) -> None:
+        topic = self._context.topic(request.topic)
+        if topic.config.flush_mode is FlushMode.ASYNC:
+            once.add(id(topic))
+        patch.setattr(Outbox, "after_flush", Outbox.after_write if id(topic) in once else after_flush)
+        send(self, session, request, frames)
+        patch.setattr(Outbox, "after_flush", after_flush)
+
+    patch.setattr(Sending, "send", stubborn)
+
+
+def take_a_topic_by_its_name(patch: Patch) -> None:
+    """As brokers and clients did that knew of no topic ids."""
+    queue = Context.queue
+    patch.setattr(Context, "queue", lambda self, name, queue_id, topic_id=0: queue(self, name, queue_id))
+
+
+def _inherit(patch: Patch, what: str) -> None:
+    """A topic that is made anew takes over something of what groups had of the former one of its name."""
+    put, deleted = Tables._topic_put, Tables._topic_deleted
+
+    def keep(self: Any, event: Any) -> None:
+        topic = self.topics_by_id.get(event.topic_id)
+        if topic is not None:
+            had = {name: dict(getattr(group, what)) for name, group in self.groups.items()}
+            self.former = {**getattr(self, "former", {}), topic.config.topic: (event.topic_id, had)}
+        deleted(self, event)
+
+    def take_over(self: Any, event: Any) -> None:
+        put(self, event)
+        former_id, had = getattr(self, "former", {}).pop(event.config.topic, (0, {}))
+        for name, places in had.items():
+            getattr(self.groups[name], what).update(
+                {(*key[:-2], event.topic_id, key[-1]): place for key, place in places.items() if key[-2] == former_id}
+            )
+
+    patch.setattr(Tables, "_topic_deleted", keep)
+    patch.setattr(Tables, "_topic_put", take_over)
+
+
+def inherit_offsets(patch: Patch) -> None:
+    _inherit(patch, "offsets")
+
+
+def inherit_leases(patch: Patch) -> None:
+    _inherit(patch, "leases")
+
+
+def keep_queue_files_by_name(patch: Patch) -> None:
+    patch.setattr(Shelf, "folder_of_topic", lambda self, topic: self.folder / topic.config.topic)
 
 
 ROTTEN = {"faults": {"bit_rot": 300.0, "broker_kill": 1_500.0}}
@@ -524,8 +599,10 @@ KEEPING = {"work": WorkPlan(retention=RetentionPlan(store_ms=60_000)), "segment_
 DELETING = {
     "work": WorkPlan(retention=RetentionPlan(store_ms=500, segment_bytes=4_096)), "segment_bytes": 4_096, "checkpoint_ms": 200,
 }
+REMAKING = {"work": WorkPlan(remake_topics_every_ms=700.0), "checkpoint_ms": 200}
 ITERATION = PullPlan(iterates=True, auto_commit=True, seek_every_ms=0.0, pause_every_ms=0.0, message_ms=100.0)
 ITERATING = {"work": WorkPlan(pulls=dict.fromkeys(("group-0", "group-1", "group-2"), ITERATION))}
+FLUSHING = {"work": WorkPlan(change_flush_every_ms=300.0), "faults": {"broker_power_cut": 1_000.0}}
 PULLING = {"work": WorkPlan(pulls={
     group: PullPlan(iterates=iterates, auto_commit=auto_commit, seek_every_ms=300.0, pause_every_ms=1_000.0, message_ms=1.0)
     for group, iterates, auto_commit in (("group-0", False, False), ("group-1", True, True), ("group-2", False, True))
@@ -612,6 +689,15 @@ VARIANTS = [
     Variant("save no changes of topics", save_no_changes_of_topics, {"topics"}, {
         "work": WorkPlan(change_topics_every_ms=500.0),
     }),
+    Variant(
+        "go on where it was whatever the broker lost", go_on_where_it_was_whatever_the_broker_lost, {"commit", "missed"}, FLUSHING
+    ),
+    Variant("call flushed what is visible", call_flushed_what_is_visible, {"commit", "missed"}, FLUSHING),
+    Variant("acknowledge as the topic was once", acknowledge_as_the_topic_was_once, {"flush", "lost"}, FLUSHING),
+    Variant("take a topic by its name", take_a_topic_by_its_name, {"former", "phantom", "commit", "missed"}, REMAKING),
+    Variant("inherit offsets", inherit_offsets, {"commit", "missed"}, REMAKING),
+    Variant("inherit leases", inherit_leases, {"phantom", "commit", "missed", "lease"}, REMAKING),
+    Variant("keep queue files by name", keep_queue_files_by_name, {"views"}, REMAKING),
     Variant("forget the longer session timeout", forget_the_longer_session_timeout, {"owner", "drain"}, {
         "work": WorkPlan(session_timeouts_ms=(1_000,)), "session_timeout_ms": 10_000,
         "faults": {"broker_kill": 3_000.0, "cut": 1_000.0, "pause": 2_000.0},

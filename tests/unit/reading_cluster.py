@@ -31,7 +31,7 @@ from zrmq.errors import (
     TopicNotFoundError,
     ZrmqError,
 )
-from zrmq.message import ConsumeFrom, FlushMode, Message, MessageModel, MessageQueue
+from zrmq.message import ConsumeFrom, Message, MessageModel, MessageQueue
 from zrmq.protocol import limits
 from zrmq.protocol.events import TopicConfig
 from zrmq.protocol.requests import (
@@ -43,7 +43,6 @@ from zrmq.protocol.requests import (
     Bye,
     CommitOffsets,
     Committed,
-    DescribeTopics,
     Done,
     Failed,
     GroupChanged,
@@ -114,7 +113,9 @@ class ReadingBroker:
         self.address = f"tcp://127.0.0.1:{port}"
         self.auto_create = auto_create
         self.topics: dict[str, list[Log]] = {}
-        self.unflushed: set[str] = set()  # topics acknowledged before they are flushed
+        self.topic_ids: dict[str, int] = {}
+        self.topics_made = 0
+        self.unflushed: set[str] = set()  # topics of which nothing is
         self.groups: defaultdict[str, Standing] = defaultdict(Standing)
         self.leases: dict[Key, tuple[str, int]] = {}
         self.requests: list[tuple[str, Any]] = []  # client id and request, since the last `forget_requests`
@@ -157,6 +158,21 @@ class ReadingBroker:
     def add_topic(self, topic: str, queue_count: int = 2) -> None:
         """Have it."""
         self.topics[topic] = [Log() for _ in range(queue_count)]
+        self.topics_made += 1
+        self.topic_ids[topic] = self.topics_made
+        if self.loop is not None:
+            self.registration.topics_changed()
+
+    def delete_topic(self, topic: str) -> None:
+        """Have it no more, nor what groups had of it, and tell those who wait for its messages."""
+        del self.topics[topic], self.topic_ids[topic]
+        self.leases = {key: lease for key, lease in self.leases.items() if key[1] != topic}
+        for group in self.groups.values():
+            group.offsets = {key: offset for key, offset in group.offsets.items() if key[1] != topic}
+            group.starts = {key: offset for key, offset in group.starts.items() if key[1] != topic}
+        held, self.held = self.held, []
+        for session, request in held:
+            self._try_pull(session, request)
         if self.loop is not None:
             self.registration.topics_changed()
 
@@ -185,7 +201,8 @@ class ReadingBroker:
 
     def _routes(self) -> tuple[int, Callable[[], list[TopicRoute]]]:
         routes = [TopicRoute(topic, self.name, len(logs), 6) for topic, logs in self.topics.items()]
-        return sum(route.queue_count + 1 for route in routes) + 1, lambda: routes
+        version = 1_000 * self.topics_made + sum(route.queue_count + 1 for route in routes) + 1
+        return version, lambda: routes
 
     def _tick(self) -> None:
         assert self.loop is not None
@@ -238,11 +255,6 @@ class ReadingBroker:
         self.drop(session)
         self.sessions.close(session)
         return Done(request.number)
-
-    def _do_DescribeTopics(self, session: Session, request: DescribeTopics) -> Reply:
-        modes = {topic: FlushMode.ASYNC if topic in self.unflushed else FlushMode.SYNC for topic in request.topics}
-        configs = [TopicConfig(topic, len(self._logs(topic)), flush_mode=mode) for topic, mode in modes.items()]
-        return Topics(request.number, [TopicInfo(config, 1, []) for config in configs])
 
     def _do_PutTopic(self, session: Session, request: PutTopic) -> Reply:
         config: TopicConfig = request.config
@@ -371,6 +383,9 @@ class ReadingBroker:
     def _do_CommitOffsets(self, session: Session, request: CommitOffsets) -> Reply:
         fenced, group, instance = [], self.groups[session.group], self._instance(session)
         for index, each in enumerate(request.offsets):
+            if each.topic_id not in (0, self.topic_ids[each.topic]):
+                fenced.append(index)
+                continue
             if each.lease_epoch or (session.group, each.topic, each.queue_id) in self.leases:
                 try:
                     self._check_lease(session, each.topic, each.queue_id, each.lease_epoch)
@@ -385,7 +400,7 @@ class ReadingBroker:
         logs = self._logs(request.topic)
         instance = self._instance(session)
         found = [(queue_id, self._stands_at(session.group, instance, request.topic, queue_id)) for queue_id in range(len(logs))]
-        return Offsets(request.number, found)
+        return Offsets(request.number, found, self.topic_ids[request.topic])
 
     def _do_QueryOffsets(self, session: Session, request: QueryOffsets) -> Reply:
         logs = self._logs(request.topic)
@@ -397,7 +412,7 @@ class ReadingBroker:
             named = {OFFSET_EARLIEST: log.min_offset, OFFSET_LATEST: log.next_offset}
             at = named[request.timestamp_ms] if request.timestamp_ms in named else self._offset_at(log, request.timestamp_ms)
             found.append((queue_id, at))
-        return Offsets(request.number, found)
+        return Offsets(request.number, found, self.topic_ids[request.topic])
 
     def _logs(self, topic: str) -> list[Log]:
         if topic not in self.topics:
@@ -407,6 +422,9 @@ class ReadingBroker:
     # --- pulls ----------------------------------------------------------------------------------------------------------
 
     def _do_Pull(self, session: Session, request: Pull) -> tuple[Reply | None, list[bytes]]:
+        self._logs(request.topic)
+        if request.topic_id not in (0, self.topic_ids[request.topic]):
+            raise TopicNotFoundError(f"Topic {request.topic!r} is another one.")
         if request.group:
             self._check_lease(session, request.topic, request.queue_id, request.lease_epoch)
         scripted = self.answer_pull(request)
@@ -415,7 +433,7 @@ class ReadingBroker:
         log = self._logs(request.topic)[request.queue_id]
         if not log.min_offset <= request.offset <= log.next_offset:
             next_offset = min(max(request.offset, log.min_offset), log.next_offset)
-            return Pulled(request.number, PullStatus.MOVED, next_offset, log.min_offset, log.next_offset), []
+            return Pulled(request.number, PullStatus.MOVED, next_offset, *self._ends(request.topic, log)), []
         batches = [batch for batch in log.batches if batch[0] + batch[1] > request.offset]
         if not batches:
             self._hold(session, request)
@@ -431,7 +449,7 @@ class ReadingBroker:
         stays = request.stays and next_offset == log.next_offset and bytes_left > STAYS_BYTES_MIN
         if stays:
             self._hold(session, msgspec.structs.replace(request, offset=next_offset, bytes_max=bytes_left))
-        return Pulled(request.number, PullStatus.FOUND, next_offset, log.min_offset, log.next_offset, stays), [frame]
+        return Pulled(request.number, PullStatus.FOUND, next_offset, *self._ends(request.topic, log), stays), [frame]
 
     def _hold(self, session: Session, request: Pull) -> None:
         assert self.loop is not None
@@ -446,11 +464,14 @@ class ReadingBroker:
         if reply is not None:
             self.endpoint.send(session.peer, [encode(reply), *frames])
 
+    def _ends(self, topic: str, log: Log) -> tuple[int, int, int]:
+        return log.min_offset, log.next_offset, 0 if topic in self.unflushed else log.next_offset
+
     def _end_pull(self, session: Session, request: Pull) -> None:
         if (session, request) in self.held:
             self.held.remove((session, request))
             log = self.topics[request.topic][request.queue_id]
-            reply = Pulled(request.number, PullStatus.NOTHING, request.offset, log.min_offset, log.next_offset)
+            reply = Pulled(request.number, PullStatus.NOTHING, request.offset, *self._ends(request.topic, log))
             self.endpoint.send(session.peer, [encode(reply)])
 
 

@@ -175,21 +175,6 @@ def test_a_commit_that_nobody_answers_fails(cluster: ReadingCluster) -> None:
     assert [type(answer).__name__ for answer in answers] == ["RequestTimeoutError"]
 
 
-def test_a_commit_that_waits_for_a_broker_ends_when_the_consumer_is_closed(cluster: ReadingCluster) -> None:
-    member = cluster.started("one", eager=1.0, auto_commit=False)
-    cluster.broker.store("meters", 0, 3)
-    cluster.run_for(100)
-    cluster.broker.crash()
-    cluster.broker.start()
-    cluster.run_until(lambda: any(reading.is_suspect for reading in member.core.reader.readings.values()))
-    answers: list[ZrmqError | None] = []
-    member.core.commit(answers.append, 1_000)
-    cluster.run_until(lambda: not any(reading.is_suspect for reading in member.core.reader.readings.values()))
-    member.core.close(lambda: member.instance.close(lambda: None), 1_000)
-    cluster.run_for(1_500)
-    assert [type(answer).__name__ for answer in answers] == ["ClosedError"]
-
-
 # --- where a group begins -----------------------------------------------------------------------------------------------
 
 
@@ -715,27 +700,104 @@ def test_a_release_under_way_over_a_restart_commits_nothing(cluster: ReadingClus
     assert offsets_seen(first, Q1) + offsets_seen(second, Q1) == [0, 1, 2] * 2
 
 
-@pytest.mark.parametrize("is_kept", [True, False])
-def test_a_commit_waits_until_it_is_known_what_a_broker_has_kept(cluster: ReadingCluster, is_kept: bool) -> None:
+@pytest.mark.parametrize("is_flushed", [True, False])
+def test_what_was_read_before_its_flush_is_doubted_whatever_its_topic_is_now(cluster: ReadingCluster, is_flushed: bool) -> None:
     broker = cluster.broker
-    broker.unflushed |= set() if is_kept else {"meters"}
+    broker.unflushed |= set() if is_flushed else {"meters"}
     member = cluster.started("one", eager=1.0, auto_commit=False)
     broker.store("meters", 0, 3)
     cluster.run_for(10)
-    describe, held = broker._do_DescribeTopics, []
-    broker._do_DescribeTopics = lambda *asked: held.append(asked)  # type: ignore[method-assign,assignment]
     broker.crash()
+    broker.unflushed.clear()
     broker.start()
-    cluster.run_until(lambda: bool(held))
+    cluster.run_for(1_000)
+    assert offsets_seen(member) == [*range(3)] if is_flushed else [*range(3), *range(3)]
     answers: list[ZrmqError | None] = []
     member.core.commit(answers.append, 10_000)
-    cluster.run_for(1_000)
-    assert answers == []
-    session, request = held[0]
-    broker.endpoint.send(session.peer, [encode(describe(session, request))])
     cluster.run_until(lambda: bool(answers))
-    assert [type(answer) for answer in answers] == [type(None) if is_kept else UnreachableError]
-    assert broker.committed("reports", "meters", 0) == (3 if is_kept else None)
+    assert broker.committed("reports", "meters", 0) == 3
+
+
+def test_what_was_read_and_flushed_later_is_not_doubted(cluster: ReadingCluster) -> None:
+    broker = cluster.broker
+    broker.unflushed.add("meters")
+    member = cluster.started("one", eager=1.0, auto_commit=False)
+    broker.store("meters", 0, 3)
+    cluster.run_for(10)
+    broker.unflushed.clear()
+    broker.store("meters", 0, 1)
+    cluster.run_for(10)
+    broker.crash()
+    broker.start()
+    broker.store("meters", 0, 1)
+    cluster.run_for(1_000)
+    assert offsets_seen(member) == [*range(5)]
+
+
+WAYS: list[dict[str, Any]] = [
+    {}, {"message_model": MessageModel.BROADCASTING, "instance_name": "hall"}, {"group": ""}, {"assigned": True},
+]
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+@pytest.mark.parametrize("way", WAYS, ids=["clustering", "broadcasting", "no group", "assigned"])
+def test_a_topic_made_anew_is_read_from_its_beginning(cluster: ReadingCluster, way: dict[str, Any], is_told: bool) -> None:
+    """`is_told`: that it was deleted; else it is there again when the connection is."""
+    broker = cluster.broker
+    broker.auto_create = False
+    if way.get("assigned"):
+        member = cluster.member("one", eager=1.0, is_assigned=True)
+        member.core.assign([Q0, Q1])
+    else:
+        member = cluster.started("one", eager=1.0, **way)
+    cluster.run_until(lambda: member.queues == [Q0, Q1])
+    broker.store("meters", 0, 5)
+    cluster.run_for(1_500)
+    if not is_told:
+        cluster.network.break_connections("one", "broker-a")
+    broker.delete_topic("meters")
+    if is_told:
+        cluster.run_for(200)
+    broker.add_topic("meters")
+    broker.store("meters", 0, 3)
+    cluster.run_for(200)
+    broker.store("meters", 0, 5)
+    cluster.run_for(5_000)
+    assert offsets_seen(member) == [*range(5), *range(8)]
+    committed = broker.committed("reports", "meters", 0, way.get("instance_name", ""))
+    assert committed == (None if way.get("group") == "" else 8)
+
+
+def test_what_is_finished_of_a_former_topic_is_not_committed_in_the_next(cluster: ReadingCluster) -> None:
+    broker = cluster.broker
+    member = cluster.started("one", eager=1.0, auto_commit=False, message_model=MessageModel.BROADCASTING, instance_name="hall")
+    cluster.run_until(lambda: member.queues == [Q0, Q1])
+    broker.store("meters", 0, 5)
+    cluster.run_for(100)
+    broker.delete_topic("meters")
+    broker.add_topic("meters")
+    broker.store("meters", 0, 5)
+    answers: list[ZrmqError | None] = []
+    member.core.commit(answers.append, 10_000)
+    cluster.run_until(lambda: bool(answers))
+    assert broker.committed("reports", "meters", 0, "hall") is None
+
+
+def test_a_topic_made_anew_with_fewer_queues_ends_nobody(cluster: ReadingCluster) -> None:
+    """Who does not know the new route yet asks for queues that are not there."""
+    broker = cluster.broker
+    member = cluster.started("one", eager=1.0, group="")
+    cluster.run_until(lambda: member.queues == [Q0, Q1])
+    cluster.network.cut("one", "nameserver")
+    broker.delete_topic("meters")
+    broker.add_topic("meters", 1)
+    broker.store("meters", 0, 3)
+    cluster.run_for(5_000)
+    assert not member.inbox.is_closed
+    cluster.network.heal("one", "nameserver")
+    cluster.run_until(lambda: member.queues == [Q0])
+    cluster.run_for(100)
+    assert offsets_seen(member) == [*range(3)]
 
 
 def test_the_last_commit_is_not_made_as_somebody_else(cluster: ReadingCluster) -> None:
@@ -1033,7 +1095,7 @@ def test_a_pull_that_brings_more_than_was_asked_for_is_given_up(cluster: Reading
     cluster.run_until(lambda: len(cluster.broker.held) == 2)
     session, pull = next((session, pull) for session, pull in cluster.broker.held if pull.queue_id == 0)
     for offset in range(0, 50_000, 100):
-        reply = Pulled(pull.number, PullStatus.FOUND, offset + 100, 0, offset + 100, True)
+        reply = Pulled(pull.number, PullStatus.FOUND, offset + 100, 0, offset + 100, offset + 100, True)
         cluster.broker.endpoint.send(session.peer, [encode(reply), stored_batch(offset, 100)])
     cluster.run_for(500)
     assert reading.PULL_BYTES_MAX - 10_000 < member.inbox.account.size_bytes <= reading.PULL_BYTES_MAX

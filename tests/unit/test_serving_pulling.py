@@ -6,8 +6,24 @@ import pytest
 
 from tests.unit.broker_desk import BrokerDesk, DeskClient
 from zrmq.errors import Code
-from zrmq.message import ConsumeFrom
-from zrmq.protocol.requests import Bye, DeleteTopic, Failed, Heartbeat, Pull, Pulled, PullStatus, ReleaseLease
+from zrmq.message import ConsumeFrom, FlushMode, MessageModel
+from zrmq.protocol.events import TopicConfig
+from zrmq.protocol.requests import (
+    Bye,
+    CommitOffsets,
+    DeleteTopic,
+    Failed,
+    Heartbeat,
+    Pull,
+    Pulled,
+    PullStatus,
+    PutTopic,
+    QueryCommitted,
+    QueryOffsets,
+    QueueOffset,
+    ReleaseLease,
+    Send,
+)
 from zrmq.protocol.tags import filter_mask
 from zrmq.serving import pulling
 
@@ -29,7 +45,42 @@ def test_a_pull_begins_at_its_offset_and_says_where_to_go_on(client: DeskClient)
         client.send("meters", 0, [body])
     reply, bodies = client.pull("meters", 0, 1)
     assert bodies == [b"b", b"c"]
-    assert reply == Pulled(reply.number, PullStatus.FOUND, 3, 0, 3)
+    assert reply == Pulled(reply.number, PullStatus.FOUND, 3, 0, 3, 3)
+
+
+def test_a_reader_is_told_what_survives_a_power_cut(desk: BrokerDesk, client: DeskClient) -> None:
+    """However its topic is acknowledged: here that has just changed, and the change is not flushed itself."""
+    client.send("meters", 0, [b"a"])
+    client.post(PutTopic, TopicConfig("meters", queue_count=4, flush_mode=FlushMode.ASYNC))
+    client.post(Send, "meters", 0, payload=[client.batch([b"b"])])
+    desk.turn(flush=False)
+    number = client.post(Pull, "meters", 0, 0, 1000, 0)
+    assert client.bodies(number) == [b"a", b"b"]
+    assert client.reply(number).flushed_offset == 1
+    desk.turn()
+    reply, _ = client.pull("meters", 0, 2)
+    assert (reply.status, reply.flushed_offset) == (PullStatus.NOTHING, 2)
+    desk.restart()
+    reply, _ = desk.client("c2").pull("meters", 0, 2)
+    assert (reply.status, reply.flushed_offset) == (PullStatus.NOTHING, 2)
+
+
+def test_offsets_of_a_former_topic_are_refused_in_the_next_one_of_its_name(desk: BrokerDesk, client: DeskClient) -> None:
+    client.send("meters", 0, [b"a"])
+    topic_id = client.ask(QueryOffsets, "meters").topic_id
+    assert client.bodies(client.post(Pull, "meters", 0, 0, 1000, 0, 0, "", 0, topic_id)) == [b"a"]
+    client.ask(DeleteTopic, "meters")
+    desk.topic("meters")
+    client.send("meters", 0, [b"b", b"c"])
+    assert client.ask(Pull, "meters", 0, 1, 1000, 0, 0, "", 0, topic_id).code == Code.TOPIC_NOT_FOUND
+    member = desk.client("m", role="consumer", group="reports", instance_name="hall")
+    member.join("meters", model=MessageModel.BROADCASTING, consume_from=ConsumeFrom.EARLIEST)
+    assert member.ask(CommitOffsets, [QueueOffset("meters", 0, 1, 0, topic_id)]).fenced == [0]
+    found = member.ask(QueryCommitted, "meters")
+    assert found.topic_id == client.ask(QueryOffsets, "meters").topic_id > topic_id
+    assert dict(found.offsets)[0] == 0
+    assert member.ask(CommitOffsets, [QueueOffset("meters", 0, 1, 0, found.topic_id)]).fenced == []
+    assert client.bodies(client.post(Pull, "meters", 0, 1, 1000, 0, 0, "", 0, found.topic_id)) == [b"b", b"c"]
 
 
 def test_a_pull_gets_at_least_one_batch_however_small_its_bound(client: DeskClient) -> None:
@@ -134,7 +185,7 @@ def test_a_pull_that_is_woken_for_nothing_waits_on(desk: BrokerDesk, client: Des
 
 
 def stay(client: DeskClient, offset: int, bytes_max: int = 10_000, wait_ms: int = 10_000, queue_id: int = 0) -> int:
-    return client.post(Pull, "meters", queue_id, offset, bytes_max, wait_ms, 0, "", 0, True)
+    return client.post(Pull, "meters", queue_id, offset, bytes_max, wait_ms, 0, "", 0, 0, True)
 
 
 def facts(client: DeskClient, number: int) -> list[tuple[PullStatus, int, bool]]:
@@ -190,7 +241,7 @@ def test_a_pull_that_stays_brings_nothing_of_a_queue_that_went_to_somebody_else(
     reader.join("meters", consume_from=ConsumeFrom.EARLIEST)
     other.join("meters")
     lease = reader.acquire("meters", 0)
-    number = reader.post(Pull, "meters", 0, 0, 10_000, 10_000, 0, "readers", lease.lease_epoch, True)
+    number = reader.post(Pull, "meters", 0, 0, 10_000, 10_000, 0, "readers", lease.lease_epoch, 0, True)
     producer.send("meters", 0, [b"a"])
     reader.ask(ReleaseLease, "meters", 0, lease.lease_epoch, 1)
     other.acquire("meters", 0)
@@ -269,7 +320,7 @@ def test_a_client_that_does_not_read_is_told_nothing_rather_than_data(desk: Brok
     pulls = (1, 0), (0, 10_000), (0, 2_000)
     numbers = [client.post(Pull, "meters", queue_id, 1, 1000, wait_ms) for queue_id, wait_ms in pulls]
     cannot_wait, replaced, waits = numbers
-    nothing = {number: Pulled(number, PullStatus.NOTHING, 1, 0, 2) for number in numbers}
+    nothing = {number: Pulled(number, PullStatus.NOTHING, 1, 0, 2, 2) for number in numbers}
     assert [client.reply(number) for number in numbers] == [nothing[cannot_wait], nothing[replaced], None]
     desk.pass_ms(2_500)
     assert client.reply(waits) == nothing[waits]
@@ -284,7 +335,7 @@ def test_a_newer_pull_ends_the_wait_of_one_that_had_no_room(desk: BrokerDesk, cl
     older = client.post(Pull, "meters", 0, 0, 1000, 10_000)
     desk.not_reading.clear()
     assert client.pull("meters", 0, 1)[1]
-    assert client.reply(older) == Pulled(older, PullStatus.NOTHING, 0, 0, 2)
+    assert client.reply(older) == Pulled(older, PullStatus.NOTHING, 0, 0, 2, 2)
     assert client.bodies(older) == []
 
 

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from zrmq.client.link import Link
 from zrmq.client.reading import RETRY_MS, Reading
-from zrmq.errors import ClosedError, Code, FencedError, RequestTimeoutError, ZrmqError
+from zrmq.errors import ClosedError, Code, FencedError, RequestTimeoutError, TopicNotFoundError, ZrmqError
 from zrmq.logs import get_logger
 from zrmq.message import ConsumeFrom, MessageQueue
 from zrmq.protocol.requests import (
@@ -35,6 +35,8 @@ HELD_PAUSE_MS = 100.0  # before asking again for a queue that is held
 REQUEST_TIMEOUT_MS = 5_000
 NO_COMMIT = -1  # as the offset of a release
 
+Place = tuple[int, int]  # an offset, and the id of the topic that it belongs to
+
 # A broker refuses so when it does not know itself what the next start will find in its log.
 UNKNOWN_OUTCOME = frozenset({Code.STORE_FAILED, Code.INTERNAL_ERROR})
 STILL_HELD = UNKNOWN_OUTCOME | {Code.DISK_FULL}  # after these a lease that was to be released may be ours still
@@ -44,9 +46,10 @@ class ClaimListener(Protocol):
     """What a claim tells the consumer's core."""
 
     def on_claimed(
-        self, queue: MessageQueue, link: Link, offset: int, lease_epoch: int, *, goes_back: bool = False
+        self, queue: MessageQueue, link: Link, offset: int, lease_epoch: int, topic_id: int = 0, *, goes_back: bool = False
     ) -> bool:
-        """Read it from here on. False: it is not wanted any more, let it go. `goes_back`: the broker does not know of a seek."""
+        """Read it from here on. False: it is not wanted any more, let it go. `topic_id`: of the topic that the offset belongs to;
+        0 where a lease says it. `goes_back`: the broker does not know of a seek."""
 
     def on_unclaimed(self, after_ms: float) -> None:
         """A claim failed, or one of ours ended: look again what to claim, after a while."""
@@ -77,8 +80,8 @@ class LeaseClaims:
             self._acquire(queue, link)
 
     def lose(self, reading: Reading, offset: int, error: ZrmqError) -> None:
-        """Reading ended without a release. Whoever was fenced has nothing left to release."""
-        if not isinstance(error, FencedError):
+        """Reading ended without a release. Who was fenced has nothing left to release, nor whose topic was deleted."""
+        if not isinstance(error, FencedError | TopicNotFoundError):
             self._doubtful[reading.queue] = reading.process_queue.lease_epoch
 
     def settle(self, unwanted: Callable[[MessageQueue], Link | None]) -> None:
@@ -155,15 +158,18 @@ class OffsetClaims:
     """Where to begin on queues that are read without a lease. Loop thread only."""
 
     def __init__(
-        self, listener: ClaimListener, *, has_group: bool, consume_from: ConsumeFrom, consume_timestamp_ms: int
+        self, listener: ClaimListener, *, has_group: bool, is_assigned: bool, consume_from: ConsumeFrom, consume_timestamp_ms: int
     ) -> None:
-        """`has_group`: begin where the group (broadcasting: the instance) stands, if it stands anywhere."""
+        """`has_group`: begin where the group (broadcasting: the instance) stands, if it stands anywhere. `is_assigned`: the user
+        named the queues."""
         self.pending: set[MessageQueue] = set()
-        self.left_off: dict[MessageQueue, int] = {}  # where reading ended without a commit: broker gone, or no group
-        self._latest: dict[MessageQueue, int] = {}  # the same, where what lies before it may be lost: to begin no later
+        self.left_off: dict[MessageQueue, Place] = {}  # where reading ended without a commit: broker gone, or no group
+        self._latest: dict[MessageQueue, Place] = {}  # the same, where what lies before it may be lost: to begin no later
         self._going_back: set[MessageQueue] = set()  # of both, those that were sought and not committed since
+        self._emptied: set[MessageQueue] = set()  # topics deleted: the next of the name is read from its beginning
         self._listener = listener
         self._has_group = has_group
+        self._is_assigned = is_assigned
         self._consume_from = consume_from
         self._timestamp_ms = consume_timestamp_ms
 
@@ -172,7 +178,7 @@ class OffsetClaims:
         groups: dict[tuple[Link, str], list[MessageQueue]] = {}
         for queue, link in queues:
             if queue in self.left_off:
-                self._begin_at(queue, link, self.left_off.pop(queue))
+                self._begin_at(queue, link, *self.left_off.pop(queue))
             else:
                 groups.setdefault((link, queue.topic), []).append(queue)
         for (link, topic), wanted in groups.items():
@@ -190,9 +196,11 @@ class OffsetClaims:
 
     def lose(self, reading: Reading, offset: int, error: ZrmqError) -> None:
         """The broker is gone. What it does not know we have to remember; else it is asked when it is back."""
-        if not self._has_group or reading.committed_offset < 0:
-            places = self._latest if self._has_group and reading.is_suspect else self.left_off
-            places[reading.queue] = offset
+        if isinstance(error, TopicNotFoundError):
+            self._emptied.add(reading.queue)
+        elif not self._has_group or reading.committed_offset < 0:
+            places = self._latest if self._has_group and offset > reading.flushed_offset else self.left_off
+            places[reading.queue] = offset, reading.topic_id
             if reading.goes_back:
                 self._going_back.add(reading.queue)
 
@@ -208,45 +216,58 @@ class OffsetClaims:
             self._consume_from, self._timestamp_ms = ConsumeFrom.TIMESTAMP, now_ms
 
     def _committed(self, wanted: list[MessageQueue], link: Link, reply: AnyReply | ZrmqError, frames: list[bytes]) -> None:
-        found = dict(reply.offsets) if isinstance(reply, Offsets) else {}
-        known = {queue: found[queue.queue_id] for queue in wanted if found.get(queue.queue_id, OFFSET_LATEST) >= 0}
         if isinstance(reply, ZrmqError):
             self._refused(wanted, reply)
             return
-        self._begin(known, link)
+        found, topic_id = (dict(reply.offsets), reply.topic_id) if isinstance(reply, Offsets) else ({}, 0)
+        known = {queue: found[queue.queue_id] for queue in wanted if found.get(queue.queue_id, OFFSET_LATEST) >= 0}
+        for queue in known.keys() & self._latest.keys():
+            latest, former_id = self._latest.pop(queue)
+            if former_id == topic_id:
+                known[queue] = min(known[queue], latest)
+        self._begin(known, link, topic_id)
         unknown = [queue for queue in wanted if queue not in known]
         if unknown:
             self._find(unknown, link)
 
     def _find(self, wanted: list[MessageQueue], link: Link) -> None:
         named = {ConsumeFrom.LATEST: OFFSET_LATEST, ConsumeFrom.EARLIEST: OFFSET_EARLIEST}
-        link.request(
-            QueryOffsets, wanted[0].topic, [queue.queue_id for queue in wanted],
-            named.get(self._consume_from, self._timestamp_ms),
-            timeout_ms=REQUEST_TIMEOUT_MS, on_reply=partial(self._found, wanted, link),
-        )
+        emptied = [queue for queue in wanted if queue in self._emptied]
+        others = [queue for queue in wanted if queue not in self._emptied]
+        for queues, where in ((emptied, OFFSET_EARLIEST), (others, named.get(self._consume_from, self._timestamp_ms))):
+            if queues:
+                link.request(
+                    QueryOffsets, queues[0].topic, [queue.queue_id for queue in queues], where,
+                    timeout_ms=REQUEST_TIMEOUT_MS, on_reply=partial(self._found, queues, link),
+                )
 
     def _found(self, wanted: list[MessageQueue], link: Link, reply: AnyReply | ZrmqError, frames: list[bytes]) -> None:
         if isinstance(reply, Offsets):
             found = dict(reply.offsets)
-            self._begin({queue: found[queue.queue_id] for queue in wanted if queue.queue_id in found}, link)
+            self._begin({queue: found[queue.queue_id] for queue in wanted if queue.queue_id in found}, link, reply.topic_id)
             self.pending.difference_update(wanted)
         elif isinstance(reply, ZrmqError):
             self._refused(wanted, reply)
 
-    def _begin(self, offsets: dict[MessageQueue, int], link: Link) -> None:
+    def _begin(self, offsets: dict[MessageQueue, int], link: Link, topic_id: int) -> None:
         for queue, offset in offsets.items():
             self.pending.discard(queue)
-            self._begin_at(queue, link, min(offset, self._latest.pop(queue, offset)))
+            self._emptied.discard(queue)
+            latest, former_id = self._latest.pop(queue, (offset, topic_id))
+            if former_id == topic_id:
+                self._begin_at(queue, link, min(offset, latest), topic_id)
+            else:
+                self._going_back.discard(queue)
+                self._begin_at(queue, link, offset, topic_id)
 
-    def _begin_at(self, queue: MessageQueue, link: Link, offset: int) -> None:
+    def _begin_at(self, queue: MessageQueue, link: Link, offset: int, topic_id: int) -> None:
         goes_back = queue in self._going_back
         self._going_back.discard(queue)
-        self._listener.on_claimed(queue, link, offset, 0, goes_back=goes_back)
+        self._listener.on_claimed(queue, link, offset, 0, topic_id, goes_back=goes_back)
 
     def _refused(self, wanted: Collection[MessageQueue], error: ZrmqError) -> None:
         self.pending.difference_update(wanted)
-        if error.code is Code.BAD_REQUEST:
+        if error.code is Code.BAD_REQUEST and self._is_assigned:
             self._listener.on_refused(error)
         elif not isinstance(error, ClosedError):
             log.warning("queue_not_found", topic=min(wanted).topic, reason=error.message)

@@ -10,7 +10,7 @@ import msgspec
 from zrmq.client.inbox import Inbox
 from zrmq.client.link import Link
 from zrmq.client.reading import Reading
-from zrmq.errors import ClosedError, FencedError, UnreachableError, ZrmqError
+from zrmq.errors import FencedError, UnreachableError, ZrmqError
 from zrmq.logs import get_logger
 from zrmq.protocol.requests import AnyReply, CommitOffsets, Committed, QueueOffset
 
@@ -52,12 +52,9 @@ class Committer:
             attempt = _Attempt(link, changed, tally)
             self._under_way[attempt] = None
             offsets = [_wire(reading, offset) for reading, offset in changed]
-            try:
-                attempt.number = link.request(
-                    CommitOffsets, offsets, goes_back, timeout_ms=timeout_ms, on_reply=partial(self._committed, attempt)
-                )
-            except ClosedError as error:  # the consumer was closed while the commit waited for something
-                self._end(attempt, error)
+            attempt.number = link.request(
+                CommitOffsets, offsets, goes_back, timeout_ms=timeout_ms, on_reply=partial(self._committed, attempt)
+            )
         if not groups:
             on_done(None)
 
@@ -76,9 +73,7 @@ class Committer:
             self._end(attempt, error)
 
     def _changed(self, readings: Iterable[Reading]) -> list[tuple[Reading, int]]:
-        found = [
-            (reading, self._inbox.commit_offset(reading.process_queue)) for reading in readings if not reading.is_suspect
-        ]
+        found = [(reading, self._inbox.commit_offset(reading.process_queue)) for reading in readings]
         return [(reading, offset) for reading, offset in found if offset > reading.committed_offset]
 
     def _committed(self, attempt: _Attempt, reply: AnyReply | ZrmqError, frames: list[bytes]) -> None:
@@ -130,7 +125,7 @@ class _Attempt(msgspec.Struct, eq=False):
 
 def _wire(reading: Reading, offset: int) -> QueueOffset:
     queue = reading.queue
-    return QueueOffset(queue.topic, queue.queue_id, offset, reading.process_queue.lease_epoch)
+    return QueueOffset(queue.topic, queue.queue_id, offset, reading.process_queue.lease_epoch, reading.topic_id)
 
 
 def _fenced(reading: Reading) -> FencedError:

@@ -20,7 +20,7 @@ from random import Random
 import msgspec
 
 from zrmq.client.allocation import Strategy
-from zrmq.client.claiming import NO_COMMIT, LeaseClaims, OffsetClaims
+from zrmq.client.claiming import LeaseClaims, OffsetClaims
 from zrmq.client.committing import Committer, OnCommitted
 from zrmq.client.inbox import Inbox
 from zrmq.client.instance import ClientInstance, RouteView
@@ -30,8 +30,8 @@ from zrmq.client.reading import Bounds, Reader, Reading, lease_ends_ms, server_i
 from zrmq.client.rebalance import plan, share
 from zrmq.errors import ClosedError, InvalidArgumentError, TopicNotFoundError, UnreachableError, ZrmqError
 from zrmq.logs import get_logger
-from zrmq.message import ConsumeFrom, FlushMode, MessageModel, MessageQueue
-from zrmq.protocol.requests import AnyReply, DescribeTopics, Request, Subscription, Topics
+from zrmq.message import ConsumeFrom, MessageModel, MessageQueue
+from zrmq.protocol.requests import AnyReply, Request, Subscription
 from zrmq.transport.interface import Loop, Timer
 
 log = get_logger("consumer")
@@ -41,8 +41,6 @@ HANDOVER_MS_MAX = 60_000.0  # a queue that another member waits for is given up 
 CLAIM_MS_MAX = 500.0  # how long the start waits for queues that other members give back
 TOPIC_TIMEOUT_MS = 10_000
 RETRY_MS = 1_000.0
-SUSPECT_TIMEOUT_MS = 5_000
-SUSPECT_PAUSE_MS = 20
 
 
 class ConsumingConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -114,7 +112,8 @@ class ConsumerCore:
         )
         self._committer = Committer(inbox, self._fenced)
         self._claims: LeaseClaims | OffsetClaims = LeaseClaims(self) if config.leases else OffsetClaims(
-            self, has_group=bool(config.group), consume_from=config.consume_from, consume_timestamp_ms=config.consume_timestamp_ms
+            self, has_group=bool(config.group), is_assigned=config.is_assigned, consume_from=config.consume_from,
+            consume_timestamp_ms=config.consume_timestamp_ms,
         )
         self._membership: Membership | None = None
         if config.joins:
@@ -147,7 +146,7 @@ class ConsumerCore:
             self._membership.link_open(broker_name, link)
         before, self._server_ids[broker_name] = self._server_ids.get(broker_name), server_id(link)
         if before not in (None, server_id(link)):
-            self._suspect(link)
+            self._restarted(link)
         self.reader.resume(link)
 
     def on_link_lost(self, broker_name: str, link: Link) -> None:
@@ -167,12 +166,12 @@ class ConsumerCore:
     # --- what claims say ----------------------------------------------------------------------------------------------
 
     def on_claimed(
-        self, queue: MessageQueue, link: Link, offset: int, lease_epoch: int, *, goes_back: bool = False
+        self, queue: MessageQueue, link: Link, offset: int, lease_epoch: int, topic_id: int = 0, *, goes_back: bool = False
     ) -> bool:
         """Of `ClaimListener`."""
         if self._is_closed or self._wanted is None or queue not in self._wanted:
             return False
-        reading = self.reader.begin(queue, link, offset, lease_epoch)
+        reading = self.reader.begin(queue, link, offset, lease_epoch, topic_id)
         reading.goes_back = goes_back
         if self._is_paused:
             self.reader.pause(reading, True)
@@ -310,20 +309,20 @@ class ConsumerCore:
 
     def _let_go(self, reading: Reading) -> None:
         self._committer.commit_last(reading)
-        offset = NO_COMMIT if reading.is_suspect else self._inbox.commit_offset(reading.process_queue)
+        offset = self._inbox.commit_offset(reading.process_queue)
         self.reader.end(reading)
         # Said before it is done: whoever gets the queue next says so later than this, on any clock both can see.
         log.info("queue_given_back", **_place(reading.queue), group=self._config.group, offset=offset)
         self._claims.let_go(reading, offset)
 
     def _lose(self, reading: Reading, error: ZrmqError) -> None:
-        """The lease or the broker is gone: what is buffered is nobody's, what is in flight is not committed."""
+        """The lease, the topic or the broker is gone: what is buffered is nobody's, what is in flight is not committed."""
         if self._is_closed or reading.process_queue.is_dropped:
             return
         log.warning("queue_lost", **_place(reading.queue), group=self._config.group, reason=error.message)
         self._claims.lose(reading, self._inbox.commit_offset(reading.process_queue), error)
         self.reader.end(reading)
-        self._rebalance_soon()
+        self._rebalance_soon(RETRY_MS if isinstance(error, TopicNotFoundError) else 0.0)  # unless the route tells of another one
 
     def _fenced(self, reading: Reading, error: ZrmqError) -> None:
         """A commit was refused. Without leases of our own it means that the group has members that hold some."""
@@ -334,36 +333,14 @@ class ConsumerCore:
 
     # --- brokers that were started again ------------------------------------------------------------------------------
 
-    def _suspect(self, link: Link) -> None:
-        """A broker that was started again may have lost the end of queues that it does not flush before it acknowledges. Then the
-        offsets behind are given anew, and who goes on where it was would pass messages over. So look at those topics first."""
+    def _restarted(self, link: Link) -> None:
+        """A broker that was started again may have lost what it had not flushed. Then the offsets behind are given anew, and who
+        goes on where it was would pass messages over. So queues of which such messages were read are claimed again, where the
+        group stands: a commit is only on disk when everything before it is."""
         self._claims.restarted(link)
         self._committer.give_up(link)
-        readings = [reading for reading in self.reader.readings.values() if reading.link is link]
-        for reading in readings:
-            reading.suspected_in = server_id(link)
-            self.reader.stop_pulling(reading)
-        if readings:
-            topics = sorted({reading.queue.topic for reading in readings})
-            link.request(
-                DescribeTopics, topics,
-                timeout_ms=SUSPECT_TIMEOUT_MS, on_reply=partial(self._described, server_id(link), readings),
-            )
-
-    def _described(
-        self, server: str, readings: list[Reading], reply: AnyReply | ZrmqError, frames: list[bytes]
-    ) -> None:
-        """Queues of topics that are flushed first are as they were. The others are claimed again, where the group stands: a
-        commit is only on disk when everything before it is."""
-        infos = reply.topics if isinstance(reply, Topics) else []
-        safe = {info.config.topic for info in infos if info.config.flush_mode is FlushMode.SYNC}
-        for reading in readings:
-            if reading.process_queue.is_dropped or reading.suspected_in != server:
-                continue
-            if reading.queue.topic in safe:
-                reading.suspected_in = ""
-                self.reader.pull(reading)
-            else:
+        for reading in list(self.reader.readings.values()):
+            if reading.link is link and not reading.is_safe:
                 self._lose(reading, UnreachableError(f"Broker {reading.queue.broker_name} was started again."))
 
     # --- time ---------------------------------------------------------------------------------------------------------
@@ -419,18 +396,8 @@ class ConsumerCore:
         self._rebalance_soon()
 
     def commit(self, on_done: OnCommitted, timeout_ms: int) -> None:
-        """Commit what is finished, now, or as soon as it is known whether a broker that was started again has kept it."""
-        self._commit(list(self.reader.readings.values()), on_done, timeout_ms)
-
-    def _commit(self, readings: list[Reading], on_done: OnCommitted, timeout_ms: int) -> None:
-        if timeout_ms > SUSPECT_PAUSE_MS and any(reading.is_suspect for reading in readings):
-            self._loop.call_later(SUSPECT_PAUSE_MS, lambda: self._commit(readings, on_done, timeout_ms - SUSPECT_PAUSE_MS))
-            return
-        present = [reading for reading in readings if not reading.process_queue.is_dropped]
-        error = None if len(present) == len(readings) else UnreachableError(
-            "A broker was started again during the commit; its messages that were not committed before come again."
-        )
-        self._committer.commit(present, lambda refusal: on_done(refusal or error), timeout_ms)
+        """Commit what is finished, now."""
+        self._committer.commit(list(self.reader.readings.values()), on_done, timeout_ms)
 
     def seek(self, queue: MessageQueue, offset: int) -> None:
         """Go on from another offset. Raises `InvalidArgumentError` for a queue that is not read here."""

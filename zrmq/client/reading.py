@@ -20,7 +20,7 @@ import msgspec
 from zrmq.client.inbox import Inbox
 from zrmq.client.link import LEASE_MARGIN, Link
 from zrmq.client.process_queue import Chunk, ProcessQueue, forever
-from zrmq.errors import ClosedError, Code, FencedError, RequestTimeoutError, ZrmqError
+from zrmq.errors import ClosedError, Code, FencedError, RequestTimeoutError, TopicNotFoundError, ZrmqError
 from zrmq.logs import get_logger
 from zrmq.message import MessageQueue
 from zrmq.protocol.requests import AnyReply, Pull, Pulled, PullStatus
@@ -46,7 +46,8 @@ class Reading(msgspec.Struct, eq=False):
     pull_number: int = 0  # of the outstanding pull, 0: none
     pull_offset: int = 0  # what it brings next
     pulled_bytes: int = 0  # what it has brought so far
-    suspected_in: str = ""  # the life of the server in which the queue may not be what it was; empty: all is well
+    flushed_offset: int = 0  # no power cut takes what is before
+    topic_id: int = 0  # of the topic that the offsets belong to; 0: the lease says it
     refusal: Code | None = None  # the last one that was logged
     draining_ms: float = 0.0  # since when it is to be given back
 
@@ -55,9 +56,9 @@ class Reading(msgspec.Struct, eq=False):
         return self.process_queue.queue
 
     @property
-    def is_suspect(self) -> bool:
-        """Whether nothing may be pulled or committed before it is known that the queue is as it was."""
-        return bool(self.suspected_in)
+    def is_safe(self) -> bool:
+        """Whether all that was read is as it was when its broker is started again, whatever ended it."""
+        return self.process_queue.pull_offset <= self.flushed_offset
 
 
 class Bounds(msgspec.Struct, frozen=True):
@@ -68,7 +69,7 @@ class Bounds(msgspec.Struct, frozen=True):
 
 
 class Reader:
-    """All readings of one consumer. Loop thread only. `on_lost` is told of a reading whose lease or broker is gone."""
+    """All readings of one consumer. Loop thread only. `on_lost` is told of a reading whose lease, topic or broker is gone."""
 
     def __init__(
         self,
@@ -96,20 +97,23 @@ class Reader:
 
     # --- readings -----------------------------------------------------------------------------------------------------
 
-    def begin(self, queue: MessageQueue, link: Link, offset: int, lease_epoch: int = 0) -> Reading:
-        """Read a queue from an offset on, under a lease that was just given."""
+    def begin(self, queue: MessageQueue, link: Link, offset: int, lease_epoch: int = 0, topic_id: int = 0) -> Reading:
+        """Read a queue from an offset on, under a lease that was just given; without one, of the topic with this id."""
         valid_until_ms = partial(_valid_until_ms, link, link.gap_count) if lease_epoch else forever
-        return self._begin(queue, link, offset, lease_epoch, valid_until_ms)
+        return self._begin(queue, link, offset, lease_epoch, topic_id, valid_until_ms)
 
     def _begin(
-        self, queue: MessageQueue, link: Link, offset: int, lease_epoch: int, valid_until_ms: Callable[[], float]
+        self, queue: MessageQueue, link: Link, offset: int, lease_epoch: int, topic_id: int, valid_until_ms: Callable[[], float]
     ) -> Reading:
         process_queue = ProcessQueue(
             queue, offset, lease_epoch=lease_epoch, wanted_tags=self._wanted_tags.get(queue.topic), account=self._inbox.account,
             valid_until_ms=valid_until_ms,
         )
-        # A lease comes with what the broker knows. Without one, even the place to begin is news to it.
-        reading = self.readings[queue] = Reading(process_queue, link, offset if lease_epoch else -1)
+        # A lease comes with what the broker knows, on its disk. Without one, even the place to begin is news to it.
+        known_offset = offset if lease_epoch else -1
+        reading = self.readings[queue] = Reading(
+            process_queue, link, known_offset, flushed_offset=max(known_offset, 0), topic_id=topic_id
+        )
         self.pull(reading)
         return reading
 
@@ -124,8 +128,8 @@ class Reader:
         """Read the same queue, under the same lease, from another offset on, which the next commit tells the broker."""
         old = reading.process_queue
         self.end(reading)
-        anew = self._begin(old.queue, reading.link, offset, old.lease_epoch, old.valid_until_ms)
-        anew.committed_offset, anew.goes_back = -1, True
+        anew = self._begin(old.queue, reading.link, offset, old.lease_epoch, reading.topic_id, old.valid_until_ms)
+        anew.committed_offset, anew.goes_back, anew.flushed_offset = -1, True, reading.flushed_offset
         if old.is_paused:
             self.pause(anew, True)
         return anew
@@ -156,7 +160,7 @@ class Reader:
         queue = reading.process_queue
         if reading.pull_number and reading.pull_offset != queue.pull_offset:
             self.stop_pulling(reading)  # what came before was damaged and has to come again first
-        if reading.pull_number or reading.is_suspect or self._is_closed:
+        if reading.pull_number or self._is_closed:
             return
         if queue.is_dropped or queue.is_draining or queue.is_paused:
             return
@@ -169,7 +173,7 @@ class Reader:
         try:
             reading.pull_number = reading.link.request(
                 Pull, place.topic, place.queue_id, queue.pull_offset, self._pull_bytes, PULL_WAIT_MS,
-                self._tag_masks.get(place.topic, 0), self._lease_group, queue.lease_epoch, True,
+                self._tag_masks.get(place.topic, 0), self._lease_group, queue.lease_epoch, reading.topic_id, True,
                 timeout_ms=PULL_TIMEOUT_MS, on_reply=partial(self._pulled, reading),
             )
         except ClosedError as error:
@@ -212,7 +216,7 @@ class Reader:
             self._take(reading, reply, frames)
             return
         reading.pull_number = 0
-        if isinstance(reply, FencedError | ClosedError):
+        if isinstance(reply, FencedError | TopicNotFoundError | ClosedError):
             self._on_lost(reading, reply)
         elif isinstance(reply, RequestTimeoutError):
             self.pull(reading)
@@ -221,6 +225,7 @@ class Reader:
 
     def _take(self, reading: Reading, reply: Pulled, frames: list[bytes]) -> None:
         reading.refusal = None
+        reading.flushed_offset = reply.flushed_offset
         offset = reading.pull_offset
         if reply.status is not PullStatus.FOUND and reply.status is not PullStatus.NOTHING:
             self._tell(reading, offset, reply)

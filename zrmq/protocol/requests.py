@@ -117,12 +117,16 @@ class Subscription(msgspec.Struct, array_like=True, frozen=True):
 
 
 class QueueOffset(msgspec.Struct, array_like=True, frozen=True):
-    """A queue of this broker and an offset in it; `lease_epoch` 0 where no lease is held (broadcasting, plain readers)."""
+    """A queue of this broker and an offset in it; `lease_epoch` 0 where no lease is held (broadcasting, plain readers).
+
+    `topic_id`: which topic of that name is meant, 0 if any; see `Pull`.
+    """
 
     topic: Name
     queue_id: QueueId
     offset: Natural
     lease_epoch: Natural = 0
+    topic_id: Natural = 0
 
 
 class MemberInfo(msgspec.Struct, array_like=True, frozen=True):
@@ -273,6 +277,9 @@ class Pull(Request, tag=31, frozen=True):
     answered with status MOVED and where to go on; beyond its end too. A session waits with one pull per queue: a newer one ends
     the wait of the older.
 
+    `topic_id` (0: any) says of which topic of that name the offset is: when it was deleted and made again, TOPIC_NOT_FOUND. Who
+    reads without a lease gets it with the offset to begin at.
+
     One that `stays` goes on waiting behind an answer that brought everything there was, for what is left of `wait_ms`, until its
     answers have come to half of `bytes_max`.
     """
@@ -285,6 +292,7 @@ class Pull(Request, tag=31, frozen=True):
     tag_mask: Annotated[int, msgspec.Meta(ge=0)] = 0
     group: Name = ""
     lease_epoch: Natural = 0
+    topic_id: Natural = 0
     stays: bool = False
 
 
@@ -451,19 +459,25 @@ class PullStatus(IntEnum):
 
 
 class Pulled(Reply, tag=131, frozen=True):
-    """B `next_offset` is what to pull next, in every case. The first batch may begin before the offset asked for."""
+    """B `next_offset` is what to pull next, in every case. The first batch may begin before the offset asked for.
+
+    What is before `flushed_offset` survives a power cut. Whoever has read beyond it asks where to go on when the broker has been
+    started again: the offsets may have been lost, and given again.
+    """
 
     status: PullStatus
     next_offset: int
     min_offset: int
     max_offset: int  # visible end of the queue
+    flushed_offset: int = 0
     more: bool = False  # the pull stays, and waits at `next_offset`: another answer with the same number follows
 
 
 class Offsets(Reply, tag=132, frozen=True):
-    """B (queue id, offset) pairs."""
+    """B (queue id, offset) pairs, and which topic of that name they belong to."""
 
     offsets: list[tuple[int, int]]
+    topic_id: int = 0
 
 
 class Joined(Reply, tag=140, frozen=True):

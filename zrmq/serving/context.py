@@ -43,9 +43,17 @@ class Context:
             )
         return topic
 
-    def queue(self, name: str, queue_id: int) -> Queue:
-        """The queue, `TopicNotFoundError` or, for a queue that the topic has not, `InvalidArgumentError`."""
+    def queue(self, name: str, queue_id: int, topic_id: int = 0) -> Queue:
+        """The queue, `TopicNotFoundError` or, for a queue that the topic has not, `InvalidArgumentError`.
+
+        `topic_id`: which topic of that name is meant; it may have been deleted, and another made. 0: the one there is."""
         topic = self.topic(name)
+        if topic_id not in (0, topic.topic_id):
+            raise TopicNotFoundError(
+                f"Topic {name!r} was deleted at broker {self.config.broker_name} and made again; its offsets are new, so ask"
+                " where to begin.",
+                topic=name, broker_name=self.config.broker_name,
+            )
         if not 0 <= queue_id < len(topic.queues):
             raise InvalidArgumentError(
                 f"Topic {name!r} has queues 0 to {len(topic.queues) - 1} at broker {self.config.broker_name}, not {queue_id}.",

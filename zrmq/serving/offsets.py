@@ -50,7 +50,7 @@ class OffsetDesk:
         moved: dict[tuple[int, int], int] = {}
         for index, asked in enumerate(request.offsets):
             try:
-                queue = self._context.queue(asked.topic, asked.queue_id)
+                queue = self._context.queue(asked.topic, asked.queue_id, asked.topic_id)
                 if not instance:  # an instance's offsets are nobody else's business
                     self._check_holder(session, queue, asked)
             except (FencedError, TopicNotFoundError):
@@ -76,7 +76,7 @@ class OffsetDesk:
         instance = self._instance(session)
         starts = [group.start_offset(topic, queue.queue_id, instance) if group else None for queue in topic.queues]
         offsets = [(queue_id, OFFSET_LATEST if offset is None else offset) for queue_id, offset in enumerate(starts)]
-        self._context.outbox.now(session.peer, Offsets(request.number, offsets))
+        self._context.outbox.now(session.peer, Offsets(request.number, offsets, topic.topic_id))
 
     def query_offsets(self, session: Session, request: QueryOffsets, frames: list[bytes]) -> None:
         """Tell which offsets belong to a time, or the first and the next."""
@@ -84,7 +84,7 @@ class OffsetDesk:
         queue_ids = request.queue_ids or range(len(topic.queues))
         queues = [self._context.queue(request.topic, queue_id) for queue_id in queue_ids]
         offsets = [(queue.queue_id, self._find(queue, request.timestamp_ms)) for queue in queues]
-        self._context.outbox.now(session.peer, Offsets(request.number, offsets))
+        self._context.outbox.now(session.peer, Offsets(request.number, offsets, topic.topic_id))
 
     def _instance(self, session: Session) -> str:
         """The name under which the session's offsets are kept: its own when broadcasting, none when clustering.

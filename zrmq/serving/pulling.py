@@ -60,7 +60,7 @@ class Pulling:
 
     def pull(self, session: Session, request: Pull, frames: list[bytes]) -> None:
         """The consume path, whole: check, read, answer or hold."""
-        queue = self._context.queue(request.topic, request.queue_id)
+        queue = self._context.queue(request.topic, request.queue_id, request.topic_id)
         if not queue.topic.config.permission & PERMISSION_READ:
             raise RequestRefusedError(
                 f"Topic {request.topic!r} may not be read at broker {self._context.config.broker_name}.",
@@ -120,13 +120,13 @@ class Pulling:
 
     def _is_waiting(self, held: HeldPull) -> bool:
         """Answer, if there is something and room for it; whether the pull waits (for more) now."""
-        request, peer = held.request, held.session.peer
+        request, queue, peer = held.request, held.queue, held.session.peer
         may_wait = request.wait_ms > 0
         if not self._context.outbox.has_room(peer):
             if not may_wait:
                 self._give_up(held)
             return may_wait
-        chunk = self._store.read(held.queue, held.offset, held.bytes_left, request.tag_mask)
+        chunk = self._store.read(queue, held.offset, held.bytes_left, request.tag_mask)
         held.offset = chunk.next_offset
         may_wait = may_wait and chunk.next_offset >= chunk.max_offset
         if may_wait and chunk.status is PullStatus.NOTHING:
@@ -134,7 +134,9 @@ class Pulling:
         size_bytes = sum(map(len, chunk.frames))
         held.bytes_left -= size_bytes
         stays = may_wait and request.stays and chunk.status is PullStatus.FOUND and 2 * held.bytes_left > request.bytes_max
-        reply = Pulled(request.number, chunk.status, chunk.next_offset, chunk.min_offset, chunk.max_offset, stays)
+        reply = Pulled(
+            request.number, chunk.status, chunk.next_offset, chunk.min_offset, chunk.max_offset, queue.flushed_offset, stays
+        )
         self._context.outbox.now(peer, reply, chunk.frames)
         self.bytes_out += size_bytes
         return stays
@@ -172,5 +174,5 @@ class Pulling:
     def _give_up(self, held: HeldPull) -> None:
         """Without a look: what there is to read may be somebody else's by now."""
         queue = held.queue
-        reply = Pulled(held.request.number, PullStatus.NOTHING, held.offset, queue.min_offset, queue.visible_offset)
-        self._context.outbox.now(held.session.peer, reply)
+        ends = queue.min_offset, queue.visible_offset, queue.flushed_offset
+        self._context.outbox.now(held.session.peer, Pulled(held.request.number, PullStatus.NOTHING, held.offset, *ends))

@@ -362,7 +362,7 @@ def _show(commit_log: CommitLog, views: Views) -> None:
     """Everything that was recovered is flushed, so it is visible; what is not in the log any more is not in a queue either."""
     for topic in views.tables.topics.values():
         for queue in topic.queues:
-            queue.visible_offset = queue.next_offset
+            queue.visible_offset = queue.flushed_offset = queue.next_offset
             if queue.next_offset:
                 views.index(queue)  # of an empty one too, or the next checkpoint would not know how far it has come
     live = [views.shelf.folder_of_topic(topic) for topic in views.tables.topics.values()]

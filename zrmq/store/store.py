@@ -92,7 +92,7 @@ class Store:
         self._reader = Reader(self._log, self._views, self._upkeep, self._damage_found)
         self._batch_limit = 0  # the log's limit while batches are accepted without a second look, else 0
         self._touched: dict[Queue, int] = {}  # appended to in this turn, with the offset that follows
-        self._awaiting: dict[Queue, int] = {}  # written, visible after the next flush
+        self._awaiting: dict[Queue, int] = {}  # written; after the next flush it is safe, and visible if it was not before
         self._visible: dict[Queue, None] = {}
         self._flush: LogFlush | None = None
         self._checkpoint: Checkpoint | None = None
@@ -154,7 +154,7 @@ class Store:
         for event in self.recovery.advances:
             for queue_id, next_offset in event.next_offsets:
                 queue = self.tables.topics_by_id[event.topic_id].queues[queue_id]
-                queue.visible_offset = next_offset
+                queue.visible_offset = queue.flushed_offset = next_offset
                 self._views.index(queue)
 
     def _next_boot(self) -> int:
@@ -266,10 +266,10 @@ class Store:
             return
         touched, self._touched = self._touched, {}
         for queue, offset in touched.items():
+            self._awaiting[queue] = offset
             if queue.topic.config.flush_mode is FlushMode.ASYNC:
                 self._show(queue, offset)
             else:
-                self._awaiting[queue] = offset
                 self.needs_flush = True
             index = self._views.index(queue)
             if index.is_long:
@@ -305,6 +305,7 @@ class Store:
             return
         self._log.finish_flush(flush)
         for queue, offset in awaiting.items():
+            queue.flushed_offset = offset
             self._show(queue, offset)
 
     def take_visible(self) -> list[Queue]:

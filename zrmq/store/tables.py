@@ -60,9 +60,9 @@ class Topic:
 
 
 class Queue:
-    """One queue. Invariant: min_offset <= visible_offset <= next_offset."""
+    """One queue. Invariant: min_offset <= visible_offset <= next_offset, and flushed_offset <= visible_offset."""
 
-    __slots__ = ("min_offset", "next_offset", "queue_id", "topic", "visible_offset")
+    __slots__ = ("flushed_offset", "min_offset", "next_offset", "queue_id", "topic", "visible_offset")
 
     def __init__(self, topic: Topic, queue_id: int) -> None:
         self.topic = topic
@@ -70,6 +70,7 @@ class Queue:
         self.min_offset = 0  # of the first message that is still there
         self.next_offset = 0  # what the next message gets
         self.visible_offset = 0  # consumers see what is below
+        self.flushed_offset = 0  # what is below survives a power cut: the same, unless the topic is acknowledged before its flush
 
     def advance(self, offset: int) -> None:
         """Offsets before this one were given once; what had them need not be in the log any more."""

@@ -75,6 +75,10 @@ def _troubles(world: World) -> Iterator[str]:
         if broker.machine is None or broker.check is None:
             yield f"{broker.name} is down."
             return
+        missing = [topic.name for topic in world.plan.topics if topic.name not in broker.store.tables.topics]
+        if missing:
+            yield f"{broker.name} has no topics {missing}."
+            return
     for producer in world.producers:
         if not producer.machine.is_closed and producer.open_count:
             yield f"{producer.who} has {producer.open_count} messages without an answer."
@@ -206,6 +210,8 @@ def _check_acknowledged(world: World, checks: dict[str, LogCheck]) -> None:
             placed = contents.get(offset)
             if (placed is None and check.is_expired(queue, offset)) or world.promises.is_damaged(posting.body):
                 continue
+            if world.promises.is_gone(queue.broker_name, posting.body):
+                continue
             if (placed is None or placed.body != posting.body) and not world.promises.may_be_lost(posting):
                 place = f"{offset} of {spell(queue)}"
                 raise BrokenPromise("lost", f"{posting} was acknowledged at {place}; in the end {placed} is there.")
@@ -215,8 +221,10 @@ def _check_copies(world: World, checks: dict[str, LogCheck]) -> None:
     """Nothing is stored more often than its producer moved it to another broker, and nothing that was reported as not stored."""
     copies: Counter[bytes] = Counter()
     for check in checks.values():
-        for contents in check.watch.queues.values():
-            copies.update(placed.body for placed in contents.values())
+        for (topic_id, _), contents in check.watch.queues.items():
+            is_there = topic_id in check.watch.tables.topics_by_id
+            for placed in contents.values():
+                copies[placed.body] += is_there
     for body, count in copies.items():
         posting = world.promises.postings[body]
         if count > _copies_max(posting) + world.promises.is_damaged(body):

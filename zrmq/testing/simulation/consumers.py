@@ -63,6 +63,7 @@ class VirtualConsumer:
         self.instance_name = f"host-{slot}" if self.is_broadcasting else ""
         self.is_started = False
         self.is_leaving = False
+        self.topic_ids: dict[MessageQueue, int] = {}  # of which topic of its name the last messages of a queue were
         self.in_flight: dict[Unit, object] = {}  # units with workers, and the life of the broker they were handed out in
         self._world = world
         self._rng = rng = Random(f"{world.plan.seed} {self.who}")
@@ -138,10 +139,21 @@ class VirtualConsumer:
             return False
         return reading.process_queue.valid_until_ms() > self.machine.clock.monotonic_ms()
 
-    def is_giving_back(self, queue: MessageQueue) -> bool:
-        """Whether it was told to give the queue back and is not through with all of its messages."""
+    def topic_id(self, queue: ProcessQueue) -> int:
+        """Of which topic of its name a queue is that it reads, or had; 0 if that is not known."""
+        broker_name, reading = queue.queue.broker_name, self.core.reader.readings.get(queue.queue)
+        if queue.lease_epoch:
+            return self._world.promises.lease_topics.get((broker_name, queue.lease_epoch), 0)
+        return reading.topic_id if reading is not None and reading.process_queue is queue else 0
+
+    def is_giving_back(self, queue: MessageQueue, topic_id: int) -> bool:
+        """Whether it was told to give the queue back and is not through with all of its messages; not those of another topic that
+        had the name."""
         now_ms, life = self.machine.clock.monotonic_ms(), self._world.brokers[queue.broker_name].life
-        busy = [unit.process_queue for unit, begun in self.in_flight.items() if begun == life]
+        busy = [
+            unit.process_queue for unit, begun in self.in_flight.items()
+            if begun == life and self.topic_id(unit.process_queue) == topic_id
+        ]
         return any(each.queue == queue and each.is_draining and each.valid_until_ms() > now_ms for each in busy)
 
     # --- work ---------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 from zrmq.message import ConsumeFrom, MessageQueue
-from zrmq.protocol.events import GroupSubscribed, LeaseGranted, OffsetsCommitted
+from zrmq.protocol.events import GroupSubscribed, LeaseGranted, OffsetsCommitted, TopicDeleted, TopicPut
 from zrmq.store.tables import Lease, Queue, Subscribed, Tables
 from zrmq.testing.simulation.log_watch import Entry, LogWatch, Placed
 from zrmq.testing.simulation.promises import Place, Promises
@@ -32,11 +32,17 @@ class LogCheck:
         self._sequences: set[tuple[int, int]] = set()
         self._last_numbers: dict[tuple[MessageQueue, int, type], int] = {}
         self._lease_epoch = 0
-        self._resets: Counter[Place] = Counter()
+        self._resets: Counter[tuple[Place, int]] = Counter()  # by place and topic id
 
     def advance(self, written_position: int, flushed_position: int) -> None:
         """The store says that its log reaches so far."""
         for entry in self.watch.advance(written_position):
+            if isinstance(entry.event, LeaseGranted):
+                self._promises.lease_topics[self._broker_name, entry.event.lease_epoch] = entry.event.topic_id
+            elif isinstance(entry.event, TopicPut):
+                self._promises.topic_ids[self._broker_name, entry.event.config.topic] = entry.event.topic_id
+            elif isinstance(entry.event, TopicDeleted):
+                self._note_deleted(entry.event.topic_id, entry.position)
             if not self.watch.is_complete:
                 self._note_former(entry)  # it was checked when it was written
             elif self._checked.get(entry.position) == (entry.end, entry.crc):
@@ -52,10 +58,11 @@ class LogCheck:
                 self._promises.subscribed(self._broker_name, entry.event)
         self.flushed_position = flushed_position
 
-    def placed(self, queue: MessageQueue, offset: int) -> Placed | None:
-        """The message at an offset, None when there is none."""
+    def placed(self, queue: MessageQueue, offset: int, topic_id: int = 0) -> Placed | None:
+        """The message at an offset, None when there is none. `topic_id`: of a former topic of that name, perhaps."""
         topic = self.watch.tables.topics.get(queue.topic)
-        return None if topic is None else self.watch.queues.get((topic.topic_id, queue.queue_id), {}).get(offset)
+        topic_id = topic_id or (topic.topic_id if topic is not None else 0)
+        return self.watch.queues.get((topic_id, queue.queue_id), {}).get(offset)
 
     def contents(self, queue: MessageQueue) -> dict[int, Placed]:
         """All messages of a queue by offset."""
@@ -109,6 +116,16 @@ class LogCheck:
             theirs = tables.windows.get(key)
             if theirs is None or theirs.highest_sequence < window.highest_sequence or not theirs.sent.endswith(window.sent):
                 self._fail("views", f"the window of {key} is not what a fold of the log gives.")
+
+    def _note_deleted(self, topic_id: int, position: int) -> None:
+        """Whatever the topic had may be stored once more, in the next one of the name too, and the order begins anew there."""
+        queues = [contents for key, contents in self.watch.queues.items() if key[0] == topic_id]
+        had = [placed for contents in queues for placed in contents.values()]
+        self._promises.topic_deleted(self._broker_name, position, (placed.body for placed in had))
+        self._sequences.difference_update((placed.producer_id, placed.sequence) for placed in had)
+        topic = self.watch.tables.topics_by_id.get(topic_id)
+        for key in [key for key in self._last_numbers if topic is not None and key[0].topic == topic.config.topic]:
+            del self._last_numbers[key]
 
     def _note_former(self, entry: Entry) -> None:
         if entry.batch is not None:
@@ -241,13 +258,13 @@ class LogCheck:
                 before = self._promises.first_commit(place, offset, (self.watch.end, offset))  # of who names its queues itself
             if before is None:
                 self._fail("commit", f"{event} is for a group that never subscribed to {spell(queue)}.")
-            self._check_move(event, queue, before, offset)
+            self._check_move(event, queue, topic_id, before, offset)
 
-    def _check_move(self, event: OffsetsCommitted, queue: MessageQueue, before: int, offset: int) -> None:
+    def _check_move(self, event: OffsetsCommitted, queue: MessageQueue, topic_id: int, before: int, offset: int) -> None:
         if offset < before and not self._promises.may_be_reset(queue):  # after a loss consumers go back by a reset
             place = (event.group, event.instance_name, queue)
-            self._resets[place] += 1
-            since = self._promises.may_go_back(place, offset, self._resets[place])
+            self._resets[place, topic_id] += 1
+            since = self._promises.may_go_back(place, offset, self._resets[place, topic_id])
             if since is None:
                 self._fail("commit", f"group {event.group} went back on {spell(queue)} from {before} to {offset}; nobody sought.")
             before = since

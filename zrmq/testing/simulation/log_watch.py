@@ -121,13 +121,14 @@ class LogWatch:
         return next((offset for offset, placed in contents.items() if placed.end > log_start), next_offset)
 
     def _find_topics(self, until: int) -> None:
-        """Of a log that begins with batches of topics it tells of only further on: look ahead for those."""
-        known: set[int] = set()
+        """Of a log that begins with batches of topics it tells of only further on: look ahead for those. Not for another topic of
+        the same name, which comes when that one is deleted."""
+        known: set[str] = set()
         while self.end < until:
             entry = self._read(until)
             if entry is not None:
-                if isinstance(entry.event, TopicPut) and entry.event.topic_id not in known:
-                    known.add(entry.event.topic_id)
+                if isinstance(entry.event, TopicPut) and entry.event.config.topic not in known:
+                    known.add(entry.event.config.topic)
                     self.tables.apply_event(entry.event)
                 self.end = entry.end
         self.end, self._segment = self.start, None

@@ -105,7 +105,7 @@ def draw_plan(seed: int, *, has_work: bool = True, has_disk_faults: bool = True)
     plan = _plan(seed)
     if has_disk_faults:
         plan = msgspec.structs.replace(plan, faults=plan.faults | _disk_faults(seed) | _network_faults(seed, plan.faults))
-    return with_work(plan, _beside(plan.faults, draw_work(seed))) if has_work else plan
+    return with_work(plan, _beside(plan.faults, draw_work(seed), Random(f"plan {seed} beside"))) if has_work else plan
 
 
 def reader_groups(plan: Plan) -> tuple[GroupPlan, ...]:
@@ -124,10 +124,15 @@ def _reader_group(plan: Plan, number: int, reader: ReaderPlan) -> GroupPlan:
     )
 
 
-def _beside(faults: dict[str, float], work: WorkPlan) -> WorkPlan:
+def _beside(faults: dict[str, float], work: WorkPlan, rng: Random) -> WorkPlan:
     """What of the work goes with these faults. Nothing is deleted where the log is damaged: the checks know what a log must have
-    that begins late, and what one must have that was hurt, but not both at once."""
-    return msgspec.structs.replace(work, retention=RetentionPlan()) if DAMAGE & faults.keys() else work
+    that begins late, and what one must have that was hurt, but not both at once. Nor are topics made anew where either is so:
+    what was in the former ones is known from a whole log only. Readers that name their queues go by those of one topic."""
+    if DAMAGE & faults.keys():
+        return msgspec.structs.replace(work, retention=RetentionPlan(), remake_topics_every_ms=0.0)
+    if rng.random() < 0.3:
+        return msgspec.structs.replace(work, remake_topics_every_ms=0.0)
+    return msgspec.structs.replace(work, retention=RetentionPlan(), readers=()) if work.remake_topics_every_ms else work
 
 
 def with_work(plan: Plan, work: WorkPlan) -> Plan:

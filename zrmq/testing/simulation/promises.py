@@ -7,6 +7,7 @@ each group have got through. Both are what a user can see, taken at the public e
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import inf
 from typing import Any, NamedTuple
 
 from zrmq.client.batch import OneWay, SendHandle, Target
@@ -79,14 +80,20 @@ class Promises:
         self.acknowledged: dict[MessageQueue, dict[int, Posting]] = {}
         self.subscriptions: dict[tuple[str, str, str], dict[tuple[str, int], None]] = {}  # who: broker name, since when; in order
         self.deleted_until: dict[str, int] = {}  # by broker name: its log had begun there, whatever a power cut brought back
-        self._losable: set[bytes] = set()
+        self.lease_topics: dict[tuple[str, int], int] = {}  # by broker name and lease epoch: of which topic its queue is
+        self.topic_ids: dict[tuple[str, str], int] = {}  # by broker name and topic: the one there is, or was last
+        self._gone: dict[str, dict[int, set[bytes]]] = {}  # messages of deleted topics: by broker name, and where its log says so
+        self._losable: set[tuple[str, bytes]] = set()  # by broker name
         self._damaged: set[bytes] = set()
         self._went_back: set[MessageQueue] = set()
         self._unsure: set[tuple[type[Any], str, str]] = set()
-        self._async_topics = {topic.name for topic in plan.topics if topic.flush_mode is FlushMode.ASYNC}
+        self._async_until_ms: dict[tuple[str, str], float] = {  # by broker name and topic: inf, unless it is flushed first by now
+            (broker_name, topic.name): inf
+            for topic in plan.topics if topic.flush_mode is FlushMode.ASYNC for broker_name in plan.broker_names
+        }
         self._wanted = {group.name: wanted_tags(group) for group in (*plan.groups, *reader_groups(plan))}
-        self._finished: dict[Place, dict[int, bytes]] = {}
-        self._seeks: dict[Place, list[Seek]] = {}
+        self._finished: dict[Place, set[tuple[int, bytes]]] = {}
+        self._seeks: dict[tuple[Place, int], list[Seek]] = {}  # by place and topic id
         self._begun: dict[Place, list[int]] = {}
         self._first_commits: dict[Place, set[object]] = {}
 
@@ -107,26 +114,61 @@ class Promises:
             raise BrokenPromise("bound", f"{posting} for {spell(posting.queue)} was stored in {spell(outcome.queue)}.")
         queue = self.acknowledged.setdefault(outcome.queue, {})
         other = queue.get(outcome.queue_offset)
-        if other is not None and not (self.may_be_lost(other) or self.is_damaged(other.body)):
+        if other is not None and self.is_gone(outcome.broker_name, posting.body):
+            return  # of a former topic, and told late
+        is_excused = other is None or self.is_gone(outcome.broker_name, other.body)
+        if other is not None and not (is_excused or self.may_be_lost(other) or self.is_damaged(other.body)):
             place = f"{outcome.queue_offset} of {spell(outcome.queue)}"
             raise BrokenPromise("double", f"{other} and {posting} were both acknowledged at {place}.")
         queue[outcome.queue_offset] = posting
 
-    def may_lose(self, bodies: Iterable[bytes]) -> None:
-        """The power goes, and these are written and not flushed. Those acknowledged from the page cache may be lost."""
-        self._losable.update(bodies)
+    def may_lose(self, broker_name: str, bodies: Iterable[bytes], flushed_position: int) -> None:
+        """The power of a broker goes, and these are written and not flushed. What was acknowledged, or read, from the page cache
+        of a topic that was flushed first again before this moment is flushed."""
+        unsafe = (body for body in bodies if self.is_async(broker_name, self.postings[body].topic))
+        self._losable.update((broker_name, body) for body in unsafe)
+        for position in [position for position in self._gone.get(broker_name, ()) if position >= flushed_position]:
+            del self._gone[broker_name][position]  # unless it is seen again
 
     def may_be_lost(self, posting: Posting) -> bool:
         """Whether it was only promised to survive the end of the process, and the power went before it was flushed."""
-        return posting.topic in self._async_topics and posting.body in self._losable
+        receipt = posting.receipt
+        is_from_cache = receipt is not None and receipt.durability is FlushMode.ASYNC
+        return receipt is not None and is_from_cache and self.may_have_lost(receipt.broker_name, posting.body)
+
+    def may_have_lost(self, broker_name: str, body: bytes) -> bool:
+        """Whether a broker may have shown this message, and lost it."""
+        return (broker_name, body) in self._losable
 
     def is_deleted(self, broker_name: str, end: int) -> bool:
         """Whether an entry of a broker's log that ends there was in a segment that was deleted."""
         return end <= self.deleted_until.get(broker_name, 0)
 
-    def is_async(self, topic: str) -> bool:
-        """Whether its messages are acknowledged from the page cache."""
-        return topic in self._async_topics
+    def flush_asked(self, broker_name: str, topic: str, flush_mode: FlushMode) -> None:
+        """An administrator asks a broker to have a topic flushed so; whether it ever hears of it is unknown."""
+        if flush_mode is FlushMode.ASYNC:
+            self._async_until_ms[broker_name, topic] = inf
+
+    def flush_settled(self, broker_name: str, topic: str, flush_mode: FlushMode, now_ms: float) -> None:
+        """A broker has said so of the last that it was asked for: it is on its disk, with all that was stored before it."""
+        if flush_mode is FlushMode.SYNC and self.is_async(broker_name, topic):
+            self._async_until_ms[broker_name, topic] = now_ms
+
+    def is_async(self, broker_name: str, topic: str) -> bool:
+        """Whether its messages may be acknowledged from the page cache."""
+        return self._async_until_ms.get((broker_name, topic)) == inf
+
+    def was_async(self, broker_name: str, topic: str, since_ms: float) -> bool:
+        """Whether they may have been at some time since then."""
+        return self._async_until_ms.get((broker_name, topic), -inf) >= since_ms
+
+    def is_gone(self, broker_name: str, body: bytes) -> bool:
+        """Whether a broker had the message in a topic that was deleted. It may be stored once more, and that one is owed."""
+        return any(body in bodies for bodies in self._gone.get(broker_name, {}).values())
+
+    def topic_deleted(self, broker_name: str, position: int, bodies: Iterable[bytes]) -> None:
+        """A broker's log says at `position` that a topic is deleted, which had these messages."""
+        self._gone.setdefault(broker_name, {}).setdefault(position, set()).update(bodies)
 
     # --- damage ---------------------------------------------------------------------------------------------------------
 
@@ -144,7 +186,7 @@ class Promises:
 
     def may_be_reset(self, queue: MessageQueue) -> bool:
         """Whether its end may have been lost that consumers knew: then they go back by a reset."""
-        return self.is_async(queue.topic) or queue in self._went_back
+        return (queue.broker_name, queue.topic) in self._async_until_ms or queue in self._went_back
 
     def lost_event(self, broker_name: str, event: AnyEvent) -> None:
         """Nobody knows any more that the broker said this."""
@@ -172,11 +214,16 @@ class Promises:
     def finish(self, group: str, instance_name: str, message: Message) -> None:
         """A listener returned."""
         key = (group, instance_name, message.queue)
-        self._finished.setdefault(key, {})[message.queue_offset] = message.body
+        self._finished.setdefault(key, set()).add((message.queue_offset, message.body))
 
     def sought(self, place: Place, seek: Seek) -> None:
         """A consumer goes on elsewhere."""
-        self._seeks.setdefault(place, []).append(seek)
+        self._seeks.setdefault(self._now(place), []).append(seek)
+
+    def _now(self, place: Place) -> tuple[Place, int]:
+        """The place in the topic that there is: of a former one nothing counts."""
+        queue = place[2]
+        return place, self.topic_ids.get((queue.broker_name, queue.topic), 0)
 
     def began(self, place: Place, offset: int) -> None:
         """A reader whose group stood nowhere began there, as it was told to: what lies before is nobody's."""
@@ -194,12 +241,12 @@ class Promises:
 
     def is_beyond(self, place: Place, offset: int) -> bool:
         """Whether a consumer sought this offset where the queue had already ended: its broker commits the end then."""
-        return any(seek.end < offset == seek.offset for seek in self._seeks.get(place, ()))
+        return any(seek.end < offset == seek.offset for seek in self._seeks.get(self._now(place), ()))
 
     def may_go_back(self, place: Place, offset: int, times: int) -> int | None:
         """From where on a group that goes back to `offset`, for the so-many-th time, has finished everything before it; None if
         it must not go back. Who seeks beyond the end goes back twice."""
-        seeks = self._seeks.get(place, [])
+        seeks = self._seeks.get(self._now(place), [])
         return max((seek.end for seek in seeks if seek.end <= offset), default=None) if times <= 2 * len(seeks) else None
 
     def is_finished(self, group: str, instance_name: str, queue: MessageQueue, offset: int, body: bytes) -> bool:
@@ -207,8 +254,8 @@ class Promises:
         place = (group, instance_name, queue)
         done = self._finished.get(place)
         return (
-            (done is not None and done.get(offset) == body) or not self.is_wanted(group, body)
-            or any(seek.before <= offset < seek.offset for seek in self._seeks.get(place, ()))
+            (done is not None and (offset, body) in done) or not self.is_wanted(group, body)
+            or any(seek.before <= offset < seek.offset for seek in self._seeks.get(self._now(place), ()))
             or offset < max(self._begun.get(place, ()), default=0)
         )
 

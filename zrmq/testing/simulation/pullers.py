@@ -175,7 +175,7 @@ class VirtualPuller(VirtualConsumer):
         self.door.cursor.finish_given()
         asked = {
             queue: (reading, self.inbox.commit_offset(reading.process_queue))
-            for queue, reading in self.core.reader.readings.items() if not reading.is_suspect
+            for queue, reading in self.core.reader.readings.items()
         }
         self._commits += 1
         self.core.commit(partial(self._committed, self._commits, asked), ASK_MS)

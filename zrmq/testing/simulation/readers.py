@@ -37,9 +37,9 @@ class WatchedCore(ConsumerCore):
     on_end: Callable[[ZrmqError], None]
 
     def on_claimed(
-        self, queue: MessageQueue, link: Link, offset: int, lease_epoch: int, *, goes_back: bool = False
+        self, queue: MessageQueue, link: Link, offset: int, lease_epoch: int, topic_id: int = 0, *, goes_back: bool = False
     ) -> bool:
-        is_taken = super().on_claimed(queue, link, offset, lease_epoch, goes_back=goes_back)
+        is_taken = super().on_claimed(queue, link, offset, lease_epoch, topic_id, goes_back=goes_back)
         if is_taken:
             self.on_begun(queue, offset)
         return is_taken
@@ -210,6 +210,6 @@ class VirtualReader(VirtualPuller):
         if self.has_group and self.pulls.auto_commit and self._world.trace.counts["last_commit_failed"] == self._failures:
             self._world.committed(self, {
                 queue: self.inbox.commit_offset(reading.process_queue)
-                for queue, reading in self.core.reader.readings.items() if reading.link.is_open and not reading.is_suspect
+                for queue, reading in self.core.reader.readings.items() if reading.link.is_open
             })
         super()._core_closed()

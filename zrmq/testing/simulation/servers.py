@@ -184,8 +184,8 @@ class VirtualBroker:
 
     def lease(self, group: str, queue: MessageQueue) -> Lease | None:
         """Who may read a queue for a group by the tables of the running broker."""
-        topic, known = self.store.tables.topics[queue.topic], self.store.tables.groups.get(group)
-        return None if known is None else known.leases.get((topic.topic_id, queue.queue_id))
+        topic, known = self.store.tables.topics.get(queue.topic), self.store.tables.groups.get(group)
+        return None if known is None or topic is None else known.leases.get((topic.topic_id, queue.queue_id))
 
     def contents(self, queue: MessageQueue) -> dict[int, Placed]:
         """What a queue of the running broker has."""
@@ -215,8 +215,8 @@ class VirtualBroker:
             self._end(f"could not start: {error.message}", is_power_cut=False)
             self._world.later(RESTART_MS, self.start_again)
             return
-        if DISK_FAULTS.keys() & self._world.plan.faults.keys():
-            role.store.shelf.row_tail_bytes_max = ROW_TAIL_BYTES_MAX  # or there would hardly be a queue file to be lost
+        if DISK_FAULTS.keys() & self._world.plan.faults.keys() or self._world.plan.work.remake_topics_every_ms:
+            role.store.shelf.row_tail_bytes_max = ROW_TAIL_BYTES_MAX  # or there would hardly be a queue file to be lost, or left
         self.role = role
         machine.after_turn = self.look
         self._world.note(self.name, "started", f"boot={self.store.boot} log={self.store.appended_position}")

@@ -61,8 +61,15 @@ class WorkPlan(msgspec.Struct, frozen=True):
     pulls: dict[str, PullPlan] = {}  # by group; the members of others have listeners
     change_topics_every_ms: float = 0.0  # mean time between two changes of an administrator, 0: none
     readers: tuple[ReaderPlan, ...] = ()
+    change_flush_every_ms: float = 0.0  # mean time between two changes from sync to async or back
+    remake_topics_every_ms: float = 0.0  # between two deletions of a topic, which is made again a little later
     session_timeouts_ms: tuple[int, ...] = ()  # one of these from each start of a broker on but the first; else always the plan's
     clock_drift: float = 0.0  # the share of the time by which a machine's clocks are too fast or too slow, at most
+
+    @property
+    def has_admin(self) -> bool:
+        """Whether somebody changes topics."""
+        return bool(self.change_topics_every_ms or self.change_flush_every_ms or self.remake_topics_every_ms)
 
 
 def draw_work(seed: int) -> WorkPlan:
@@ -119,6 +126,10 @@ def _changes(rng: Random) -> float:
     return rng.choice((200.0, 1_000.0, 3_000.0))
 
 
+def _remakes(rng: Random) -> float:
+    return rng.choice((500.0, 1_500.0, 4_000.0))
+
+
 def _timeouts(rng: Random) -> tuple[int, ...]:
     return rng.choice(((2_000, 10_000), (1_000, 4_000, 15_000)))
 
@@ -130,5 +141,6 @@ def _drift(rng: Random) -> float:
 
 KINDS: dict[str, Callable[[Random], Any]] = {
     "retention": _retention, "pulls": _pulls, "readers": _readers, "change_topics_every_ms": _changes,
-    "session_timeouts_ms": _timeouts, "clock_drift": _drift,
+    "session_timeouts_ms": _timeouts, "clock_drift": _drift, "change_flush_every_ms": _changes,
+    "remake_topics_every_ms": _remakes,
 }

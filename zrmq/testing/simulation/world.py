@@ -8,7 +8,7 @@ from random import Random
 from zrmq.client.batch import OneWay
 from zrmq.client.process_queue import Unit
 from zrmq.errors import ZrmqError
-from zrmq.message import Message, MessageQueue, SendReceipt
+from zrmq.message import FlushMode, Message, MessageQueue, SendReceipt
 from zrmq.protocol.events import (
     GroupSubscribed,
     LeaseGranted,
@@ -97,8 +97,8 @@ class World:
             self._create_topics(broker)
         for number in range(self.plan.producer_count):
             self.start_producer(f"producer-{number}")
-        if self.plan.work.change_topics_every_ms:
-            self.admin = VirtualAdmin(self, self.plan.work.change_topics_every_ms)
+        if self.plan.work.has_admin:
+            self.admin = VirtualAdmin(self)
         for group in self.groups:
             for slot in range(group.members):
                 self.later(group.starts_ms, lambda group=group, slot=slot: self.start_consumer(group, slot))  # type: ignore[misc]
@@ -154,8 +154,13 @@ class World:
     def answered(self, posting: Posting, outcome: SendReceipt | ZrmqError) -> None:
         """A producer was told what became of a message."""
         self.promises.answered(posting, outcome, self.network.now_ms)
-        is_excused = self.promises.may_be_lost(posting) or self.promises.is_damaged(posting.body)
-        if isinstance(outcome, SendReceipt) and posting.kind is not OneWay and not is_excused:
+        if not isinstance(outcome, SendReceipt) or posting.kind is OneWay:
+            return
+        is_from_cache = outcome.durability is FlushMode.ASYNC
+        if is_from_cache and not self.promises.was_async(outcome.broker_name, posting.topic, posting.posted_ms):
+            raise BrokenPromise("flush", f"{posting} was acknowledged before its flush, in a topic that is flushed first.")
+        is_gone = self.promises.is_gone(outcome.broker_name, posting.body)
+        if not (is_gone or self.promises.may_be_lost(posting) or self.promises.is_damaged(posting.body)):
             self._check_stored(posting, outcome)
 
     def _check_stored(self, posting: Posting, receipt: SendReceipt) -> None:
@@ -168,7 +173,7 @@ class World:
         place = f"{receipt.queue_offset} of {spell(receipt.queue)}"
         if placed is None or placed.body != posting.body:
             raise BrokenPromise("lost", f"{posting} was acknowledged at {place}; {placed} is there.")
-        if placed.end > broker.store.flushed_position and not self.promises.is_async(posting.topic):
+        if placed.end > broker.store.flushed_position and receipt.durability is FlushMode.SYNC:
             raise BrokenPromise("flush", f"{posting} was acknowledged before it was flushed, at {place}.")
 
     def handed_out(self, consumer: VirtualConsumer, unit: Unit) -> None:
@@ -181,23 +186,36 @@ class World:
         if not (consumer.is_broadcasting or is_unsure):
             for other in self.consumers:
                 if other is not consumer and other.group is consumer.group:
-                    _check_owner(consumer, other, queue, unit.offset)
+                    _check_owner(consumer, other, unit)
+        topic_id = consumer.topic_id(unit.process_queue)
+        self._check_topic(consumer, queue, topic_id)
         for message in unit.messages:
-            self._check_message(consumer, message)
+            self._check_message(consumer, message, topic_id)
 
-    def _check_message(self, consumer: VirtualConsumer, message: Message) -> None:
+    def _check_topic(self, consumer: VirtualConsumer, queue: MessageQueue, topic_id: int) -> None:
+        """Who has got messages of a topic gets none any more of a former one of the name. What was read before its flush may
+        be of one that a power cut has undone."""
+        before = consumer.topic_ids.get(queue, 0)
+        if 0 < topic_id < before and not self.promises.is_async(queue.broker_name, queue.topic):
+            raise BrokenPromise("former", f"{consumer.who} gets {spell(queue)} of topic {topic_id} after that of {before}.")
+        consumer.topic_ids[queue] = topic_id or before
+
+    def _check_message(self, consumer: VirtualConsumer, message: Message, topic_id: int) -> None:
         posting = self.promises.postings.get(message.body)
         if posting is None or posting.topic != message.topic or posting.tag != message.tag:
             raise BrokenPromise("content", f"{consumer.who} got {message!r}, which nobody sent.")
         if not self.promises.is_wanted(consumer.group.name, message.body):
             raise BrokenPromise("filter", f"{consumer.who} got {posting} with tag {posting.tag}, which its group does not want.")
         broker = self.brokers[message.queue.broker_name]
-        is_excused = self.promises.is_async(message.topic) or self.promises.is_damaged(message.body)
+        is_async = self.promises.is_async(message.queue.broker_name, message.topic)
+        is_lost = self.promises.may_have_lost(message.queue.broker_name, message.body)
+        is_excused = is_async or is_lost or self.promises.is_damaged(message.body)
         if is_excused or broker.check is None or broker.machine is None:
             return
-        placed = broker.check.placed(message.queue, message.queue_offset)
-        if placed is None and broker.check.is_expired(message.queue, message.queue_offset):
-            return
+        placed = broker.check.placed(message.queue, message.queue_offset, topic_id)
+        is_expired = broker.check.is_expired(message.queue, message.queue_offset)
+        if placed is None and (is_expired or self.promises.is_gone(broker.name, message.body)):
+            return  # the segments of deleted topics go first
         if placed is None or placed.body != message.body:
             place = f"{message.queue_offset} of {spell(message.queue)}"
             raise BrokenPromise("phantom", f"{consumer.who} got {posting} from {place}; {placed} is there.")
@@ -243,10 +261,12 @@ class World:
             is_excused = is_beyond or is_lost or self.promises.may_be_reset(queue)
             if broker.role is None or is_excused or not consumer.holds(queue):
                 continue
-            topic = broker.store.tables.topics[queue.topic]
+            topic, reading = broker.store.tables.topics.get(queue.topic), consumer.core.reader.readings[queue]
+            if topic is None or consumer.topic_id(reading.process_queue) not in (0, topic.topic_id):
+                continue  # deleted since
             group = broker.store.tables.groups.get(consumer.group.name)
             known = group.start_offset(topic, queue.queue_id, consumer.instance_name) if group is not None else None
-            latest = max(offset, consumer.inbox.commit_offset(consumer.core.reader.readings[queue].process_queue))
+            latest = max(offset, consumer.inbox.commit_offset(reading.process_queue))
             if known is None or not offset <= max(known, topic.queues[queue.queue_id].min_offset) or known > latest:
                 what = f"{offset} of {spell(queue)} is committed; {known} is"
                 raise BrokenPromise("commit", f"{consumer.who} was told that {what}.")
@@ -260,11 +280,11 @@ class World:
         check, broker.check = broker.check, None
         if check is not None:
             if is_power_cut:
-                self.promises.may_lose(check.unflushed_bodies())
+                self.promises.may_lose(broker.name, check.unflushed_bodies(), check.flushed_position)
             self._former[broker.name] = (check, check.flushed_position if is_power_cut else check.watch.end)
         elif broker.name in self._former and is_power_cut:  # again, before anybody had a look
             former, survives_until = self._former[broker.name]
-            self.promises.may_lose(former.unflushed_bodies())
+            self.promises.may_lose(broker.name, former.unflushed_bodies(), former.flushed_position)
             self._former[broker.name] = (former, min(survives_until, former.flushed_position))
 
     def broker_up(self, broker: VirtualBroker) -> None:
@@ -291,9 +311,10 @@ class World:
             self.promises.deleted_until[broker.name] = start
 
 
-def _check_owner(consumer: VirtualConsumer, other: VirtualConsumer, queue: MessageQueue, offset: int) -> None:
-    what = f"{consumer.who} delivers {spell(queue)} from {offset}"
-    if other.holds(queue):
+def _check_owner(consumer: VirtualConsumer, other: VirtualConsumer, unit: Unit) -> None:
+    queue, topic_id = unit.process_queue.queue, consumer.topic_id(unit.process_queue)
+    what = f"{consumer.who} delivers {spell(queue)} from {unit.offset}"
+    if other.holds(queue) and other.topic_id(other.core.reader.readings[queue].process_queue) == topic_id:
         raise BrokenPromise("owner", f"{what} while {other.who} holds a lease that is valid by its own rules.")
-    if other.is_giving_back(queue):
+    if other.is_giving_back(queue, topic_id):
         raise BrokenPromise("drain", f"{what} while {other.who} still works on some of it.")
