@@ -311,7 +311,8 @@ class PullConsumer(Consumer):
     whoever else reads them. Without a group nothing is shared and nothing committed.
 
     With `auto_commit` finished is: for `poll`, what earlier polls returned; for an iteration, the messages before the one it gave
-    last; for both, everything given when a `with` block ends without an exception. Without, what was given before `commit`.
+    last; for both, everything given when a `with` block ends without an exception. Without, what was given before `commit`; but
+    who has no group cannot commit, and finishes as with it.
     """
 
     def __init__(
@@ -333,7 +334,7 @@ class PullConsumer(Consumer):
         super().__init__(
             group, nameservers=nameservers, message_model=message_model, consume_from=consume_from, allocation=allocation,
             instance_name=instance_name, buffer_messages=buffer_messages, buffer_bytes=buffer_bytes,
-            commit_interval_ms=commit_interval_ms, auto_commit=auto_commit, in_order=False, context=context,
+            commit_interval_ms=commit_interval_ms, auto_commit=auto_commit or group is None, in_order=False, context=context,
         )
         self._cursor: Cursor | None = None
 

@@ -1,14 +1,20 @@
 """Target: a data folder with one bent file, opened, read, written to, saved and closed by the store, on the disk in memory.
 
-A folder has segments, queue files, broker.toml and views.db. Of a segment entries are bent and sealed again half of the time, so
-that what recovery believes is wrong; of views.db values are, for SQLite has no checksums of its own.
+A folder has segments and a spare one, queue files, broker.toml, the lock and views.db. Any file is bent as a disk or a hand bends
+it: bits, zeros, blocks that change places, what is cut off, put behind it or taken from another file; it is gone, or has another
+name. Of a segment entries are bent and sealed again too, so that what recovery believes is wrong; of views.db values are, for
+SQLite has no checksums of its own.
+
+What nobody sealed again must not cost anything but itself: a store that opens serves every message of the log that is whole and
+was known to be flushed, as it was written.
 """
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from random import Random
 from typing import Any
 from zlib import crc32
@@ -20,7 +26,17 @@ from tests.fuzz.probe import Target
 from tests.unit.store_bench import ASYNC, FOLDER, StoreBench, run
 from zrmq.errors import NotReadyError
 from zrmq.files import read_file
-from zrmq.protocol.batch import ENTRY_HEADER_BYTES, KIND_EVENT
+from zrmq.protocol.batch import (
+    BATCH_CRC_AT,
+    ENTRY_HEADER_BYTES,
+    KIND_BATCH,
+    KIND_EVENT,
+    EntryHeader,
+    entry_checks_out,
+    iter_batches,
+    peek_batch,
+    peek_entry,
+)
 from zrmq.protocol.events import GroupSubscribed, LeaseGranted, OffsetsCommitted, TopicDeleted
 from zrmq.protocol.requests import PullStatus
 from zrmq.store.consume_queue import ENTRY_BYTES
@@ -29,6 +45,11 @@ from zrmq.testing.files import FaultyFiles
 
 CONFIG: dict[str, Any] = {"segment_bytes": 4 * 1024, "checkpoint_bytes": 20_000, "checkpoint_ms": 1_000_000}
 VIEWS = FOLDER / "views.db"
+RAW_VIEWS = "views.db as it lies on the disk"  # in place of the rows
+NAMES = ("commitlog/00000000000000000001.log", "commitlog/spare-3", "commitlog/x.log", "commitlog/.log", "consumequeue/z/0", "x")
+BLOCK_BYTES = 512
+TOPIC_NAMES = {1: "a"}  # of what is not deleted again
+TRACED_EVERY = 20
 TABLES = ("meta", "topics", "queues", "groups", "offsets", "windows", "segments")
 SEGMENT_HEADER_BYTES = 64
 ENTRY_FIELDS = [(3, 1), (4, 4), (12, 4), (16, 8), (24, 8), (32, 8), (40, 4), (44, 4), (48, 8), (72, 8), (80, 4), (96, 8)]
@@ -43,6 +64,7 @@ def make_folder() -> Image:
     bench.topic("b", 1, flush_mode=ASYNC)
     for number in range(24):
         bench.append(bench.queue("a", number % 2), 2, 20, producer_id=number % 3, tag="kitchen")
+        bench.flush()
     bench.append(bench.queue("b"), 3, 500)
     for event in (
         GroupSubscribed("reports", "a", 5, [(0, 0), (1, 3)]), OffsetsCommitted("reports", "", [(1, 0, 5)]),
@@ -52,7 +74,9 @@ def make_folder() -> Image:
     bench.flush()
     bench.store._views.spill(bench.store._views.index(bench.queue("a")))  # one queue has a file
     bench.checkpoint()
-    bench.append(bench.queue("a"), 2, 20, producer_id=1)
+    for number in range(24):  # a segment, and what follows
+        bench.append(bench.queue("a", number % 2), 2, 20, producer_id=1)
+        bench.flush()
     bench.topic("c", 3)
     bench.store.append_event(TopicDeleted(2))
     bench.store.append_event(OffsetsCommitted("reports", "box", [(1, 1, 2)]))
@@ -68,7 +92,7 @@ def image_of(files: FaultyFiles) -> Image:
         folder = folders.pop()
         for name in files.listdir(folder):
             path = folder / name
-            if name in ("views.db", "lock") or name.startswith("spare-"):
+            if name == "views.db":
                 continue
             try:
                 image[str(path.relative_to(FOLDER))] = read_file(files, path)
@@ -86,7 +110,7 @@ def _disk_of(image: Image) -> FaultyFiles:
     files = FaultyFiles(1)
     files.mkdir(FOLDER)
     for name, data in image.items():
-        if name != "views.db":
+        if name not in ("views.db", RAW_VIEWS):
             path = FOLDER / name
             files.mkdir(path.parent)
             file = files.open(path, create=True)
@@ -107,8 +131,10 @@ def _empty_database() -> bytes:
 _EMPTY = _empty_database()
 
 
-def _fill_database(files: FaultyFiles, rows: bytes) -> None:
-    connection = files.connect(VIEWS)
+@lru_cache(maxsize=4)
+def _database(rows: bytes) -> bytes:
+    """views.db with these rows."""
+    connection = sqlite3.connect(":memory:", isolation_level=None)
     connection.deserialize(_EMPTY)
     connection.execute("begin")
     for table, values in msgpack.unpackb(rows, strict_map_key=False).items():
@@ -116,20 +142,34 @@ def _fill_database(files: FaultyFiles, rows: bytes) -> None:
             with suppress(sqlite3.Error, OverflowError, TypeError):  # what the tables' own rules refuse cannot be there
                 connection.execute(f"insert into {table} values ({', '.join('?' * len(row))})", row)
     connection.execute("commit")
+    filled = connection.serialize()
+    connection.close()
+    return filled
+
+
+class LostMessageError(Exception):
+    """A store that opened does not serve what is whole."""
 
 
 def take(data: bytes) -> None:
     """Open the folder with this image, and use everything in it."""
     image: Image = msgpack.unpackb(data)
     files = _disk_of(image)
-    if "views.db" in image:
-        _fill_database(files, image["views.db"])
+    if "views.db" in image or RAW_VIEWS in image:
+        views = image[RAW_VIEWS] if RAW_VIEWS in image else _database(image["views.db"])
+        connection = files.connect(VIEWS)
+        if views:  # an empty file is an empty database
+            connection.deserialize(views)
     bench = StoreBench(files=files, **CONFIG)
     store = bench.store
     try:
+        served: set[tuple[str, int, int, bytes]] = set()
         for topic in list(store.tables.topics.values())[:8]:
             for queue in topic.queues[:4]:
-                _read(bench, queue)
+                _read(bench, queue, served)
+        lost = owed(image) - served
+        if lost:
+            raise LostMessageError(f"{len(lost)} of {len(served)} and more, such as {min(lost)}")
         if "a" in store.tables.topics:
             bench.append(bench.queue("a"))
         bench.flush()
@@ -139,8 +179,8 @@ def take(data: bytes) -> None:
         store.close()
 
 
-def _read(bench: StoreBench, queue: Any) -> None:
-    """Every batch; a queue whose index is damaged says so until maintenance has made it anew."""
+def _read(bench: StoreBench, queue: Any, served: set[tuple[str, int, int, bytes]]) -> None:
+    """Every batch, which is `served`; a queue whose index is damaged says so until maintenance has made it anew."""
     offset, rounds = queue.min_offset, 0
     while offset < queue.visible_offset and rounds < 200:
         rounds += 1
@@ -151,9 +191,84 @@ def _read(bench: StoreBench, queue: Any) -> None:
             continue
         if chunk.status is PullStatus.NOTHING or chunk.next_offset == offset:
             break
+        for frame in chunk.frames:
+            for header, batch in iter_batches(frame):
+                served.add((queue.topic.config.topic, queue.queue_id, header.base_offset, bytes(batch[BATCH_CRC_AT:])))
         offset = chunk.next_offset
     with suppress(NotReadyError):
         bench.store.offset_at(queue, 3)
+
+
+# --- what is owed ---------------------------------------------------------------------------------------------------------
+
+
+def _entries(name: str, data: bytes) -> Iterator[tuple[int, EntryHeader]]:
+    """Where the entries of a segment are in it, as far as they check out."""
+    at = SEGMENT_HEADER_BYTES
+    while (header := peek_entry(data, at)) is not None and header.position == int(name[-24:-4]) + at:
+        if not entry_checks_out(data, header, at):
+            return
+        yield at, header
+        at += header.length
+
+
+def owed(image: Image) -> set[tuple[str, int, int, bytes]]:
+    """The batches that must be served: one file at most was bent, it was not sealed again, and they are not in what was.
+
+    A flushed entry with nothing whole behind it that tells of the flush looks like one that a power cut tore: nobody owes it.
+    """
+    base = _base()
+    bent = [name for name in base.keys() | image.keys() if base.get(name) != image.get(name)]
+    if len(bent) > 1 or any(not _is_plain(name, base.get(name, b""), image.get(name, b"")) for name in bent):
+        return set()
+    batches, flushed_position = [], 0
+    for name, at, header, data in _base_entries():
+        if image.get(name, b"")[at : at + header.length] == data:
+            flushed_position = max(flushed_position, header.flushed_position)
+            if header.kind == KIND_BATCH:
+                batches.append((peek_batch(data), data))
+    return {
+        (TOPIC_NAMES[batch.topic_id], batch.queue_id, batch.base_offset, data[BATCH_CRC_AT:])
+        for batch, data in batches if batch.topic_id in TOPIC_NAMES and batch.position + batch.length <= flushed_position
+    }
+
+
+def _is_plain(name: str, before: bytes, after: bytes) -> bool:
+    """Whether what was changed tells by its checksums that it was."""
+    if name == "views.db":
+        return not after  # the log has everything
+    if name.endswith(".log") and len(name) == len("commitlog/") + 24:
+        wholes = (entry for entry in _entries_anywhere(after) if before[entry[0] : entry[1]] != after[entry[0] : entry[1]])
+        return name in _base() and next(wholes, None) is None
+    if name.startswith("consumequeue"):
+        ends = range(ENTRY_BYTES, len(after) + 1, ENTRY_BYTES)
+        entries = {before[end - ENTRY_BYTES : end] for end in ends}
+        return not any(
+            crc32(after[end - ENTRY_BYTES : end - 4]).to_bytes(4, "little") == after[end - 4 : end]
+            and after[end - ENTRY_BYTES : end] not in entries for end in ends
+        )
+    return name != RAW_VIEWS
+
+
+def _entries_anywhere(data: bytes) -> Iterator[tuple[int, int]]:
+    at = data.find(b"ZR")
+    while at >= 0:
+        header = peek_entry(data, at) if at + ENTRY_HEADER_BYTES <= len(data) else None
+        if header is not None and entry_checks_out(data, header, at):
+            yield at, at + header.length
+        at = data.find(b"ZR", at + 1)
+
+
+@lru_cache(maxsize=1)
+def _base() -> Image:
+    return make_folder()
+
+
+@lru_cache(maxsize=1)
+def _base_entries() -> list[tuple[str, int, EntryHeader, bytes]]:
+    names = sorted(name for name in _base() if name.endswith(".log"))
+    found = [(name, at, header) for name in names for at, header in _entries(name, _base()[name])]
+    return [(name, at, header, _base()[name][at : at + header.length]) for name, at, header in found]
 
 
 # --- bending --------------------------------------------------------------------------------------------------------------
@@ -164,8 +279,10 @@ def bend_folder(rng: Random, seeds: Sequence[bytes]) -> bytes:
     image = msgpack.unpackb(rng.choice(seeds))
     for _ in range(rng.choice((1, 1, 1, 2))):
         name = rng.choice(sorted(image))
-        if rng.random() < 0.03:
-            del image[name]
+        if name == "views.db" and rng.random() < 0.5:
+            image[RAW_VIEWS] = bend_file(rng, image, _database(image.pop(name)))
+        elif rng.random() < 0.4:
+            _bend_plainly(rng, image, name)
         elif name == "views.db":
             image[name] = _bent_rows(rng, image[name])
         elif name.endswith(".log") and rng.random() < 0.7:
@@ -178,6 +295,48 @@ def bend_folder(rng: Random, seeds: Sequence[bytes]) -> bytes:
             break
     bent: bytes = msgpack.packb(image)
     return bent
+
+
+def _bend_plainly(rng: Random, image: Image, name: str) -> None:
+    """A file is gone, bears another name, or has other bytes; or there is one more."""
+    kind = rng.random()
+    if kind < 0.1:
+        del image[name]
+    elif kind < 0.2:
+        other = rng.choice((*NAMES, *image))
+        image[RAW_VIEWS if other == "views.db" else other] = image.pop(name)
+    elif kind < 0.25:
+        image[rng.choice(NAMES)] = rng.choice((b"", b"x", image[name]))
+    elif name != "views.db":
+        image[name] = bend_file(rng, image, image[name])
+
+
+def bend_file(rng: Random, image: Image, data: bytes) -> bytes:
+    """As a disk does it: whole blocks more often than single bits."""
+    kind, at, end = rng.randrange(8), rng.randrange(len(data) + 1), rng.randrange(len(data) + 1)
+    if rng.random() < 0.5:
+        at, end = at - at % BLOCK_BYTES, end - end % BLOCK_BYTES
+    at, end = sorted((at, end))
+    if kind == 0:
+        return data[:at]
+    if kind == 1:
+        return data[:at] + bytes(end - at) + data[end:]
+    if kind == 2:
+        return data + rng.choice((b"\0", bytes(BLOCK_BYTES), data[at:end], rng.randbytes(100), bytes(10_000)))
+    if kind == 3:
+        size = min(BLOCK_BYTES, end - at, len(data) - end)
+        return data[:at] + data[end : end + size] + data[at + size : end] + data[at : at + size] + data[end + size :]
+    if kind == 4:
+        other = image[rng.choice(sorted(image))]
+        return data[:at] + other[at:end].ljust(end - at, b"\0") + data[end:]
+    if kind == 5:
+        return data[:at] + data[end:]
+    if kind == 6:
+        return data[:at] + rng.randbytes(end - at) + data[end:]
+    flipped = bytearray(data)
+    for _ in range(rng.choice((1, 1, 2, 5)) if data else 0):
+        flipped[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    return bytes(flipped)
 
 
 def _bent_segment(rng: Random, data: bytes) -> bytes:
@@ -240,5 +399,5 @@ def _bent_rows(rng: Random, rows: bytes) -> bytes:
 
 def targets() -> list[Target]:
     """One: the folder as a whole."""
-    return [Target("folder", take, [msgpack.packb(make_folder())], bend_folder)]
+    return [Target("folder", take, [msgpack.packb(_base())], bend_folder, traced_every=TRACED_EVERY)]
 

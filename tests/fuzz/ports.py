@@ -1,9 +1,9 @@
 """Live ports: a NameServer and a broker as processes under bent messages and raw bytes, while a producer and a consumer go on.
 
-Hostile are clients that have said HELLO and one that has not, a PUSH at the port for one-way sends, and plain TCP connections.
-All they do is bent from what is valid, so topics are made and deleted, groups joined and brokers registered, under names that
-the well-behaved two do not use. Those must see no error, and every message acknowledged to the one must reach the other once; no
-process may end, log a fault of its own, or grow beyond `RSS_BYTES_MAX`.
+Hostile are clients that have opened a session and say what `talk.py` makes up, one that has not, a PUSH at the port for one-way
+sends, and plain TCP connections. All they do is bent from what is valid, so topics are made and deleted, groups joined and
+brokers registered, under names that the well-behaved two do not use. Those must see no error, and every message acknowledged
+to the one must reach the other once; no process may end, log a fault of its own, or grow beyond `RSS_BYTES_MAX`.
 """
 
 from __future__ import annotations
@@ -18,31 +18,30 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import msgspec
 import zmq
 
 import zrmq
-from tests.corpus.samples import BROKER
 from tests.fuzz.cores import HEADERS, make_frames
+from tests.fuzz.talk import NOBODY, Talk
 from tests.process.cluster import Counting
 from tests.unit.test_transport_server import raw_greetings
 from zrmq.cli.children import Child, start_broker, start_nameserver
 from zrmq.clock import SystemClock
 from zrmq.errors import Code
 from zrmq.protocol.limits import MESSAGE_BYTES_MAX
-from zrmq.protocol.requests import Failed, Heartbeat, Hello, RegisterBroker, decode_reply, encode
+from zrmq.protocol.requests import Failed, Heartbeat, RegisterBroker, decode_reply, encode
 
 RSS_BYTES_MAX = 256 << 20  # of either process; they begin with some 45 MiB, and a client may leave up to 16 MiB unread
 TIMEOUT_MS = 60_000
-HELLO_EVERY = 400  # messages of one connection; what it sent may have ended its session
 RAW_EVERY = 150  # inputs per TCP connection
 HUGE_EVERY = 25_000  # inputs per frame of more than a server takes
 TOPIC, GROUP = "readings", "readers"
 LAST_NUMBER = (1 << 63) - 1
 FAULTS = re.compile(rb"Traceback|request_failed|one_way_send_failed|callback_failed|\"level\": ?\"critical\"")
 
-# The sample's broker would be at ports where others may listen.
-NOBODY = msgspec.structs.replace(BROKER, address="tcp://127.0.0.1:1", ingest_address="tcp://127.0.0.1:1")
+TALK_SHARE = 0.9  # of what clients with a session send; the rest is bent from any samples
+DOOR = frozenset({Code.NO_SESSION.name})  # what is answered to whoever has no session
+
 HOSTILE_HEADERS = [*HEADERS, *[encode(RegisterBroker(4, 3_000, NOBODY, version, [])) for version in (8, 9)]]
 HOSTILE_HEADERS = [header for header in HOSTILE_HEADERS if b":10911" not in header]
 
@@ -108,29 +107,27 @@ class Cluster:
 class Hostile:
     """One connection that sends what is bent."""
 
-    def __init__(self, context: zmq.Context[Any], kind: int, address: str, name: str) -> None:
+    def __init__(self, context: zmq.Context[Any], kind: int, address: str, name: str, rng: Random) -> None:
         self.name = name
         self.answers: Counter[str] = Counter()
         self._is_push = kind == zmq.PUSH
-        self._epoch = 0
-        self._count = 0
+        self._rng = rng
+        role = "broker" if name.startswith("n") else "consumer"
+        has_session = not (self._is_push or name == "stranger")
+        self._talk = Talk(rng, name, role, SystemClock().time_ms()) if has_session else None
         self._socket = context.socket(kind)
         self._socket.set(zmq.SNDTIMEO, TIMEOUT_MS)
         self._socket.set(zmq.LINGER, 0)
         self._socket.connect(address)
 
-    def send(self, frames: list[bytes]) -> None:
-        if not self._is_push and self.name != "stranger" and self._count % HELLO_EVERY == 0:
-            self.hello()
-        self._count += 1
+    def send(self, frames: list[bytes] | None = None) -> None:
+        """These, or what it makes up."""
+        if frames is None:
+            is_talk = self._talk is not None and self._rng.random() < TALK_SHARE
+            frames = self._talk.next() if is_talk and self._talk is not None else make_frames(self._rng, HOSTILE_HEADERS)
         self._socket.send_multipart(frames)
         while not self._is_push and self._socket.poll(0):
             self._take(self._socket.recv_multipart())
-
-    def hello(self) -> None:
-        self._epoch = SystemClock().time_ms() + self._epoch % 7 + 1
-        role = "broker" if self.name.startswith("n") else "consumer"
-        self._socket.send(encode(Hello(1, 1_000, 1, self.name, self._epoch, role, "" if role == "broker" else "hostile")))
 
     def finish(self) -> None:
         """Everything sent was taken: what is asked last is answered last."""
@@ -150,13 +147,15 @@ class Hostile:
         reply = decode_reply(frames[0])
         said = Code(reply.code).name if isinstance(reply, Failed) else type(reply).__name__
         self.answers[said] += 1
+        if self._talk is not None:
+            self._talk.learn(reply)
         return reply.number
 
 
-def _targets(context: zmq.Context[Any], cluster: Cluster) -> list[Hostile]:
-    found = [Hostile(context, zmq.DEALER, cluster.broker_address, name) for name in ("c-1", "c-2", "c-3", "stranger")]
-    found += [Hostile(context, zmq.DEALER, cluster.nameserver_address, name) for name in ("n-1", "n-2", "stranger")]
-    return [*found, Hostile(context, zmq.PUSH, cluster.ingest_address(), "push")]
+def _targets(context: zmq.Context[Any], cluster: Cluster, rng: Random) -> list[Hostile]:
+    found = [Hostile(context, zmq.DEALER, cluster.broker_address, name, rng) for name in ("c-1", "c-2", "c-3", "c-4", "stranger")]
+    found += [Hostile(context, zmq.DEALER, cluster.nameserver_address, name, rng) for name in ("n-1", "n-2", "stranger")]
+    return [*found, Hostile(context, zmq.PUSH, cluster.ingest_address(), "push", rng)]
 
 
 def attack(cluster: Cluster, rng: Random, count: int) -> dict[str, int]:
@@ -164,7 +163,7 @@ def attack(cluster: Cluster, rng: Random, count: int) -> dict[str, int]:
     context: zmq.Context[Any] = zmq.Context()
     ports = [int(at.rpartition(":")[2]) for at in (cluster.broker_address, cluster.nameserver_address, cluster.ingest_address())]
     greetings = raw_greetings(rng)
-    clients = _targets(context, cluster)
+    clients = _targets(context, cluster, rng)
     try:
         for number in range(count):
             if number % RAW_EVERY == 0:
@@ -172,7 +171,7 @@ def attack(cluster: Cluster, rng: Random, count: int) -> dict[str, int]:
             elif number % HUGE_EVERY == 1:
                 rng.choice(clients).send([bytes(MESSAGE_BYTES_MAX + 1)])
             else:
-                rng.choice(clients).send(make_frames(rng, HOSTILE_HEADERS))
+                rng.choice(clients).send()
         answers: Counter[str] = Counter()
         for client in clients:
             client.finish()
@@ -211,6 +210,8 @@ def run_ports(folder: Path, seed: int, count: int) -> dict[str, Any]:
         cluster.kill()
     return {
         "inputs": count, "elapsed_ms": round(clock.monotonic_ms() - began_ms), "rss_peak_bytes": peaks, "answers": answers,
+        "refused_at_the_door": sum(answers.get(name, 0) for name in DOOR),
+        "answered_otherwise": sum(number for name, number in answers.items() if name not in DOOR),
         "messages": len(cluster.sent), "faults": faults,
     }
 

@@ -26,6 +26,7 @@ from zrmq.protocol.requests import Failed, decode_reply, encode, failed
 CPU_SECONDS_MAX = 10.0  # for one input; the slowest take some milliseconds, and a machine may have other things to do
 BASE_BYTES_MAX = 1 << 20  # that any input may take for a moment
 MULTIPLE_MAX = 64  # so many bytes of memory for a byte of input: MessagePack's shortest values become Python objects
+GROWTH_BYTES_MAX = 8 << 20  # of the process's peak by an input that is not traced: then it is given once more, and traced
 SPACE_BYTES_MAX = 1 << 29  # beyond it an input gets a MemoryError, and the machine goes on
 STATM = Path("/proc/self/statm")  # Linux only: elsewhere an input may take what the machine has
 KEPT = Path(__file__).parents[1] / "corpus" / "fuzz"  # inputs that found something once
@@ -40,6 +41,7 @@ class Target(NamedTuple):
     make: Make
     size: Callable[[bytes], int] = len  # what the input counts for memory: what it may unpack to
     weight: float = 1  # its share of the inputs
+    traced_every: int = 1  # which inputs' memory is traced: that takes most of the time of what runs long
 
 
 class TookTooLongError(BaseException):
@@ -68,6 +70,7 @@ class Probe:
     def __init__(self) -> None:
         self.inputs: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
+        self.traced: Counter[str] = Counter()
         self.peak_bytes: Counter[str] = Counter()  # most memory one input took, by target
         self.findings: dict[tuple[str, str, str], Finding] = {}
         self.found_count = 0
@@ -79,11 +82,9 @@ class Probe:
             used = int(STATM.read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + SPACE_BYTES_MAX, self._limits[1]))
         structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))  # damage is reported as such
-        tracemalloc.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        tracemalloc.stop()
         structlog.reset_defaults()
         resource.setrlimit(resource.RLIMIT_AS, self._limits)
         signal.signal(signal.SIGPROF, self._old)
@@ -95,9 +96,29 @@ class Probe:
 
     def feed(self, target: Target, data: bytes) -> None:
         """One input."""
+        is_traced = self.inputs[target.name] % target.traced_every == 0
         self.inputs[target.name] += 1
-        tracemalloc.reset_peak()
-        before = tracemalloc.get_traced_memory()[0]
+        if not is_traced:
+            before = _rss_peak_bytes()
+            self._give(target, data)
+            if _rss_peak_bytes() - before <= GROWTH_BYTES_MAX:
+                return
+        self._trace(target, data)
+
+    def _trace(self, target: Target, data: bytes) -> None:
+        tracemalloc.start()
+        try:
+            self._give(target, data)
+            took = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        self.traced[target.name] += 1
+        if took > self.peak_bytes[target.name]:
+            self.peak_bytes[target.name] = took
+        if took > BASE_BYTES_MAX + MULTIPLE_MAX * len(data) and took > BASE_BYTES_MAX + MULTIPLE_MAX * target.size(data):
+            self._note(target, data, f"{took} bytes of memory", None)
+
+    def _give(self, target: Target, data: bytes) -> None:
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS_MAX, 1.0)  # again, where one that is closed is stuck too
         try:
             target.take(data)
@@ -111,11 +132,6 @@ class Probe:
             self._note(target, data, f"{type(error).__name__}: {str(error)[:80]}", error)
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
-        took = tracemalloc.get_traced_memory()[1] - before
-        if took > self.peak_bytes[target.name]:
-            self.peak_bytes[target.name] = took
-        if took > BASE_BYTES_MAX + MULTIPLE_MAX * len(data) and took > BASE_BYTES_MAX + MULTIPLE_MAX * target.size(data):
-            self._note(target, data, f"{took} bytes of memory", None)
 
     def _note(self, target: Target, data: bytes, what: str, error: BaseException | None) -> None:
         self.found_count += 1
@@ -128,10 +144,13 @@ class Probe:
         return {
             "inputs": self.inputs.total(), "refused": self.refused.total(), "elapsed_ms": round(elapsed_ms),
             "by_target": {
-                name: {"inputs": count, "refused": self.refused[name], "peak_bytes": self.peak_bytes[name]}
+                name: {
+                    "inputs": count, "refused": self.refused[name], "traced": self.traced[name],
+                    "peak_bytes": self.peak_bytes[name],
+                }
                 for name, count in self.inputs.items()
             },
-            "rss_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "rss_peak_bytes": _rss_peak_bytes(),
             "found": self.found_count,
             "findings": [found._asdict() | {"data": found.data[:200].hex()} for found in self.findings.values()],
         }
@@ -146,6 +165,10 @@ def run_targets(targets: Sequence[Target], seed: int, count: int) -> tuple[Probe
         for target in targets:
             probe.run(target, Random(f"{seed} {target.name}"), ceil(count * target.weight / weights))
     return probe, clock.monotonic_ms() - began_ms
+
+
+def _rss_peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _where(error: BaseException) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -15,10 +16,12 @@ from tests.fuzz.ports import run_ports
 from tests.fuzz.probe import KEPT, Probe, Target, run_targets
 from zrmq.protocol import batch
 from zrmq.protocol.events import AnyEvent, Event, encode_event
+from zrmq.store import segment
 
 DECODER_INPUTS = 6_000
 CORE_INPUTS = 2_000
-FOLDER_INPUTS = 40
+FOLDER_INPUTS = 150
+LOSSY_INPUTS = 150
 PORT_INPUTS = 3_000
 
 Patch = pytest.MonkeyPatch
@@ -46,6 +49,8 @@ def test_live_ports_disturb_nobody(tmp_path: Path) -> None:
     report = run_ports(tmp_path, 1, PORT_INPUTS)
     assert report["faults"] == []
     assert report["messages"] > 0
+    assert report["answered_otherwise"] > PORT_INPUTS // 2
+    assert report["answers"].keys() >= {"Sent", "Pulled", "Leased", "Committed", "FENCED", "Registered", "Route", "Welcome"}
 
 
 @pytest.mark.parametrize("path", sorted(KEPT.glob("*.bin")), ids=lambda path: path.stem)
@@ -95,6 +100,24 @@ def look_up_the_kind(patch: Patch) -> None:
         return decode(payload)
 
     patch.setattr(decoders, "decode_event", hasty)
+
+
+def skip_the_rest_of_a_damaged_segment(self: segment.EntryReader, position: int) -> segment.Found:
+    return segment.Found(position, self._end, None, b"", 0, False)
+
+
+def test_a_store_that_serves_less_than_is_whole_is_found(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(segment.EntryReader, "gap", skip_the_rest_of_a_damaged_segment)
+    found = findings(files.targets(), LOSSY_INPUTS)
+    assert any(finding.what.startswith("LostMessageError") for finding in found)
+
+
+def test_memory_is_noticed_where_it_is_not_traced() -> None:
+    greedy = Target("greedy", lambda data: len(bytearray(20 << 20)) and None, [b"x"], lambda rng, seeds: b"x", traced_every=1_000)
+    with Probe() as probe:
+        probe.run(greedy._replace(take=lambda data: None), Random(1), 1)
+        probe.run(greedy, Random(1), 1)
+    assert [finding.what.split(" ", 1)[1] for finding in probe.findings.values()] == ["bytes of memory"]
 
 
 @pytest.mark.parametrize(

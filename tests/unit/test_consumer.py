@@ -734,6 +734,21 @@ def test_assigned_queues(consumers: Callable[..., Any], producer: zrmq.Producer,
     assert {message.queue for message in poll_all(reader, 1)} == {queues[1]}
 
 
+def test_without_a_group_what_was_given_is_finished_by_the_next_poll(
+    consumers: Callable[..., Any], producer: zrmq.Producer, name: str
+) -> None:
+    producer.send_batch(name, numbered(3), queue=MessageQueue(name, "broker-a", 0))
+    reader = consumers(zrmq.PullConsumer, group=None, consume_from=EARLIEST, auto_commit=False)
+    queue, other = reader.queues(name)
+    reader.assign([queue])
+    assert len(poll_all(reader, 3)) == 3
+    assert reader.poll(1, 0) == []
+    assert reader.lag() == {queue: 0}
+    reader.assign([other])
+    reader.assign([queue])
+    assert reader.assigned() == [queue]
+
+
 def test_seeking_right_after_assigning(consumers: Callable[..., Any], producer: zrmq.Producer, name: str) -> None:
     for queue_id in (0, 1):
         producer.send(name, b"%d" % queue_id, queue=MessageQueue(name, "broker-a", queue_id))

@@ -467,6 +467,37 @@ def test_a_damaged_segment_header_costs_nothing(bench: StoreBench) -> None:
     assert len(bodies_of(bench)) == count
 
 
+def test_a_segment_whose_file_has_grown_costs_nothing(bench: StoreBench) -> None:
+    bench.topic()
+    bench.fill_segments(bench.queue(), 3)
+    before = bench.bodies(bench.queue())
+    bench.files.crash()
+    bench.files.unlink(FOLDER / "views.db")
+    first, second, *_ = bench.segments()
+    file = bench.files.open(LOG / segment_name(first))
+    file.pwritev([bytes(2 * SEGMENT_BYTES)], second - first)
+    file.fdatasync()
+    bench.open()
+    assert bench.bodies(bench.queue()) == before
+    bench.append(bench.queue())
+    bench.flush()
+    assert len(bench.bodies(bench.queue())) == len(before) + 1
+
+
+def test_what_is_no_segment_in_the_place_of_one_is_refused(bench: StoreBench) -> None:
+    bench.topic()
+    bench.append(bench.queue())
+    bench.flush()
+    bench.store.close()
+    stray = LOG / segment_name(1)
+    replace_file(bench.files, stray, b"notes of mine")
+    with pytest.raises(FolderUnusableError, match="is no segment of the log"):
+        bench.open()
+    bench.files.unlink(stray)
+    bench.open()
+    assert len(bench.bodies(bench.queue())) == 1
+
+
 def test_a_missing_segment_in_the_middle(bench: StoreBench) -> None:
     (queue, _) = bench.topic()
     bench.fill_segments(queue, 3)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from zrmq.errors import DiskFullError, FolderUnusableError
@@ -73,10 +74,14 @@ class CommitLog:
     # --- opening ------------------------------------------------------------------------------------------------------
 
     def load(self) -> None:
-        """Find the segments and spares that are there. Raises `FolderUnusableError` for a newer format, `OSError`."""
+        """Find the segments and spares that are there. Raises `FolderUnusableError` for a newer format or what is no segment in
+        the place of one, `OSError`."""
         names = self.files.listdir(self.folder)
         starts = sorted(start for start in map(start_of, names) if start is not None)
         self.segments = [self._load_segment(start) for start in starts]
+        for before, segment in pairwise(self.segments):
+            if segment.start < before.end:
+                self._shorten(before, segment)
         for name in names:
             match = _SPARE.match(name)
             if match:
@@ -92,6 +97,17 @@ class CommitLog:
                 folder=str(self.folder.parent), format_version=version,
             )
         return Segment(path, start, start + self.files.size(path), is_header_whole=version is not None)
+
+    def _shorten(self, before: Segment, segment: Segment) -> None:
+        """A file reaches into the next one, which says itself where it begins: what is too much there is not of the log."""
+        if not segment.is_header_whole:
+            raise FolderUnusableError(
+                f"{segment.path} is no segment of the log, and its name says that it lies within {before.path}. One of the two"
+                " does not belong there; move it to another folder and start again.",
+                folder=str(self.folder.parent),
+            )
+        log.warning("segment_too_long", path=str(before.path), end_position=before.end, next_position=segment.start)
+        before.end = segment.start
 
     def _load_spare(self, path: Path) -> None:
         if self.files.size(path) == self.segment_bytes:

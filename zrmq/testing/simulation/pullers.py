@@ -56,7 +56,7 @@ class Door(PullConsumer):
     def __init__(self, consumer: VirtualPuller) -> None:
         self.group = consumer.group.name
         self.cursor = Cursor(consumer.inbox)
-        self._auto_commit = consumer.pulls.auto_commit
+        self._auto_commit = consumer.finishes_by_itself
         self._consumer = consumer
 
     def _ready(self) -> tuple[Any, Cursor]:
@@ -76,12 +76,17 @@ class VirtualPuller(VirtualConsumer):
         self._is_busy = False
         self._paused: list[MessageQueue] = []
         super().__init__(world, group, slot, life)
-        if not pulls.auto_commit:
+        if not self.finishes_by_itself:
             self.machine.call_later(COMMIT_MS, self._commit_idle)
         if pulls.seek_every_ms:
             self._later(pulls.seek_every_ms, self._seek_somewhere)
         if pulls.pause_every_ms:
             self._later(pulls.pause_every_ms, self._pause_some)
+
+    @property
+    def finishes_by_itself(self) -> bool:
+        """Whether what was given counts as finished without a commit."""
+        return self.pulls.auto_commit
 
     def _make_inbox(self) -> Inbox:
         inbox = WatchedInbox(ReadyLine(self._work_soon), nullcontext(), self.machine.clock, self._wake)
@@ -121,11 +126,11 @@ class VirtualPuller(VirtualConsumer):
         self._is_busy = False
         if self.is_leaving or self.inbox.is_closed:
             return
-        if self.pulls.auto_commit:
+        if self.finishes_by_itself:
             self._finish_given()
         messages = self._iterate() if self.pulls.iterates else self.door.poll(self._work_rng.randint(1, 20), 0)
         self._got(messages)
-        if not self.pulls.auto_commit and self._given and (not messages or self._work_rng.random() < 0.3):
+        if not self.finishes_by_itself and self._given and (not messages or self._work_rng.random() < 0.3):
             self._commit()
         elif messages:
             self._is_busy = True

@@ -84,6 +84,11 @@ class VirtualReader(VirtualPuller):
         if reader.end_every_ms:
             world.later(self._work_rng.expovariate(1.0 / reader.end_every_ms), self._end_somehow)
 
+    @property
+    def finishes_by_itself(self) -> bool:
+        """There is nowhere to commit to without a group."""
+        return self.pulls.auto_commit or not self.has_group
+
     def _make_door(self) -> Door:
         return ReaderDoor(self)
 
@@ -143,18 +148,6 @@ class VirtualReader(VirtualPuller):
         for message in messages:
             self._read_check.gets(message)
         super()._got(messages)
-
-    def _commit(self) -> None:
-        if self.has_group:
-            super()._commit()
-        else:
-            self._go_on_without()
-
-    def _go_on_without(self) -> None:
-        """There is nowhere to commit to."""
-        self._finish_given()
-        self._is_busy = True
-        self.machine.call_later(0.0, self._ask_for_messages)
 
     def troubles(self) -> Iterator[str]:
         """What is not well yet, when nothing goes wrong any more."""
