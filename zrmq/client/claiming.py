@@ -189,7 +189,8 @@ class OffsetClaims:
                 self._find(wanted, link)
 
     def let_go(self, reading: Reading, offset: int) -> None:
-        """Nothing to tell anybody."""
+        """Nothing to tell anybody; but it may be wanted again by now."""
+        self._listener.on_unclaimed(0.0)
 
     def lose(self, reading: Reading, offset: int, error: ZrmqError) -> None:
         """The broker is gone. What it does not know we have to remember; else it is asked when it is back."""
