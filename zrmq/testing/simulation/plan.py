@@ -107,11 +107,10 @@ def draw_plan(seed: int, *, has_work: bool = True, has_disk_faults: bool = True)
 
 def _beside(faults: dict[str, float], work: WorkPlan) -> WorkPlan:
     """What of the work goes with these faults. Nothing is deleted where the log is damaged: the checks know what a log must have
-    that begins late, and what one must have that was hurt, but not both at once. Nor are topics made anew where either is so:
-    what was in the former ones is known from a whole log only."""
-    if DAMAGE & faults.keys():
-        return msgspec.structs.replace(work, retention=RetentionPlan(), remake_topics_every_ms=0.0)
-    return msgspec.structs.replace(work, remake_topics_every_ms=0.0) if work.retention != RetentionPlan() else work
+    that begins late, and what one must have that was hurt, but not both at once; and a topic that was deleted goes first."""
+    if not DAMAGE & faults.keys():
+        return work
+    return msgspec.structs.replace(work, retention=RetentionPlan(), remake_topics_every_ms=0.0)
 
 
 def with_work(plan: Plan, work: WorkPlan) -> Plan:
