@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from zrmq.testing.simulation import __main__ as command
-from zrmq.testing.simulation.plan import DAMAGE, DISK_FAULTS, FAULTS, draw_plan
+from zrmq.testing.simulation.plan import DAMAGE, DISK_FAULTS, FAULTS, draw_plan, with_work
 from zrmq.testing.simulation.run import run_seed
 from zrmq.testing.simulation.trace import BrokenPromise, SimulationError
 from zrmq.testing.simulation.work import KINDS, RetentionPlan, WorkPlan
@@ -43,6 +43,11 @@ READER_FAILURES = {  # with readers that name their queues themselves, whether t
     1300068: "a group stands nowhere, and a broker that acknowledges before it flushes is started again",
     1300314: "a broker goes away after a seek back and before the commit",
 }
+WORK_FAILURES: dict[int, tuple[str, WorkPlan]] = {  # with the work that was given to them
+    1204074: ("a topic is made again while a broadcasting consumer is busy with the former one", WorkPlan(
+        remake_topics_every_ms=1_000.0,
+    )),
+}
 CHUNK = 10  # so that workers of pytest-xdist can share them
 
 
@@ -70,7 +75,15 @@ def test_a_failure_of_the_disk_stays_mended(seed: int) -> None:
 def test_a_failure_of_a_reader_stays_mended(seed: int) -> None:
     plan = draw_plan(seed)
     readers = plan.work.readers or KINDS["readers"](Random(f"plan {seed} work readers forced"))
-    run_seed(seed, plan=msgspec.structs.replace(plan, work=msgspec.structs.replace(plan.work, readers=readers)))
+    work = msgspec.structs.replace(plan.work, readers=readers, remake_topics_every_ms=0.0)
+    run_seed(seed, plan=msgspec.structs.replace(plan, work=work))
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("seed", WORK_FAILURES, ids={seed: name for seed, (name, _) in WORK_FAILURES.items()}.get)
+def test_a_failure_of_work_stays_mended(seed: int) -> None:
+    plan = draw_plan(seed, has_work=False, has_disk_faults=False)
+    run_seed(seed, plan=with_work(plan, WORK_FAILURES[seed][1]))
 
 
 @pytest.mark.timeout(120)
@@ -110,6 +123,7 @@ def test_nothing_is_deleted_of_a_damaged_log() -> None:
     damaged = [plan for plan in plans if DAMAGE & plan.faults.keys()]
     assert any(plan.work != WorkPlan() for plan in damaged), "all other work is done"
     assert all(plan.work.retention == RetentionPlan() for plan in damaged)
+    assert not any(plan.work.remake_topics_every_ms for plan in damaged)
     kept = [plan for plan in plans if plan.work.retention != RetentionPlan()]
     assert {kind for plan in kept for kind in plan.faults} == FAULTS.keys() - DAMAGE
     result = run_seed(400288)  # its administrator would have topics expire
@@ -144,7 +158,10 @@ def test_work_is_done() -> None:
     counts: Counter[str] = Counter()
     for seed in [seed for seed in range(1, 100) if draw_plan(seed).work != WorkPlan()][:12]:
         counts.update(run_seed(seed).counts)
-    for what in ("log_begins", "offset_moved", "sought", "queues_paused", "changed_topic", "assigns", "begins"):
+    for what in (
+        "log_begins", "offset_moved", "sought", "queues_paused", "changed_topic", "deleted_topic", "made_topic_anew", "assigns",
+        "begins",
+    ):
         assert counts[what], f"no {what} in a dozen runs"
 
 

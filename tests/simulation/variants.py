@@ -697,7 +697,9 @@ VARIANTS = [
     Variant("take a topic by its name", take_a_topic_by_its_name, {"former", "phantom", "commit", "missed"}, REMAKING),
     Variant("inherit offsets", inherit_offsets, {"commit", "missed"}, REMAKING),
     Variant("inherit leases", inherit_leases, {"phantom", "commit", "missed", "lease"}, REMAKING),
-    Variant("keep queue files by name", keep_queue_files_by_name, {"views"}, REMAKING),
+    Variant("keep queue files by name", keep_queue_files_by_name, {"views"}, REMAKING | {
+        "checkpoint_ms": 3_000, "batch_records_max": 1, "burst_max": 30,
+    }),
     Variant("forget the longer session timeout", forget_the_longer_session_timeout, {"owner", "drain"}, {
         "work": WorkPlan(session_timeouts_ms=(1_000,)), "session_timeout_ms": 10_000,
         "faults": {"broker_kill": 3_000.0, "cut": 1_000.0, "pause": 2_000.0},

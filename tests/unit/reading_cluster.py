@@ -383,7 +383,7 @@ class ReadingBroker:
     def _do_CommitOffsets(self, session: Session, request: CommitOffsets) -> Reply:
         fenced, group, instance = [], self.groups[session.group], self._instance(session)
         for index, each in enumerate(request.offsets):
-            if each.topic_id not in (0, self.topic_ids[each.topic]):
+            if each.topic_id not in (0, self.topic_ids.get(each.topic)):
                 fenced.append(index)
                 continue
             if each.lease_epoch or (session.group, each.topic, each.queue_id) in self.leases:

@@ -768,6 +768,28 @@ def test_a_topic_made_anew_is_read_from_its_beginning(cluster: ReadingCluster, w
     assert committed == (None if way.get("group") == "" else 8)
 
 
+@pytest.mark.parametrize("model", list(MessageModel))
+def test_a_queue_that_is_wanted_again_while_it_is_given_back_is_read_on(cluster: ReadingCluster, model: MessageModel) -> None:
+    broker = cluster.broker
+    broker.auto_create = False
+    member = cluster.started("one", message_model=model, instance_name="hall")
+    broker.store("meters", 0, 5)
+    wait_for_messages(cluster, member)
+    units = member.take_all()
+    cluster.run_for(100)
+    broker.held.clear()  # the route tells first
+    broker.delete_topic("meters")
+    cluster.run_until(lambda: not member.core.queues())
+    broker.add_topic("meters")
+    broker.store("meters", 0, 3)
+    cluster.run_for(3_000)
+    for unit in units:
+        member.inbox.done(unit)
+    cluster.run_for(3_000)
+    assert member.queues == [Q0, Q1]
+    assert [message.queue_offset for unit in member.take_all() for message in unit.messages] == [0, 1, 2]
+
+
 def test_what_is_finished_of_a_former_topic_is_not_committed_in_the_next(cluster: ReadingCluster) -> None:
     broker = cluster.broker
     member = cluster.started("one", eager=1.0, auto_commit=False, message_model=MessageModel.BROADCASTING, instance_name="hall")

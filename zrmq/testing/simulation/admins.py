@@ -138,8 +138,7 @@ class VirtualAdmin:
         luck = self._rng.random()
         if luck < 0.4:
             return msgspec.structs.replace(config, queue_count=min(config.queue_count + self._rng.randint(1, 2), QUEUES_MAX))
-        # Nothing is deleted of a damaged log, nor of one that tells of deleted topics.
-        if luck < 0.8 or DAMAGE & self._world.plan.faults.keys() or self._world.plan.work.remake_topics_every_ms:
+        if luck < 0.8 or DAMAGE & self._world.plan.faults.keys():  # nothing is deleted of a damaged log
             return msgspec.structs.replace(config, permission=config.permission ^ PERMISSION_WRITE | PERMISSION_READ)
         return msgspec.structs.replace(
             config, retention_ms=self._rng.choice((None, 500, 5_000)), retention_bytes=self._rng.choice((None, 2_000, 20_000))

@@ -121,10 +121,11 @@ class LogCheck:
         """Whatever the topic had may be stored once more, in the next one of the name too, and the order begins anew there."""
         queues = [contents for key, contents in self.watch.queues.items() if key[0] == topic_id]
         had = [placed for contents in queues for placed in contents.values()]
-        self._promises.topic_deleted(self._broker_name, position, (placed.body for placed in had))
-        self._sequences.difference_update((placed.producer_id, placed.sequence) for placed in had)
         topic = self.watch.tables.topics_by_id.get(topic_id)
-        for key in [key for key in self._last_numbers if topic is not None and key[0].topic == topic.config.topic]:
+        name = topic.config.topic if topic is not None else ""  # not known any more: so it was seen before
+        self._promises.topic_deleted(self._broker_name, name, position, (placed.body for placed in had))
+        self._sequences.difference_update((placed.producer_id, placed.sequence) for placed in had)
+        for key in [key for key in self._last_numbers if key[0].topic == name]:
             del self._last_numbers[key]
 
     def _note_former(self, entry: Entry) -> None:

@@ -126,13 +126,13 @@ def _reader_group(plan: Plan, number: int, reader: ReaderPlan) -> GroupPlan:
 
 def _beside(faults: dict[str, float], work: WorkPlan, rng: Random) -> WorkPlan:
     """What of the work goes with these faults. Nothing is deleted where the log is damaged: the checks know what a log must have
-    that begins late, and what one must have that was hurt, but not both at once. Nor are topics made anew where either is so:
-    what was in the former ones is known from a whole log only. Readers that name their queues go by those of one topic."""
+    that begins late, and what one must have that was hurt, but not both at once; and a topic that was deleted goes first. Readers
+    that name their queues go by those of one topic."""
     if DAMAGE & faults.keys():
         return msgspec.structs.replace(work, retention=RetentionPlan(), remake_topics_every_ms=0.0)
-    if rng.random() < 0.3:
-        return msgspec.structs.replace(work, remake_topics_every_ms=0.0)
-    return msgspec.structs.replace(work, retention=RetentionPlan(), readers=()) if work.remake_topics_every_ms else work
+    if work.readers and work.remake_topics_every_ms:
+        return msgspec.structs.replace(work, **rng.choice(({"readers": ()}, {"remake_topics_every_ms": 0.0})))
+    return work
 
 
 def with_work(plan: Plan, work: WorkPlan) -> Plan:

@@ -166,9 +166,15 @@ class Promises:
         """Whether a broker had the message in a topic that was deleted. It may be stored once more, and that one is owed."""
         return any(body in bodies for bodies in self._gone.get(broker_name, {}).values())
 
-    def topic_deleted(self, broker_name: str, position: int, bodies: Iterable[bytes]) -> None:
-        """A broker's log says at `position` that a topic is deleted, which had these messages."""
-        self._gone.setdefault(broker_name, {}).setdefault(position, set()).update(bodies)
+    def topic_deleted(self, broker_name: str, topic: str, position: int, bodies: Iterable[bytes]) -> None:
+        """A broker's log says at `position` that a topic is deleted, which had these messages, and others that had expired."""
+        gone = self._gone.setdefault(broker_name, {})
+        if position not in gone:  # else some may be of the next topic of the name
+            gone[position] = {
+                posting.body for queue, postings in self.acknowledged.items()
+                if (queue.broker_name, queue.topic) == (broker_name, topic) for posting in postings.values()
+            }
+        gone[position].update(bodies)
 
     # --- damage ---------------------------------------------------------------------------------------------------------
 
