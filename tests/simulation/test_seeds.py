@@ -48,6 +48,9 @@ WORK_FAILURES: dict[int, tuple[str, WorkPlan]] = {  # with the work that was giv
         remake_topics_every_ms=1_000.0,
     )),
 }
+SEQUELS_OF_DAMAGE = {  # what the checks asked too much of once
+    1115025: "where a queue goes on is damaged twice, and a batch behind that was written, but not seen before the power went",
+}
 CHUNK = 10  # so that workers of pytest-xdist can share them
 
 
@@ -84,6 +87,13 @@ def test_a_failure_of_a_reader_stays_mended(seed: int) -> None:
 def test_a_failure_of_work_stays_mended(seed: int) -> None:
     plan = draw_plan(seed, has_work=False, has_disk_faults=False)
     run_seed(seed, plan=with_work(plan, WORK_FAILURES[seed][1]))
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("seed", SEQUELS_OF_DAMAGE, ids=SEQUELS_OF_DAMAGE.get)
+def test_no_more_is_asked_for_than_damage_leaves(seed: int) -> None:
+    plan = draw_plan(seed, has_work=False)
+    run_seed(seed, plan=msgspec.structs.replace(plan, faults=plan.faults | {"misdirected_write": 500.0}))
 
 
 @pytest.mark.timeout(120)

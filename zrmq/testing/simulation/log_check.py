@@ -21,14 +21,19 @@ from zrmq.testing.simulation.trace import BrokenPromise, spell
 class LogCheck:
     """One life of one broker's log. Raises `BrokenPromise` for what must not be in a log."""
 
-    def __init__(self, broker_name: str, watch: LogWatch, promises: Promises, checked: Mapping[int, tuple[int, int]]) -> None:
-        """`checked`: entries of an earlier life's log. They are not checked again: the tables may lack what was lost since."""
+    def __init__(
+        self, broker_name: str, watch: LogWatch, promises: Promises, checked: Mapping[int, tuple[int, int]],
+        recovered_position: int,
+    ) -> None:
+        """`checked`: entries of an earlier life's log. They are not checked again: the tables may lack what was lost since.
+        `recovered_position`: up to there the log is of earlier lives, seen by a check or not."""
         self.watch = watch
         self.flushed_position = 0
         self.log_start = watch.start  # what was before is deleted
         self._broker_name = broker_name
         self._promises = promises
         self._checked = checked
+        self._recovered_position = recovered_position
         self._sequences: set[tuple[int, int]] = set()
         self._last_numbers: dict[tuple[MessageQueue, int, type], int] = {}
         self._lease_epoch = 0
@@ -177,12 +182,19 @@ class LogCheck:
             self._fail("log", f"there is no queue {batch.queue_id} of topic {batch.topic_id} for the batch at {entry.position}.")
         next_offset = topic.queues[batch.queue_id].next_offset
         queue = MessageQueue(topic.config.topic, self._broker_name, batch.queue_id)
-        if batch.base_offset != next_offset:
+        if batch.base_offset != next_offset and not self._may_go_on_behind(entry, next_offset):
             self._fail("dense", f"{spell(queue)} goes on at {batch.base_offset} after {next_offset}.")
         if batch.record_count != len(entry.bodies):
             self._fail("log", f"the batch at {entry.position} has {len(entry.bodies)} records and says {batch.record_count}.")
         for index, body in enumerate(entry.bodies):
             self._check_message(queue, batch.base_offset + index, batch.producer_id, batch.first_sequence + index, body)
+
+    def _may_go_on_behind(self, entry: Entry, next_offset: int) -> bool:
+        """Whether a batch that the last life wrote, and nobody saw, follows something of its queue that is lost since."""
+        batch = entry.batch
+        assert batch is not None
+        is_recovered = entry.position < self._recovered_position and batch.base_offset > next_offset
+        return is_recovered and self.watch.has_lost_offsets(batch.topic_id, batch.queue_id)
 
     def _check_message(self, queue: MessageQueue, offset: int, producer_id: int, sequence: int, body: bytes) -> None:
         if (producer_id, sequence) in self._sequences:

@@ -27,7 +27,7 @@ from zrmq.protocol.batch import (
     peek_batch,
     peek_entry,
 )
-from zrmq.protocol.events import AnyEvent, StateRelocated, TopicPut, decode_event
+from zrmq.protocol.events import AnyEvent, QueuesAdvanced, StateRelocated, TopicPut, decode_event
 from zrmq.store.tables import Tables
 from zrmq.testing.simulation.trace import BrokenPromise
 
@@ -119,6 +119,15 @@ class LogWatch:
         """The offset of the first message that is in the log from `log_start` on; `next_offset` if there is none."""
         contents = self.queues.get(key, {})
         return next((offset for offset, placed in contents.items() if placed.end > log_start), next_offset)
+
+    def has_lost_offsets(self, topic_id: int, queue_id: int) -> bool:
+        """Whether an entry is lost that said where a queue goes on: a batch of it, or that damaged offsets are passed over."""
+        lost = [self._hurt[position] for position in self.missing]
+        return any(
+            (entry.batch is not None and (entry.batch.topic_id, entry.batch.queue_id) == (topic_id, queue_id))
+            or (isinstance(entry.event, QueuesAdvanced) and entry.event.topic_id == topic_id)
+            for entry in lost
+        )
 
     def _find_topics(self, until: int) -> None:
         """Of a log that begins with batches of topics it tells of only further on: look ahead for those. Not for another topic of

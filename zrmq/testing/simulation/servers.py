@@ -291,7 +291,8 @@ class VirtualBroker:
         unsaved = self.damage.missing_before(saved_position)
         folder, start = self.folder / "commitlog", self.store.start_position
         watch = LogWatch(self.files, folder, start, dict(self.damage.hurt), saved_position, unsaved)
-        return LogCheck(self.name, watch, self._world.promises, self._world.checked(self) if self.damage.hurt else {})
+        checked = self._world.checked(self) if self.damage.hurt else {}
+        return LogCheck(self.name, watch, self._world.promises, checked, self.store.recovery.end_position)
 
     def hurt(self, entries: list[Entry]) -> None:
         """The disk has been at these entries of its log."""
