@@ -107,7 +107,12 @@ def draw_plan(seed: int, *, has_work: bool = True, has_disk_faults: bool = True)
 
 def _beside(faults: dict[str, float], work: WorkPlan) -> WorkPlan:
     """What of the work goes with these faults. Nothing is deleted where the log is damaged: the checks know what a log must have
-    that begins late, and what one must have that was hurt, but not both at once; and a topic that was deleted goes first."""
+    that begins late, and what one must have that was hurt, but not both at once.
+
+    A deleted topic's segments go at once, on a full disk also before what only they and the views say is said again. Losing the
+    views too then costs topics, which is told (`state_lost`) and more than the checks excuse."""
+    if faults.keys() >= {"full_disk", "lost_views"}:
+        work = msgspec.structs.replace(work, remake_topics_every_ms=0.0)
     if not DAMAGE & faults.keys():
         return work
     return msgspec.structs.replace(work, retention=RetentionPlan(), remake_topics_every_ms=0.0)
