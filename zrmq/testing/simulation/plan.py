@@ -126,10 +126,15 @@ def _reader_group(plan: Plan, number: int, reader: ReaderPlan) -> GroupPlan:
 
 def _beside(faults: dict[str, float], work: WorkPlan, rng: Random) -> WorkPlan:
     """What of the work goes with these faults. Nothing is deleted where the log is damaged: the checks know what a log must have
-    that begins late, and what one must have that was hurt, but not both at once; and a topic that was deleted goes first. Readers
-    that name their queues go by those of one topic."""
+    that begins late, and what one must have that was hurt, but not both at once. Readers that name their queues go by those of one
+    topic.
+
+    A deleted topic's segments go at once, on a full disk also before what only they and the views say is said again. Losing the
+    views too then costs topics, which is told (`state_lost`) and more than the checks excuse."""
     if DAMAGE & faults.keys():
         return msgspec.structs.replace(work, retention=RetentionPlan(), remake_topics_every_ms=0.0)
+    if faults.keys() >= {"full_disk", "lost_views"}:
+        return msgspec.structs.replace(work, remake_topics_every_ms=0.0)
     if work.readers and work.remake_topics_every_ms:
         return msgspec.structs.replace(work, **rng.choice(({"readers": ()}, {"remake_topics_every_ms": 0.0})))
     return work
