@@ -109,14 +109,16 @@ def _rows_of(database: sqlite3.Connection) -> bytes:
 def _disk_of(image: Image) -> FaultyFiles:
     files = FaultyFiles(1)
     files.mkdir(FOLDER)
+    made = {FOLDER}
     for name, data in image.items():
         if name not in ("views.db", RAW_VIEWS):
             path = FOLDER / name
-            files.mkdir(path.parent)
-            file = files.open(path, create=True)
+            if path.parent not in made:
+                made.add(path.parent)
+                files.mkdir(path.parent)
+            file = files.open(path, create=True)  # not synced: the power stays
             if data:
                 file.pwritev([data], 0)
-            file.fdatasync()
             file.close()
     return files
 

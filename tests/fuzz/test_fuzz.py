@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from tests.corpus.samples import EVENTS
 from tests.fuzz import cores, decoders, files
 from tests.fuzz.ports import run_ports
-from tests.fuzz.probe import KEPT, Probe, Target, run_targets
+from tests.fuzz.probe import GROWTH_BYTES_MAX, KEPT, Probe, Target, run_targets
 from zrmq.protocol import batch
 from zrmq.protocol.events import AnyEvent, Event, encode_event
 from zrmq.store import segment
@@ -113,10 +114,11 @@ def test_a_store_that_serves_less_than_is_whole_is_found(monkeypatch: Patch) -> 
 
 
 def test_memory_is_noticed_where_it_is_not_traced() -> None:
-    greedy = Target("greedy", lambda data: len(bytearray(20 << 20)) and None, [b"x"], lambda rng, seeds: b"x", traced_every=1_000)
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + GROWTH_BYTES_MAX  # more than other tests have taken
+    frugal = Target("greedy", lambda data: None, [b"x"], lambda rng, seeds: b"x", traced_every=1_000)
     with Probe() as probe:
-        probe.run(greedy._replace(take=lambda data: None), Random(1), 1)
-        probe.run(greedy, Random(1), 1)
+        probe.run(frugal, Random(1), 1)
+        probe.run(frugal._replace(take=lambda data: len(b"x" * size)), Random(1), 1)
     assert [finding.what.split(" ", 1)[1] for finding in probe.findings.values()] == ["bytes of memory"]
 
 

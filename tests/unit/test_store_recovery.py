@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.fuzz.mutation import seal
 from tests.unit.store_bench import FOLDER, LOG, QUEUES, SEGMENT_BYTES, StoreBench, batch, describe, fold, log_entries, run
-from zrmq.errors import FolderUnusableError
+from zrmq.errors import DamageError, FolderUnusableError
 from zrmq.files import DiskFiles, read_file, remove_tree, replace_file
 from zrmq.protocol.batch import BATCH_HEADER_BYTES, KIND_EVENT, BatchHeader, encode_entry
 from zrmq.protocol.events import (
@@ -496,6 +497,23 @@ def test_what_is_no_segment_in_the_place_of_one_is_refused(bench: StoreBench) ->
     bench.files.unlink(stray)
     bench.open()
     assert len(bench.bodies(bench.queue())) == 1
+
+
+def test_an_offset_that_no_queue_has_is_refused(bench: StoreBench) -> None:
+    bench.topic()
+    position = bench.store.appended_position
+    bench.append(bench.queue())
+    bench.flush()
+    bench.files.crash()
+    bench.files.unlink(FOLDER / "views.db")
+    path, at = bench.path_at(position)
+    entry = bytearray(read_file(bench.files, path)[at : at + 2 * BATCH_HEADER_BYTES])
+    entry = entry[: int.from_bytes(entry[4:8], "little")]
+    entry[48:56] = b"\xff" * 8
+    file = bench.files.open(path)
+    file.pwritev([seal(bytes(entry))], at)
+    with pytest.raises(DamageError, match="no queue is that long"):
+        bench.open()
 
 
 def test_a_missing_segment_in_the_middle(bench: StoreBench) -> None:

@@ -45,6 +45,8 @@ from zrmq.store.views_db import Saved, ViewsDb, group_of
 
 log = get_logger("store")
 
+OFFSET_MAX = (1 << 63) - 1  # what a file, an event or a request may have
+
 
 class RecoveryReport(msgspec.Struct, frozen=True, kw_only=True):
     """What was found when the folder was opened."""
@@ -196,6 +198,11 @@ class Replay:
             raise _newer(f"an entry of kind {header.kind}", found.position)
 
     def _fold_batch(self, batch: BatchHeader, segment: Segment) -> None:
+        if batch.base_offset + batch.record_count > OFFSET_MAX:
+            raise DamageError(
+                f"The batch at {batch.position} of the log says that its offsets begin at {batch.base_offset}, and no queue is"
+                " that long; its checksum is right, so it was written so. Restore the folder from a copy."
+            )
         segment.note_batch(batch.topic_id, batch.store_timestamp_ms, batch.length)
         topic = self._topics.pop(batch.topic_id, None)
         if topic is not None:
