@@ -126,8 +126,8 @@ def _reader_group(plan: Plan, number: int, reader: ReaderPlan) -> GroupPlan:
 
 def _beside(faults: dict[str, float], work: WorkPlan, rng: Random) -> WorkPlan:
     """What of the work goes with these faults. Nothing is deleted where the log is damaged: the checks know what a log must have
-    that begins late, and what one must have that was hurt, but not both at once. Readers that name their queues go by those of one
-    topic.
+    that begins late, and what one must have that was hurt, but not both at once. Readers that name their queues go by those of
+    one topic.
 
     A deleted topic's segments go at once, on a full disk also before what only they and the views say is said again. Losing the
     views too then costs topics, which is told (`state_lost`) and more than the checks excuse."""
