@@ -47,6 +47,12 @@ WORK_FAILURES: dict[int, tuple[str, WorkPlan]] = {  # with the work that was giv
     1204074: ("a topic is made again while a broadcasting consumer is busy with the former one", WorkPlan(
         remake_topics_every_ms=1_000.0,
     )),
+    1204194: ("a consumer without leases goes on in a topic where it was in the former one of that name", WorkPlan(
+        remake_topics_every_ms=700.0,
+    )),
+    1204011: ("a topic is flushed otherwise by the time a consumer asks what its broker may have lost", WorkPlan(
+        change_flush_every_ms=300.0,
+    )),
 }
 SEQUELS_OF_DAMAGE = {  # what the checks asked too much of once
     1115025: "where a queue goes on is damaged twice, and a batch behind that was written, but not seen before the power went",
