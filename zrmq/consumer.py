@@ -353,7 +353,8 @@ class PullConsumer(Consumer):
         """Read these queues and no others, whoever else reads them; a later call takes the place of this one. See `queues`.
 
         Of a consumer that is started it returns when they are `assigned()`, or after 5 s, and goes on trying.
-        With a group it begins where the group stands and commits for it, unless members of the group hold the queue.
+        With a group it begins where the group stands and commits for it, unless members of the group hold the queue. Without one
+        a queue that was assigned before is read on where it was left.
         Raises `InvalidArgumentError` after `subscribe`.
         """
         self._check_usable()
@@ -460,8 +461,8 @@ class PullConsumer(Consumer):
     def commit(self, timeout_ms: int = ASK_MS) -> None:
         """Everything given so far is finished; commit it, and return when the brokers have it.
 
-        Raises `FencedError` for queues that went to another member meanwhile (the others are committed), `RequestTimeoutError`,
-        `InvalidArgumentError` without a group.
+        Raises `FencedError` for queues that went to another member meanwhile, or whose topic was deleted and made anew (the
+        others are committed), `UnreachableError`, `RequestTimeoutError`, `InvalidArgumentError` without a group.
         """
         check_timeout(timeout_ms)
         engine, cursor = self._ready()

@@ -37,6 +37,7 @@ from zrmq.store.relocation import Relocation
 from zrmq.store.segment import EntryReader, Found
 from zrmq.store.store import Store
 from zrmq.store.tables import Tables
+from zrmq.testing.simulation.plan import TopicPlan
 from zrmq.testing.simulation.work import PullPlan, ReaderPlan, RetentionPlan, WorkPlan
 from zrmq.transport.sessions import SessionTable
 
@@ -522,6 +523,10 @@ def forget_that_a_reader_sought_back(patch: Patch) -> None:
     ))
 
 
+def go_on_behind_what_was_lost(patch: Patch) -> None:
+    patch.setattr(reading.Reading, "safe_offset", lambda self, offset: offset)
+
+
 def go_on_where_it_was_whatever_the_broker_lost(patch: Patch) -> None:
     patch.setattr(reading.Reading, "is_safe", True)
 
@@ -694,6 +699,10 @@ VARIANTS = [
     ),
     Variant("call flushed what is visible", call_flushed_what_is_visible, {"commit", "missed"}, FLUSHING),
     Variant("acknowledge as the topic was once", acknowledge_as_the_topic_was_once, {"flush", "lost"}, FLUSHING),
+    Variant("go on behind what was lost", go_on_behind_what_was_lost, {"missed"}, {
+        "work": readers(), "faults": {"broker_power_cut": 1_000.0},
+        "topics": tuple(TopicPlan(f"topic-{number}", 2, FlushMode.ASYNC) for number in range(3)),
+    }),
     Variant("take a topic by its name", take_a_topic_by_its_name, {"former", "phantom", "commit", "missed"}, REMAKING),
     Variant("inherit offsets", inherit_offsets, {"commit", "missed"}, REMAKING),
     Variant("inherit leases", inherit_leases, {"phantom", "commit", "missed", "lease"}, REMAKING),

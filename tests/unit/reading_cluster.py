@@ -116,6 +116,7 @@ class ReadingBroker:
         self.topic_ids: dict[str, int] = {}
         self.topics_made = 0
         self.unflushed: set[str] = set()  # topics of which nothing is
+        self.flushed_until: int | None = None  # of the others' queues; None: all
         self.groups: defaultdict[str, Standing] = defaultdict(Standing)
         self.leases: dict[Key, tuple[str, int]] = {}
         self.requests: list[tuple[str, Any]] = []  # client id and request, since the last `forget_requests`
@@ -465,7 +466,8 @@ class ReadingBroker:
             self.endpoint.send(session.peer, [encode(reply), *frames])
 
     def _ends(self, topic: str, log: Log) -> tuple[int, int, int]:
-        return log.min_offset, log.next_offset, 0 if topic in self.unflushed else log.next_offset
+        flushed_offset = log.next_offset if self.flushed_until is None else self.flushed_until
+        return log.min_offset, log.next_offset, 0 if topic in self.unflushed else flushed_offset
 
     def _end_pull(self, session: Session, request: Pull) -> None:
         if (session, request) in self.held:

@@ -7,6 +7,7 @@ import pytest
 from tests.unit.broker_desk import BrokerDesk, DeskClient
 from zrmq.errors import Code
 from zrmq.message import ConsumeFrom, FlushMode, MessageModel
+from zrmq.protocol import limits
 from zrmq.protocol.events import TopicConfig
 from zrmq.protocol.requests import (
     Bye,
@@ -213,6 +214,11 @@ def test_a_pull_that_stays_ends_when_half_of_its_bytes_are_there(desk: BrokerDes
     assert [more for _, _, more in facts(client, number)] == [True, True, False]
     assert desk.core.pulling.held_count == 0
     assert client.pull("meters", 0, 3)[1] == [bytes(300)]
+
+
+def test_a_pull_that_asks_for_more_than_there_may_be_stays_too(desk: BrokerDesk, client: DeskClient) -> None:
+    client.send("meters", 0, [b"a"])
+    assert facts(client, stay(client, 0, bytes_max=10 * limits.PULL_BYTES_MAX)) == [(PullStatus.FOUND, 1, True)]
 
 
 def test_a_pull_that_stays_ends_with_an_answer_that_leaves_something(desk: BrokerDesk, client: DeskClient) -> None:

@@ -1,4 +1,4 @@
-"""Claiming queues: the right to read one, where to begin, and giving it back. Three ways, by how the consumer reads.
+"""Claiming queues: the right to read one, where to begin, and giving it back. Two ways, by how the consumer reads.
 
 `LeaseClaims`      clustering: a lease from the queue's broker, which also says where the group stands
 `OffsetClaims`     broadcasting, assigned queues, no group: nobody else minds, so only the place to begin is looked up
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from zrmq.client.link import Link
 from zrmq.client.reading import RETRY_MS, Reading
@@ -35,11 +35,17 @@ HELD_PAUSE_MS = 100.0  # before asking again for a queue that is held
 REQUEST_TIMEOUT_MS = 5_000
 NO_COMMIT = -1  # as the offset of a release
 
-Place = tuple[int, int]  # an offset, and the id of the topic that it belongs to
-
 # A broker refuses so when it does not know itself what the next start will find in its log.
 UNKNOWN_OUTCOME = frozenset({Code.STORE_FAILED, Code.INTERNAL_ERROR})
 STILL_HELD = UNKNOWN_OUTCOME | {Code.DISK_FULL}  # after these a lease that was to be released may be ours still
+
+
+class Left(NamedTuple):
+    """Where a queue was left: at an offset of the topic with this id."""
+
+    offset: int
+    safe_offset: int  # the same, or where its broker may have lost what followed, and stored other messages in its place
+    topic_id: int
 
 
 class ClaimListener(Protocol):
@@ -163,10 +169,11 @@ class OffsetClaims:
         """`has_group`: begin where the group (broadcasting: the instance) stands, if it stands anywhere. `is_assigned`: the user
         named the queues."""
         self.pending: set[MessageQueue] = set()
-        self.left_off: dict[MessageQueue, Place] = {}  # where reading ended without a commit: broker gone, or no group
-        self._latest: dict[MessageQueue, Place] = {}  # the same, where what lies before it may be lost: to begin no later
+        self.left_off: dict[MessageQueue, Left] = {}  # where reading ended without a commit: broker gone, or no group
+        self._latest: dict[MessageQueue, Left] = {}  # the same, where what lies before it may be lost: to begin no later
         self._going_back: set[MessageQueue] = set()  # of both, those that were sought and not committed since
         self._emptied: set[MessageQueue] = set()  # topics deleted: the next of the name is read from its beginning
+        self._topic_ids: dict[MessageQueue, int] = {}  # of what was read last
         self._listener = listener
         self._has_group = has_group
         self._is_assigned = is_assigned
@@ -178,7 +185,8 @@ class OffsetClaims:
         groups: dict[tuple[Link, str], list[MessageQueue]] = {}
         for queue, link in queues:
             if queue in self.left_off:
-                self._begin_at(queue, link, *self.left_off.pop(queue))
+                left = self.left_off.pop(queue)
+                self._begin_at(queue, link, left.safe_offset, left.topic_id)
             else:
                 groups.setdefault((link, queue.topic), []).append(queue)
         for (link, topic), wanted in groups.items():
@@ -191,16 +199,20 @@ class OffsetClaims:
                 self._find(wanted, link)
 
     def let_go(self, reading: Reading, offset: int) -> None:
-        """Nothing to tell any broker; but by now it may be wanted again."""
+        """Nothing to tell any broker; but by now it may be wanted again. No group knows then where it was left."""
+        self._topic_ids[reading.queue] = reading.topic_id
+        if not self._has_group:
+            self.left_off[reading.queue] = _left(reading, offset)
         self._listener.on_unclaimed(0.0)
 
     def lose(self, reading: Reading, offset: int, error: ZrmqError) -> None:
         """The broker is gone. What it does not know we have to remember; else it is asked when it is back."""
+        self._topic_ids[reading.queue] = reading.topic_id
         if isinstance(error, TopicNotFoundError):
             self._emptied.add(reading.queue)
         elif not self._has_group or reading.committed_offset < 0:
             places = self._latest if self._has_group and offset > reading.flushed_offset else self.left_off
-            places[reading.queue] = offset, reading.topic_id
+            places[reading.queue] = _left(reading, offset)
             if reading.goes_back:
                 self._going_back.add(reading.queue)
 
@@ -221,12 +233,13 @@ class OffsetClaims:
             return
         found, topic_id = (dict(reply.offsets), reply.topic_id) if isinstance(reply, Offsets) else ({}, 0)
         known = {queue: found[queue.queue_id] for queue in wanted if found.get(queue.queue_id, OFFSET_LATEST) >= 0}
-        for queue in known.keys() & self._latest.keys():
-            latest, former_id = self._latest.pop(queue)
-            if former_id == topic_id:
-                known[queue] = min(known[queue], latest)
+        for queue in known.keys() & self._latest.keys():  # what lies before a commit is not lost
+            left = self._latest.pop(queue)
+            if left.topic_id == topic_id:
+                known[queue] = min(known[queue], left.offset)
         self._begin(known, link, topic_id)
         unknown = [queue for queue in wanted if queue not in known]
+        self._emptied.update(queue for queue in unknown if self._topic_ids.get(queue, topic_id) != topic_id)  # while it was away
         if unknown:
             self._find(unknown, link)
 
@@ -246,6 +259,9 @@ class OffsetClaims:
             found = dict(reply.offsets)
             self._begin({queue: found[queue.queue_id] for queue in wanted if queue.queue_id in found}, link, reply.topic_id)
             self.pending.difference_update(wanted)
+        elif isinstance(reply, ZrmqError) and reply.code is Code.BAD_REQUEST and len(wanted) > 1:
+            for queue in wanted:  # one of them does not exist
+                self._find([queue], link)
         elif isinstance(reply, ZrmqError):
             self._refused(wanted, reply)
 
@@ -253,12 +269,12 @@ class OffsetClaims:
         for queue, offset in offsets.items():
             self.pending.discard(queue)
             self._emptied.discard(queue)
-            latest, former_id = self._latest.pop(queue, (offset, topic_id))
-            if former_id == topic_id:
-                self._begin_at(queue, link, min(offset, latest), topic_id)
-            else:
-                self._going_back.discard(queue)
-                self._begin_at(queue, link, offset, topic_id)
+            left = self._latest.pop(queue, None)
+            if left is not None and left.topic_id == topic_id:
+                offset = min(offset, left.safe_offset)
+            if self._topic_ids.get(queue, topic_id) != topic_id:
+                self._going_back.discard(queue)  # that was in the former one
+            self._begin_at(queue, link, offset, topic_id)
 
     def _begin_at(self, queue: MessageQueue, link: Link, offset: int, topic_id: int) -> None:
         goes_back = queue in self._going_back
@@ -267,8 +283,12 @@ class OffsetClaims:
 
     def _refused(self, wanted: Collection[MessageQueue], error: ZrmqError) -> None:
         self.pending.difference_update(wanted)
-        if error.code is Code.BAD_REQUEST and self._is_assigned:
+        if error.code is Code.BAD_REQUEST and self._is_assigned and not self._topic_ids.keys() & wanted:  # there never was one
             self._listener.on_refused(error)
         elif not isinstance(error, ClosedError):
             log.warning("queue_not_found", topic=min(wanted).topic, reason=error.message)
             self._listener.on_unclaimed(RETRY_MS)
+
+
+def _left(reading: Reading, offset: int) -> Left:
+    return Left(offset, reading.safe_offset(offset), reading.topic_id)

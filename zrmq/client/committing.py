@@ -24,8 +24,8 @@ OnCommitted = Callable[[ZrmqError | None], None]
 class Committer:
     """Commits of one consumer. Loop thread only. `on_lost` is told of a reading that the broker says is not ours.
 
-    Invariant: a commit reaches the life of the server in which its messages were read, or none. After another start the same
-    offsets may be other messages, where a topic is acknowledged before it is flushed.
+    Invariant: a commit that is under way reaches the life of the server that it was sent to, or none. Later ones are of readings
+    that are safe (`Reading.is_safe`): of the others the same offsets may be other messages after another start.
     """
 
     def __init__(self, inbox: Inbox, on_lost: Callable[[Reading, ZrmqError], None]) -> None:
@@ -131,7 +131,7 @@ def _wire(reading: Reading, offset: int) -> QueueOffset:
 def _fenced(reading: Reading) -> FencedError:
     queue = reading.queue
     return FencedError(
-        f"Queue {queue.queue_id} of {queue.topic!r} at {queue.broker_name} went to another member of the group; its messages that"
-        " are not committed come again there.",
+        f"Queue {queue.queue_id} of {queue.topic!r} at {queue.broker_name} went to another member of the group, where messages"
+        " that are not committed come again; or its topic was deleted and made anew, and the new one is read next.",
         topic=queue.topic, broker_name=queue.broker_name, queue_id=queue.queue_id,
     )

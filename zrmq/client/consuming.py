@@ -147,7 +147,7 @@ class ConsumerCore:
         before, self._server_ids[broker_name] = self._server_ids.get(broker_name), server_id(link)
         if before not in (None, server_id(link)):
             self._restarted(link)
-        self.reader.resume(link)
+        self.reader.session_renewed(link)
 
     def on_link_lost(self, broker_name: str, link: Link) -> None:
         """Of `InstanceListener`. The readings wait: the session may come back before their leases are in doubt."""
@@ -325,7 +325,8 @@ class ConsumerCore:
         self._rebalance_soon(RETRY_MS if isinstance(error, TopicNotFoundError) else 0.0)  # unless the route tells of another one
 
     def _fenced(self, reading: Reading, error: ZrmqError) -> None:
-        """A commit was refused. Without leases of our own it means that the group has members that hold some."""
+        """A commit was refused. Without leases of our own it means that the group has members that hold some, or that the topic
+        was made anew, which the next pull tells."""
         if self._config.leases:
             self._lose(reading, error)
         else:

@@ -33,6 +33,7 @@ from zrmq.protocol.requests import (
     Failed,
     Heartbeat,
     Hello,
+    Pull,
     Pulled,
     Request,
     Send,
@@ -237,7 +238,7 @@ class Link:
         if waiting is None:
             self._handle_own(reply)
         elif type(reply) is not Failed:
-            if not (type(reply) is Pulled and reply.more):
+            if not (type(reply) is Pulled and reply.more and type(waiting.request) is Pull):
                 del self._outstanding[reply.number]
             del frames[0]
             waiting.on_reply(reply, frames)

@@ -46,7 +46,7 @@ class Reading(msgspec.Struct, eq=False):
     pull_number: int = 0  # of the outstanding pull, 0: none
     pull_offset: int = 0  # what it brings next
     pulled_bytes: int = 0  # what it has brought so far
-    flushed_offset: int = 0  # no power cut takes what is before
+    flushed_offset: int = -1  # no power cut takes what is before; below 0 while that is not known
     topic_id: int = 0  # of the topic that the offsets belong to; 0: the lease says it
     refusal: Code | None = None  # the last one that was logged
     draining_ms: float = 0.0  # since when it is to be given back
@@ -59,6 +59,11 @@ class Reading(msgspec.Struct, eq=False):
     def is_safe(self) -> bool:
         """Whether all that was read is as it was when its broker is started again, whatever ended it."""
         return self.process_queue.pull_offset <= self.flushed_offset
+
+    def safe_offset(self, offset: int) -> int:
+        """Where to go on, instead of at `offset`, when its broker may have lost what it had not flushed: what it stored in its
+        place since is still to be read."""
+        return min(offset, self.flushed_offset) if self.flushed_offset >= 0 else offset
 
 
 class Bounds(msgspec.Struct, frozen=True):
@@ -111,9 +116,8 @@ class Reader:
         )
         # A lease comes with what the broker knows, on its disk. Without one, even the place to begin is news to it.
         known_offset = offset if lease_epoch else -1
-        reading = self.readings[queue] = Reading(
-            process_queue, link, known_offset, flushed_offset=max(known_offset, 0), topic_id=topic_id
-        )
+        reading = Reading(process_queue, link, known_offset, flushed_offset=known_offset, topic_id=topic_id)
+        self.readings[queue] = reading
         self.pull(reading)
         return reading
 
@@ -179,7 +183,7 @@ class Reader:
         except ClosedError as error:
             self._on_lost(reading, error)
 
-    def resume(self, link: Link) -> None:
+    def session_renewed(self, link: Link) -> None:
         """The link has a new session. Pulls of the last one are sent again as they were, but those that have brought something
         have to begin behind it."""
         for reading in list(self.readings.values()):

@@ -133,7 +133,8 @@ class Pulling:
             return True
         size_bytes = sum(map(len, chunk.frames))
         held.bytes_left -= size_bytes
-        stays = may_wait and request.stays and chunk.status is PullStatus.FOUND and 2 * held.bytes_left > request.bytes_max
+        half = min(request.bytes_max, limits.PULL_BYTES_MAX) // 2
+        stays = may_wait and request.stays and chunk.status is PullStatus.FOUND and held.bytes_left > half
         reply = Pulled(
             request.number, chunk.status, chunk.next_offset, chunk.min_offset, chunk.max_offset, queue.flushed_offset, stays
         )

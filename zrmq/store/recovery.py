@@ -45,7 +45,7 @@ from zrmq.store.views_db import Saved, ViewsDb, group_of
 
 log = get_logger("store")
 
-OFFSET_MAX = (1 << 63) - 1  # what a file, an event or a request may have
+OFFSET_MAX = 1 << 62  # half of what a file, an event or a request may have: nobody sends so many that it could be reached
 
 
 class RecoveryReport(msgspec.Struct, frozen=True, kw_only=True):

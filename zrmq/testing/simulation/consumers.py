@@ -102,6 +102,9 @@ class VirtualConsumer:
 
     # --- lives --------------------------------------------------------------------------------------------------------
 
+    def broker_up(self, broker_name: str) -> None:
+        """A broker is back, and its log was looked at."""
+
     def _started(self) -> None:
         self.is_started = True
         self._world.note(self.who, "ready")

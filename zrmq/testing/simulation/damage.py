@@ -95,6 +95,8 @@ class LogDamage:
         before = bytes(size)
         if other != path and self._rng.random() < 0.5:
             before = read_blocks(self._files.open(other), size, position - start)
+            if before == data:  # a fault before this one has brought it there
+                before = bytes(size)
         self._files.replace(to_path, place - to_start, data)
         self._files.replace(path, position - start, before.ljust(size, b"\0"))
 
@@ -138,5 +140,5 @@ def _stretch(entries: list[Entry], position: int, size: int) -> list[Entry]:
 
 
 def _is_spared(entry: Entry) -> bool:
-    """Nobody creates a topic anew in a run."""
+    """Nobody creates a topic anew that was lost."""
     return isinstance(entry.event, TopicPut)

@@ -194,7 +194,7 @@ class LogCheck:
         batch = entry.batch
         assert batch is not None
         is_recovered = entry.position < self._recovered_position and batch.base_offset > next_offset
-        return is_recovered and self.watch.has_lost_offsets(batch.topic_id, batch.queue_id)
+        return is_recovered and self.watch.has_lost_offsets(batch.topic_id, batch.queue_id, entry.position)
 
     def _check_message(self, queue: MessageQueue, offset: int, producer_id: int, sequence: int, body: bytes) -> None:
         if (producer_id, sequence) in self._sequences:

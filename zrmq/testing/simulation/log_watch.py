@@ -120,12 +120,16 @@ class LogWatch:
         contents = self.queues.get(key, {})
         return next((offset for offset, placed in contents.items() if placed.end > log_start), next_offset)
 
-    def has_lost_offsets(self, topic_id: int, queue_id: int) -> bool:
-        """Whether an entry is lost that said where a queue goes on: a batch of it, or that damaged offsets are passed over."""
-        lost = [self._hurt[position] for position in self.missing]
+    def has_lost_offsets(self, topic_id: int, queue_id: int, before: int) -> bool:
+        """Whether an entry before this position is lost that said where a queue goes on: a batch of it, or that damaged offsets
+        are passed over."""
+        lost = [self._hurt[position] for position in self.missing if position < before]
         return any(
             (entry.batch is not None and (entry.batch.topic_id, entry.batch.queue_id) == (topic_id, queue_id))
-            or (isinstance(entry.event, QueuesAdvanced) and entry.event.topic_id == topic_id)
+            or (
+                isinstance(entry.event, QueuesAdvanced) and entry.event.topic_id == topic_id
+                and queue_id in dict(entry.event.next_offsets)
+            )
             for entry in lost
         )
 

@@ -62,6 +62,13 @@ class ReadCheck:
         end = found.visible_offset if found is not None else 0
         self._next[queue] = (min(offset, end), offset)
 
+    def broker_up(self, broker_name: str) -> None:
+        """A broker is back. Where it has lost the end of a queue, what it stores there from now on is owed."""
+        for queue, (earliest, owed) in self._next.items():
+            found = self._find(queue) if queue.broker_name == broker_name else None
+            if found is not None and owed > found.visible_offset:
+                self._next[queue] = (min(earliest, found.visible_offset), found.visible_offset)
+
     def gets(self, message: Message) -> None:
         """It was given the message."""
         queue, offset = message.queue, message.queue_offset

@@ -193,6 +193,10 @@ class VirtualReader(VirtualPuller):
         away_ms = self._work_rng.expovariate(1.0 / AWAY_MS)
         self._world.later(away_ms, partial(self._world.start_consumer, self.group, self.slot))
 
+    def broker_up(self, broker_name: str) -> None:
+        """Of `VirtualConsumer`."""
+        self._read_check.broker_up(broker_name)
+
     def leave(self) -> None:
         """As `close`."""
         self._failures = self._world.trace.counts["last_commit_failed"]

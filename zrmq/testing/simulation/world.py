@@ -299,6 +299,8 @@ class World:
             broker.note_losses()
             if broker.is_disk_suspect:
                 broker.compare_queues()
+            for consumer in self.consumers:
+                consumer.broker_up(broker.name)
 
     def log_begins(self, broker: VirtualBroker, check: LogCheck) -> None:
         """Segments may have been deleted. `check`: it knows what was in them."""
