@@ -46,6 +46,7 @@ class LogCheck:
                 self._promises.lease_topics[self._broker_name, entry.event.lease_epoch] = entry.event.topic_id
             elif isinstance(entry.event, TopicPut):
                 self._promises.topic_ids[self._broker_name, entry.event.config.topic] = entry.event.topic_id
+                self._promises.topic_names[self._broker_name, entry.event.topic_id] = entry.event.config.topic
             elif isinstance(entry.event, TopicDeleted):
                 self._note_deleted(entry.event.topic_id, entry.position)
             if not self.watch.is_complete:
@@ -126,8 +127,7 @@ class LogCheck:
         """Whatever the topic had may be stored once more, in the next one of the name too, and the order begins anew there."""
         queues = [contents for key, contents in self.watch.queues.items() if key[0] == topic_id]
         had = [placed for contents in queues for placed in contents.values()]
-        topic = self.watch.tables.topics_by_id.get(topic_id)
-        name = topic.config.topic if topic is not None else ""  # not known any more: so it was seen before
+        name = self._promises.topic_names[self._broker_name, topic_id]  # which a log that begins behind it does not tell any more
         self._promises.topic_deleted(self._broker_name, name, position, (placed.body for placed in had))
         self._sequences.difference_update((placed.producer_id, placed.sequence) for placed in had)
         for key in [key for key in self._last_numbers if key[0].topic == name]:

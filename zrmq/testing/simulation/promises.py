@@ -82,6 +82,7 @@ class Promises:
         self.deleted_until: dict[str, int] = {}  # by broker name: its log had begun there, whatever a power cut brought back
         self.lease_topics: dict[tuple[str, int], int] = {}  # by broker name and lease epoch: of which topic its queue is
         self.topic_ids: dict[tuple[str, str], int] = {}  # by broker name and topic: the one there is, or was last
+        self.topic_names: dict[tuple[str, int], str] = {}  # by broker name and topic id
         self._gone: dict[str, dict[int, set[bytes]]] = {}  # messages of deleted topics: by broker name, and where its log says so
         self._losable: set[tuple[str, bytes]] = set()  # by broker name
         self._damaged: set[bytes] = set()
