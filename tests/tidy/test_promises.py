@@ -46,6 +46,11 @@ def test_there_are_promises() -> None:
     assert len(promises()) >= 5, "ARCHITECTURE.md needs a section '## Promises': a table of them and of their tests."
 
 
+def test_no_promise_is_made_twice() -> None:
+    begun = [re.split(r"[,:;(]", promise)[0].strip() for promise, _ in promises()]
+    assert len(begun) == len(set(begun)), [beginning for beginning in begun if begun.count(beginning) > 1]
+
+
 @pytest.mark.parametrize(("promise", "guards"), promises(), ids=lambda value: value[:40] if isinstance(value, str) else "")
 def test_each_promise_is_guarded(promise: str, guards: list[tuple[str, str]]) -> None:
     assert guards, f"{promise!r} names no test: write tests/....py::test_... beside it."
