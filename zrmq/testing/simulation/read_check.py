@@ -63,11 +63,12 @@ class ReadCheck:
         self._next[queue] = (min(offset, end), offset)
 
     def broker_up(self, broker_name: str) -> None:
-        """A broker is back. Where it has lost the end of a queue, what it stores there from now on is owed."""
+        """A broker is back. Where it has lost the end of a queue, what it stores there from now on is owed, but to whoever sought
+        beyond that."""
         for queue, (earliest, owed) in self._next.items():
             found = self._find(queue) if queue.broker_name == broker_name else None
-            if found is not None and owed > found.visible_offset:
-                self._next[queue] = (min(earliest, found.visible_offset), found.visible_offset)
+            if found is not None and earliest > found.visible_offset:
+                self._next[queue] = (found.visible_offset, found.visible_offset if owed == earliest else owed)
 
     def gets(self, message: Message) -> None:
         """It was given the message."""
