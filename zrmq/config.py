@@ -390,7 +390,11 @@ def parse_nameservers(addresses: str | Iterable[str]) -> tuple[str, ...]:
 
     Raises `ConfigError` when there is none, or for one that cannot be an address.
     """
+    if not isinstance(addresses, str | Iterable) or isinstance(addresses, bytes):
+        raise ConfigError(f"{addresses!r} names no NameServer; name one as tcp://HOST:PORT.")
     parts = addresses.split(",") if isinstance(addresses, str) else list(addresses)
+    if not all(isinstance(part, str) for part in parts):
+        raise ConfigError(f"{parts!r} are no NameServers; name each as tcp://HOST:PORT.")
     found = dict.fromkeys(_address(part.strip()) for part in parts if part.strip())
     if not found:
         raise ConfigError("No NameServer is given; name one as tcp://HOST:PORT.")

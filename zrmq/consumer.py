@@ -40,7 +40,6 @@ from zrmq.client.consumer_base import (
     COMMIT_INTERVAL_MS,
     Consumer,
     When,
-    check_count,
     check_queues,
     check_timeout,
     time_ms,
@@ -52,7 +51,7 @@ from zrmq.client.process_queue import ProcessQueue, Unit
 from zrmq.errors import ClosedError, InvalidArgumentError
 from zrmq.logs import get_logger
 from zrmq.message import ConsumeFrom, Message, MessageModel, MessageQueue
-from zrmq.protocol.limits import check_group, check_topic
+from zrmq.protocol.limits import OFFSET_MAX, check_count, check_group, check_topic
 from zrmq.protocol.requests import OFFSET_EARLIEST, OFFSET_LATEST, Offsets, QueryCommitted
 from zrmq.protocol.tags import canonical_expression
 from zrmq.transport.options import check_fork
@@ -490,7 +489,7 @@ class PullConsumer(Consumer):
         """
         if isinstance(where, int):
             check_queues([queue])
-            offset = check_count("where", where, 0)
+            offset = check_count("where", where, 0, OFFSET_MAX)
             core = self._ready()[0].core
             self._call(lambda: core.seek(queue, offset))
         else:

@@ -232,6 +232,17 @@ def test_the_command_fails_in_json_too(capsys: pytest.CaptureFixture[str]) -> No
     assert (failure["seed"], failure["kind"], summary["failed"]) == (3, "test", [3])
 
 
+def test_ctrl_c_ends_the_command_with_what_was_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(seed: int, *, events_kept: int) -> Any:
+        if seed == 7:
+            raise KeyboardInterrupt
+        return run_seed(seed, events_kept=events_kept)
+
+    monkeypatch.setattr(command, "run_seed", interrupted)
+    assert command.main(["--seed", "5", "--runs", "9"]) == 130
+    assert "2 runs, 0 failed" in capsys.readouterr().out
+
+
 def test_the_command_sums_up(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--seed", "5", "--runs", "2", "--json"]) == 0
     *runs, summary = map(json.loads, capsys.readouterr().out.splitlines())

@@ -270,6 +270,15 @@ def test_a_topic_that_is_not_there_has_no_end(run: Run) -> None:
 # --- groups -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("options", [[], ["--until-end"], ["--group", "readers", "--until-end"]])
+def test_a_topic_that_may_not_be_read_is_told(run: Run, topic: str, options: list[str]) -> None:
+    for words in (("topic", "create", topic), ("send", topic, "1"), ("topic", "update", topic, "--permission", "w")):
+        assert run(*words).exit_code == 0
+    result = run("tail", topic, "--from", "earliest", *options)
+    assert result.exit_code == 1
+    assert f"may not be read; 'zrmq topic update {topic} --permission rw' lets it be." in result.stderr
+
+
 def test_a_group_goes_on_where_it_was(run: Run, filled: str) -> None:
     options = ["tail", filled, "--group", f"{filled}-g", "--from", "earliest", "--json"]
     first = bodies(lines(run(*options, "--count", "12")))

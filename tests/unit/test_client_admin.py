@@ -39,6 +39,12 @@ def admin(nameservers: str) -> Iterator[Admin]:
         yield admin
 
 
+@pytest.mark.parametrize("timeout_ms", [0, -1, 1.5, float("inf"), 10**30, None, "x", True])
+def test_a_time_that_cannot_be_waited_is_refused(timeout_ms: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match="timeout_ms is .*; give a whole number from 1 to"):
+        Admin("127.0.0.1:1", timeout_ms=timeout_ms)
+
+
 # --- brokers ------------------------------------------------------------------------------------------------------------
 
 

@@ -225,6 +225,12 @@ def test_what_cannot_be_an_address_is_refused(text: str) -> None:
         Broker(store=Section(), nameservers=(text,))
 
 
+@pytest.mark.parametrize("value", [5, b"box:9876", [5], [None, "box"], object()])
+def test_what_names_no_nameserver_is_refused(value: Any) -> None:
+    with pytest.raises(ConfigError, match="name (one|each) as tcp://HOST:PORT"):
+        config.parse_nameservers(value)
+
+
 def test_a_client_finds_nameservers_in_argument_variable_default() -> None:
     environ = {"ZRMQ_NAMESERVERS": "a,b"}
     assert config.find_nameservers(["c:1"], environ) == ("tcp://c:1",)

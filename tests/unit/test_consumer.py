@@ -911,6 +911,7 @@ def test_what_is_subscribed_wrongly_is_refused_at_once() -> None:
     ("allocation", "averagely", "allocation='averagely' is no strategy; give one such as AllocateAveragely"),
     ("consume_from", ConsumeFrom.TIMESTAMP, "names no time; give the time itself"),
     ("consume_from", -5, "-5 is no time"),
+    ("consume_from", 10**30, "is no time"),
     ("consume_from", "earliest?", "is 'earliest\\?'; use 'earliest', 'latest', or a time"),
     ("instance_name", "", "instance name must be text and not blank"),
     ("instance_name", "x" * 256, "instance name has 256 characters; use at most 255"),
@@ -974,7 +975,7 @@ def test_only_queues_that_are_ours_are_sought(consumers: Callable[..., Any], nam
     for call in calls:
         with pytest.raises(InvalidArgumentError, match=r"Queue 3 of 'doors' at broker-a is not assigned to this consumer now"):
             call()
-    with pytest.raises(InvalidArgumentError, match="where is -1; give a whole number, 0 or more"):
+    with pytest.raises(InvalidArgumentError, match="where is -1; give a whole number from 0 to"):
         consumer.seek(consumer.assigned()[0], -1)
     with pytest.raises(InvalidArgumentError, match="is no time"):
         consumer.seek(consumer.assigned()[0], ConsumeFrom.TIMESTAMP)
@@ -1029,11 +1030,11 @@ QUEUE = MessageQueue("meters", "broker-a", 0)
     (zrmq.PullConsumer, lambda it, x: it.seek(x, 0), NO_QUEUE, "is no message queue"),
     (zrmq.PullConsumer, lambda it, x: it.seek(x, EARLIEST), NO_QUEUE, "is no message queue"),
     (zrmq.PullConsumer, lambda it, x: it.seek(QUEUE, x), ["0", None, 1.5, [0]], "is no time"),
-    (zrmq.PullConsumer, lambda it, x: it.seek(QUEUE, x), [-1, True], "where is .*; give a whole number"),
+    (zrmq.PullConsumer, lambda it, x: it.seek(QUEUE, x), [-1, True, 2**63], "where is .*; give a whole number"),
     (zrmq.PullConsumer, lambda it, x: it.seek_to_earliest(x), NO_QUEUE, "is no message queue"),
     (zrmq.PullConsumer, lambda it, x: it.seek_to_latest(x), NO_QUEUE, "is no message queue"),
     (zrmq.PullConsumer, lambda it, x: it.seek_to_timestamp(0, x), NO_QUEUE, "is no message queue"),
-    (zrmq.PullConsumer, lambda it, x: it.seek_to_timestamp(x), ["0", None, 1.5, [0]], "is no time"),
+    (zrmq.PullConsumer, lambda it, x: it.seek_to_timestamp(x), ["0", None, 1.5, [0], 10**30], "is no time"),
     (zrmq.PullConsumer, lambda it, x: it.position(x), NO_QUEUE, "is no message queue"),
     (zrmq.PullConsumer, lambda it, x: it.committed(x), NO_QUEUE, "is no message queue"),
     (zrmq.PullConsumer, lambda it, x: it.pause(x), NO_QUEUE, "is no message queue"),

@@ -8,7 +8,7 @@ from tests.unit.broker_desk import BrokerDesk, DeskClient
 from zrmq.errors import Code
 from zrmq.message import ConsumeFrom, FlushMode, MessageModel
 from zrmq.protocol import limits
-from zrmq.protocol.events import TopicConfig
+from zrmq.protocol.events import PERMISSION_WRITE, TopicConfig
 from zrmq.protocol.requests import (
     Bye,
     CommitOffsets,
@@ -255,6 +255,16 @@ def test_a_pull_that_stays_brings_nothing_of_a_queue_that_went_to_somebody_else(
     first, last = reader.answers(number)
     assert (first.next_offset, first.more, last.code) == (1, True, Code.FENCED)
     assert reader.payload_count == 1
+
+
+def test_a_pull_that_stays_ends_when_its_topic_may_not_be_read_any_more(desk: BrokerDesk, client: DeskClient) -> None:
+    producer, number = desk.client("p"), stay(client, 0)
+    producer.send("meters", 0, [b"a"])
+    desk.topic("meters", permission=PERMISSION_WRITE)
+    producer.send("meters", 0, [b"b"])
+    first, last = client.answers(number)
+    assert (first.more, last.code) == (True, Code.FORBIDDEN)
+    assert "zrmq topic update meters --permission rw" in last.message
 
 
 def test_a_pull_that_stays_waits_for_a_client_that_does_not_read(desk: BrokerDesk, client: DeskClient) -> None:

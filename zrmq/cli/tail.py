@@ -14,7 +14,9 @@ import click
 from zrmq.cli.administration import has_topic, open_admin
 from zrmq.cli.options import client_options, examples, parse_time
 from zrmq.cli.printing import escape, escape_bytes, print_json
+from zrmq.errors import Code, RequestRefusedError
 from zrmq.message import ConsumeFrom, Message, MessageQueue
+from zrmq.protocol.events import PERMISSION_READ
 from zrmq.protocol.tags import parse_expression
 
 if TYPE_CHECKING:
@@ -55,7 +57,9 @@ def tail(
     wanted = parse_expression(expression)
     with open_admin(nameservers, timeout_ms) as admin, suppress(KeyboardInterrupt):  # Ctrl-C is how a tail ends
         ends = find_ends(admin, topic) if until_end else None
-        if ends is None and not has_topic(admin, topic):
+        if has_topic(admin, topic):
+            check_readable(admin, topic)
+        else:
             click.echo(f"{topic} does not exist yet; waiting for it (Ctrl-C ends that).", err=True)
         with zrmq.PullConsumer(group, nameservers=nameservers, consume_from=start) as consumer:
             # A broker that skips for us says nothing until there is something: then nobody would see the end pass by.
@@ -64,11 +68,21 @@ def tail(
                 print_message(message, as_json)
 
 
+def check_readable(admin: Admin, topic: str) -> None:
+    """Raise `RequestRefusedError` (FORBIDDEN) when no broker lets the topic be read; a consumer would wait until one does."""
+    if not any(info.config.permission & PERMISSION_READ for info in admin.topic(topic).values()):
+        raise RequestRefusedError(
+            f"Topic {topic!r} may not be read; 'zrmq topic update {topic} --permission rw' lets it be.",
+            code=Code.FORBIDDEN, topic=topic,
+        )
+
+
 def find_ends(admin: Admin, topic: str) -> dict[MessageQueue, int]:
-    """Where each queue of the topic ends now. Raises `TopicNotFoundError`."""
+    """Where each queue of the topic ends now, at the brokers that let it be read. Raises `TopicNotFoundError`."""
     return {
         MessageQueue(topic, broker_name, queue.queue_id): queue.max_offset
-        for broker_name, info in admin.topic(topic).items() for queue in info.queues
+        for broker_name, info in admin.topic(topic).items() if info.config.permission & PERMISSION_READ
+        for queue in info.queues
     }
 
 

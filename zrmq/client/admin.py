@@ -29,7 +29,7 @@ from zrmq.errors import (
     ZrmqError,
 )
 from zrmq.protocol.events import TopicConfig
-from zrmq.protocol.limits import check_group, check_topic
+from zrmq.protocol.limits import TIMEOUT_MS_MAX, check_count, check_group, check_topic
 from zrmq.protocol.requests import (
     AnyReply,
     BrokerInfo,
@@ -79,10 +79,10 @@ class Admin:
     ) -> None:
         """`nameservers` as everywhere: the argument, else `ZRMQ_NAMESERVERS`, else this machine's. Connects in the background.
 
-        Raises `ConfigError` or `InvalidArgumentError` for addresses that cannot be any.
+        Raises `ConfigError` or `InvalidArgumentError` for addresses that cannot be any, and for a time that cannot be waited.
         """
         addresses = find_nameservers(nameservers)
-        self._timeout_ms = timeout_ms
+        self._timeout_ms = check_count("timeout_ms", timeout_ms, 1, TIMEOUT_MS_MAX)
         self._on_failure = on_failure
         self._thread = ClientThread("zrmq-admin", context=context)
         rng = Random()

@@ -21,7 +21,16 @@ from zrmq.config import find_nameservers
 from zrmq.errors import ClosedError, Code, InvalidArgumentError, RequestTimeoutError
 from zrmq.logs import get_logger
 from zrmq.message import ConsumeFrom, MessageModel, MessageQueue
-from zrmq.protocol.limits import CLIENT_ID_CHARS_MAX, SUBSCRIPTIONS_MAX, check_group, check_text, check_topic
+from zrmq.protocol.limits import (
+    CLIENT_ID_CHARS_MAX,
+    OFFSET_MAX,
+    SUBSCRIPTIONS_MAX,
+    TIMEOUT_MS_MAX,
+    check_count,
+    check_group,
+    check_text,
+    check_topic,
+)
 from zrmq.protocol.requests import AnyReply, Offsets, QueryOffsets, Request
 from zrmq.protocol.tags import canonical_expression
 from zrmq.transport.options import check_fork, fork_count
@@ -37,7 +46,6 @@ START_MS = 5_000  # how long a start waits for brokers before it goes on trying 
 CLOSE_MS = 10_000
 ASK_MS = 5_000
 ANSWER_MARGIN_MS = 1_000  # a request's own deadline comes first
-TIMEOUT_MS_MAX = 1 << 40  # 35 years; Python's locks take no more than some hundred
 
 T = TypeVar("T")
 When = datetime | int  # an int: milliseconds since 1970-01-01 UTC
@@ -237,14 +245,6 @@ class Consumer:
         return found
 
 
-def check_count(name: str, value: int, least: int, most: int | None = None) -> int:
-    """`value`, or `InvalidArgumentError` unless it is a whole number within the bounds."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
-        bounds = f"a whole number from {least} to {most}" if most is not None else f"a whole number, {least} or more"
-        raise InvalidArgumentError(f"{name} is {value!r}; give {bounds}.")
-    return value
-
-
 def check_timeout(timeout_ms: float) -> None:
     """`InvalidArgumentError` unless it is a number of milliseconds that can be waited."""
     if not isinstance(timeout_ms, int | float) or isinstance(timeout_ms, bool) or not 0 <= timeout_ms <= TIMEOUT_MS_MAX:
@@ -270,7 +270,7 @@ def time_ms(given: When) -> int:
     """Milliseconds since 1970 UTC, or `InvalidArgumentError`. A datetime without a zone is local time."""
     if isinstance(given, datetime):
         return round(given.timestamp() * 1000)
-    if isinstance(given, int) and not isinstance(given, bool) and given >= 0:
+    if isinstance(given, int) and not isinstance(given, bool) and 0 <= given <= OFFSET_MAX:
         return given
     raise InvalidArgumentError(f"{given!r} is no time; give a datetime, or milliseconds since 1970-01-01 UTC.")
 

@@ -33,6 +33,8 @@ RECEIVED_BYTES_MAX = REPLY_HEADER_BYTES_MAX + PULL_BYTES_MAX  # of a message wit
 UNREAD_BYTES_MAX = 16 * 1024 * 1024  # of answers that lie ready at a server for one client; while it has more, its pulls wait
 ROOMLESS_BYTES_MAX = 4 * 1024  # an answer up to this size needs no room: 10,000 of them fill the pipe
 PULL_WAIT_MS_MAX = 60_000
+TIMEOUT_MS_MAX = 1 << 40  # 35 years; Python's locks take no more than some hundred
+OFFSET_MAX = 1 << 62  # of an offset or a time that is named; half of what files and requests may have, so that none is reached
 QUEUES_PER_TOPIC_MAX = 1024
 TOPICS_MAX = 10_000
 GROUPS_MAX = 10_000
@@ -223,3 +225,11 @@ def _check_property_map(properties: dict[str, str]) -> int:
                 f"The property {name!r} has the value {value!r}; give a str.", code=Code.ILLEGAL_MESSAGE_PROPERTY_KEY
             )
     return size
+
+
+def check_count(name: str, value: int, least: int, most: int | None = None) -> int:
+    """`value`, or `InvalidArgumentError` unless it is a whole number within the bounds."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
+        bounds = f"a whole number from {least} to {most}" if most is not None else f"a whole number, {least} or more"
+        raise InvalidArgumentError(f"{name} is {value!r}; give {bounds}.")
+    return value

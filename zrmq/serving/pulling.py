@@ -61,12 +61,7 @@ class Pulling:
     def pull(self, session: Session, request: Pull, frames: list[bytes]) -> None:
         """The consume path, whole: check, read, answer or hold."""
         queue = self._context.queue(request.topic, request.queue_id, request.topic_id)
-        if not queue.topic.config.permission & PERMISSION_READ:
-            raise RequestRefusedError(
-                f"Topic {request.topic!r} may not be read at broker {self._context.config.broker_name}.",
-                code=Code.FORBIDDEN, topic=request.topic,
-            )
-        self._may_read(session, request, queue)
+        self._check(session, request, queue)
         self.pulls += 1
         older = session.waiting.get(queue) if session.waiting else None
         if older is not None:
@@ -118,6 +113,16 @@ class Pulling:
             gone = TopicNotFoundError(f"Topic {name!r} was deleted; read another, or create it again.", topic=name)
             self._context.refuse(held.session.peer, held.request.number, gone)
 
+    def _check(self, session: Session, request: Pull, queue: Queue) -> None:
+        """Raise unless the session may read the queue now, which may change while a pull waits."""
+        if not queue.topic.config.permission & PERMISSION_READ:
+            raise RequestRefusedError(
+                f"Topic {request.topic!r} may not be read at broker {self._context.config.broker_name};"
+                f" 'zrmq topic update {request.topic} --permission rw' lets it be.",
+                code=Code.FORBIDDEN, topic=request.topic,
+            )
+        self._may_read(session, request, queue)
+
     def _is_waiting(self, held: HeldPull) -> bool:
         """Answer, if there is something and room for it; whether the pull waits (for more) now."""
         request, queue, peer = held.request, held.queue, held.session.peer
@@ -166,7 +171,7 @@ class Pulling:
 
     def _try_again(self, held: HeldPull) -> None:
         try:
-            self._may_read(held.session, held.request, held.queue)
+            self._check(held.session, held.request, held.queue)
             if self._is_waiting(held):
                 self._hold(held)
         except ZrmqError as error:

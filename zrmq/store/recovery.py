@@ -45,8 +45,6 @@ from zrmq.store.views_db import Saved, ViewsDb, group_of
 
 log = get_logger("store")
 
-OFFSET_MAX = 1 << 62  # half of what a file, an event or a request may have: nobody sends so many that it could be reached
-
 
 class RecoveryReport(msgspec.Struct, frozen=True, kw_only=True):
     """What was found when the folder was opened."""
@@ -198,7 +196,7 @@ class Replay:
             raise _newer(f"an entry of kind {header.kind}", found.position)
 
     def _fold_batch(self, batch: BatchHeader, segment: Segment) -> None:
-        if batch.base_offset + batch.record_count > OFFSET_MAX:
+        if batch.base_offset + batch.record_count > limits.OFFSET_MAX:
             raise DamageError(
                 f"The batch at {batch.position} of the log says that its offsets begin at {batch.base_offset}, and no queue is"
                 " that long; its checksum is right, so it was written so. Restore the folder from a copy."

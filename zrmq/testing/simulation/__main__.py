@@ -20,22 +20,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run as many seeds as asked for; 1 when one of them failed."""
     options = _parser().parse_args(arguments)
     tally = _Tally(SystemClock(), as_json=options.json)
+    try:
+        _run(options, tally)
+    except KeyboardInterrupt:  # what was run so far counts
+        tally.report()
+        return 130
+    tally.report()
+    return 1 if tally.failed else 0
+
+
+def _run(options: argparse.Namespace, tally: _Tally) -> None:
     for seed in range(options.seed, options.seed + options.runs):
         try:
             tally.add(run_seed(seed, events_kept=options.events))
         except SimulationError as error:
             tally.fail(error)
             if len(tally.failed) >= FAILURES_MAX:
-                break
-    tally.report()
-    return 1 if tally.failed else 0
+                return
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m zrmq.testing.simulation",
         description="Run simulated clusters through faults and check every promise.",
-        epilog="Exit codes: 0 all kept, 1 some broken, 2 wrong usage. "
+        epilog="Exit codes: 0 all kept, 1 some broken, 2 wrong usage, 130 ended by Ctrl-C. "
         "Example: python -m zrmq.testing.simulation --seed 1 --runs 1000",
     )
     parser.add_argument("--seed", type=int, default=1, help="the first seed (default 1)")
