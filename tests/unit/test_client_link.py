@@ -61,6 +61,7 @@ class Desk:
         self.sessions = SessionTable(network.now_ms, session_timeout_ms=session_timeout_ms)
         self.asked: list[AnyRequest] = []  # all but heartbeats
         self.payloads: list[list[bytes]] = []
+        self.server_id = "id"
         self.heartbeats: list[float] = []
         self.peer = b""
         self.answer: Callable[[AnyRequest], list[Reply]] = lambda request: [Done(request.number)]
@@ -98,7 +99,9 @@ class Desk:
     def welcome(self, hello: Hello, peer: bytes) -> list[Reply]:
         self.sessions.open(hello, peer, self.loop.clock.monotonic_ms())
         return [
-            Welcome(hello.number, PROTOCOL_VERSION, "id", "server", 0, self.session_timeout_ms, self.heartbeat_ms, LIMITS)
+            Welcome(
+                hello.number, PROTOCOL_VERSION, self.server_id, "server", 0, self.session_timeout_ms, self.heartbeat_ms, LIMITS
+            )
         ]
 
     def forget_sessions(self) -> None:
@@ -447,6 +450,17 @@ def test_a_half_open_link_is_replaced_after_the_session_timeout(open_world: Worl
     open_world.wait_answered(number)
     assert 4_000 < open_world.network.now_ms - asked_ms < 7_000
     assert open_world.events[-2:] == ["lost", "open"]
+
+
+def test_a_server_that_is_started_again_and_again_is_found_each_time(world: World) -> None:
+    for life in range(10):
+        desk = Desk(world.network)
+        desk.server_id = f"life {life}"
+        world.network.run_for(1_000)
+        assert world.link.is_open, f"in life {life}"
+        world.network.run_for(1_500)
+        desk.loop.close()
+        world.network.run_for(200)
 
 
 def test_our_own_pause_is_not_the_servers_silence(world: World) -> None:

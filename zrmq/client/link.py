@@ -46,7 +46,7 @@ from zrmq.transport.interface import Connection, Frames, Loop, Timer
 from zrmq.transport.sessions import PASSING_REFUSALS
 
 HELLO_TIMEOUT_MS = 3_000.0  # a server that stands still longer gets a newer HELLO, and answers that one
-HELLO_PAUSE_MS_MIN = 100.0  # between two HELLOs, doubled with each that did not lead to a lasting session
+HELLO_PAUSE_MS_MIN = 100.0  # between two HELLOs, doubled with each that did not lead to a lasting session, or to a new server
 HELLO_PAUSE_MS_MAX = 5_000.0
 STABLE_MS = 5_000.0  # a session that lived so long ends the pauses
 SILENCE_MS_MAX = 10_000.0  # until a WELCOME says otherwise
@@ -337,6 +337,8 @@ class Link:
         self._opened_ms = self._now_ms()
         if self.welcome is not None and self._opened_ms - self.confirmed_ms >= LEASE_MARGIN * self.welcome.session_timeout_ms:
             self.gap_count += 1
+        if self.welcome is not None and self.welcome.server_id != welcome.server_id:
+            self._hello_attempts = 0  # it was started again: no fault of the session that ended with it
         self.welcome = welcome
         self.is_open = True
         self.confirmed_ms = self._hello_sent_ms
