@@ -70,7 +70,7 @@ REPLIES: list[requests.Reply] = [
     requests.BrokerState(8, {"broker_name": "broker-a", "appended_position": 1 << 40}),
     requests.Sent(9, 1_000, NOW_MS, FlushMode.SYNC, True),
     requests.Pulled(10, PullStatus.MOVED, 1_024, 10, 1_025, 1_000, True),
-    requests.Offsets(11, [(0, 0), (5, 1_000)], 2),
+    requests.Offsets(11, [(0, 0), (5, 1_000)], 2, [0, 1_000]),
     requests.Joined(12, 13, ["c-1", "c-2"], [NOW_MS]),
     requests.Leased(13, (3 << 32) + 7, 1_000),
     requests.Committed(14, [0, 2]),

@@ -42,6 +42,7 @@ READER_FAILURES = {  # with readers that name their queues themselves, whether t
     1300011: "a queue is assigned again before it was let go",
     1300068: "a group stands nowhere, and a broker that acknowledges before it flushes is started again",
     1300314: "a broker goes away after a seek back and before the commit",
+    8102644: "a broker loses the place where a reader that has got nothing yet began",
 }
 WORK_FAILURES: dict[int, tuple[str, WorkPlan]] = {  # with the work that was given to them
     1204074: ("a topic is made again while a broadcasting consumer is busy with the former one", WorkPlan(

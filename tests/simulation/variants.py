@@ -518,8 +518,8 @@ def begin_behind_what_a_broker_has_lost(patch: Patch) -> None:
 
 
 def forget_that_a_reader_sought_back(patch: Patch) -> None:
-    patch.setattr(OffsetClaims, "_begin_at", lambda self, queue, link, offset, topic_id: self._listener.on_claimed(
-        queue, link, offset, 0, topic_id
+    patch.setattr(OffsetClaims, "_begin_at", lambda self, queue, link, offset, topic_id, flushed_offset: (
+        self._listener.on_claimed(queue, link, offset, 0, topic_id, flushed_offset=flushed_offset)
     ))
 
 

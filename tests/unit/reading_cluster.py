@@ -413,7 +413,8 @@ class ReadingBroker:
             named = {OFFSET_EARLIEST: log.min_offset, OFFSET_LATEST: log.next_offset}
             at = named[request.timestamp_ms] if request.timestamp_ms in named else self._offset_at(log, request.timestamp_ms)
             found.append((queue_id, at))
-        return Offsets(request.number, found, self.topic_ids[request.topic])
+        flushed = [self._ends(request.topic, logs[queue_id])[2] for queue_id, _ in found]
+        return Offsets(request.number, found, self.topic_ids[request.topic], flushed)
 
     def _logs(self, topic: str) -> list[Log]:
         if topic not in self.topics:

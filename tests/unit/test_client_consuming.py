@@ -1026,6 +1026,22 @@ def test_what_a_broker_stored_in_place_of_what_it_lost_is_not_passed_over(
     assert offsets_seen(member)[-20:] == list(range(3, 23))
 
 
+def test_where_a_reader_began_is_no_safe_place_when_it_was_not_flushed(cluster: ReadingCluster) -> None:
+    """It has not got anything yet, so no answer to a pull has told it."""
+    cluster.broker.flushed_until = 3
+    cluster.broker.store("meters", 0, 10)
+    member = assigned(cluster, "one", Q0, group="")
+    cluster.run_for(100)
+    cluster.broker.crash()
+    log = cluster.broker.topics["meters"][0]
+    log.batches, log.next_offset = [], 3
+    cluster.broker.start()
+    cluster.broker.store("meters", 0, 20)
+    cluster.broker.flushed_until = None
+    cluster.run_for(10_000)
+    assert offsets_seen(member) == list(range(3, 23))
+
+
 def test_a_topic_made_anew_while_its_broker_was_away_is_read_from_its_beginning(cluster: ReadingCluster) -> None:
     cluster.broker.auto_create = False
     member = assigned(cluster, "one", Q0)

@@ -52,10 +52,12 @@ class ClaimListener(Protocol):
     """What a claim tells the consumer's core."""
 
     def on_claimed(
-        self, queue: MessageQueue, link: Link, offset: int, lease_epoch: int, topic_id: int = 0, *, goes_back: bool = False
+        self, queue: MessageQueue, link: Link, offset: int, lease_epoch: int, topic_id: int = 0, *, goes_back: bool = False,
+        flushed_offset: int = -1,
     ) -> bool:
         """Read it from here on. False: it is not wanted any more, let it go. `topic_id`: of the topic that the offset belongs to;
-        0 where a lease says it. `goes_back`: the broker does not know of a seek."""
+        0 where a lease says it. `goes_back`: the broker does not know of a seek. `flushed_offset`: up to there the queue survives
+        a power cut; a lease comes with an offset that does."""
 
     def on_unclaimed(self, after_ms: float) -> None:
         """A claim failed, or one of ours ended: look again what to claim, after a while."""
@@ -186,7 +188,7 @@ class OffsetClaims:
         for queue, link in queues:
             if queue in self.left_off:
                 left = self.left_off.pop(queue)
-                self._begin_at(queue, link, left.safe_offset, left.topic_id)
+                self._begin_at(queue, link, left.safe_offset, left.topic_id, left.safe_offset)
             else:
                 groups.setdefault((link, queue.topic), []).append(queue)
         for (link, topic), wanted in groups.items():
@@ -237,7 +239,7 @@ class OffsetClaims:
             left = self._latest.pop(queue)
             if left.topic_id == topic_id:
                 known[queue] = min(known[queue], left.offset)
-        self._begin(known, link, topic_id)
+        self._begin(known, link, topic_id, known)  # a commit is on the disk only after what is before it
         unknown = [queue for queue in wanted if queue not in known]
         self._emptied.update(queue for queue in unknown if self._topic_ids.get(queue, topic_id) != topic_id)  # while it was away
         if unknown:
@@ -256,8 +258,9 @@ class OffsetClaims:
 
     def _found(self, wanted: list[MessageQueue], link: Link, reply: AnyReply | ZrmqError, frames: list[bytes]) -> None:
         if isinstance(reply, Offsets):
-            found = dict(reply.offsets)
-            self._begin({queue: found[queue.queue_id] for queue in wanted if queue.queue_id in found}, link, reply.topic_id)
+            found, flushed = dict(reply.offsets), dict(zip(dict(reply.offsets), reply.flushed_offsets, strict=False))
+            known = {queue: found[queue.queue_id] for queue in wanted if queue.queue_id in found}
+            self._begin(known, link, reply.topic_id, {queue: flushed.get(queue.queue_id, -1) for queue in known})
             self.pending.difference_update(wanted)
         elif isinstance(reply, ZrmqError) and reply.code is Code.BAD_REQUEST and len(wanted) > 1:
             for queue in wanted:  # one of them does not exist
@@ -265,7 +268,7 @@ class OffsetClaims:
         elif isinstance(reply, ZrmqError):
             self._refused(wanted, reply)
 
-    def _begin(self, offsets: dict[MessageQueue, int], link: Link, topic_id: int) -> None:
+    def _begin(self, offsets: dict[MessageQueue, int], link: Link, topic_id: int, flushed: dict[MessageQueue, int]) -> None:
         for queue, offset in offsets.items():
             self.pending.discard(queue)
             self._emptied.discard(queue)
@@ -274,12 +277,12 @@ class OffsetClaims:
                 offset = min(offset, left.safe_offset)
             if self._topic_ids.get(queue, topic_id) != topic_id:
                 self._going_back.discard(queue)  # that was in the former one
-            self._begin_at(queue, link, offset, topic_id)
+            self._begin_at(queue, link, offset, topic_id, flushed[queue])
 
-    def _begin_at(self, queue: MessageQueue, link: Link, offset: int, topic_id: int) -> None:
+    def _begin_at(self, queue: MessageQueue, link: Link, offset: int, topic_id: int, flushed_offset: int) -> None:
         goes_back = queue in self._going_back
         self._going_back.discard(queue)
-        self._listener.on_claimed(queue, link, offset, 0, topic_id, goes_back=goes_back)
+        self._listener.on_claimed(queue, link, offset, 0, topic_id, goes_back=goes_back, flushed_offset=flushed_offset)
 
     def _refused(self, wanted: Collection[MessageQueue], error: ZrmqError) -> None:
         self.pending.difference_update(wanted)

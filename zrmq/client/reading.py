@@ -102,10 +102,15 @@ class Reader:
 
     # --- readings -----------------------------------------------------------------------------------------------------
 
-    def begin(self, queue: MessageQueue, link: Link, offset: int, lease_epoch: int = 0, topic_id: int = 0) -> Reading:
-        """Read a queue from an offset on, under a lease that was just given; without one, of the topic with this id."""
+    def begin(
+        self, queue: MessageQueue, link: Link, offset: int, lease_epoch: int = 0, topic_id: int = 0, flushed_offset: int = -1
+    ) -> Reading:
+        """Read a queue from an offset on, under a lease that was just given; without one, of the topic with this id, of which is
+        flushed what lies before `flushed_offset`."""
         valid_until_ms = partial(_valid_until_ms, link, link.gap_count) if lease_epoch else forever
-        return self._begin(queue, link, offset, lease_epoch, topic_id, valid_until_ms)
+        reading = self._begin(queue, link, offset, lease_epoch, topic_id, valid_until_ms)
+        reading.flushed_offset = offset if lease_epoch else flushed_offset
+        return reading
 
     def _begin(
         self, queue: MessageQueue, link: Link, offset: int, lease_epoch: int, topic_id: int, valid_until_ms: Callable[[], float]
@@ -115,9 +120,7 @@ class Reader:
             valid_until_ms=valid_until_ms,
         )
         # A lease comes with what the broker knows, on its disk. Without one, even the place to begin is news to it.
-        known_offset = offset if lease_epoch else -1
-        reading = Reading(process_queue, link, known_offset, flushed_offset=known_offset, topic_id=topic_id)
-        self.readings[queue] = reading
+        reading = self.readings[queue] = Reading(process_queue, link, offset if lease_epoch else -1, topic_id=topic_id)
         self.pull(reading)
         return reading
 

@@ -474,10 +474,12 @@ class Pulled(Reply, tag=131, frozen=True):
 
 
 class Offsets(Reply, tag=132, frozen=True):
-    """B (queue id, offset) pairs, and which topic of that name they belong to."""
+    """B (queue id, offset) pairs, and which topic of that name they belong to. To QueryOffsets also, in the same order, up to
+    where each queue survives a power cut."""
 
     offsets: list[tuple[int, int]]
     topic_id: int = 0
+    flushed_offsets: list[int] = []
 
 
 class Joined(Reply, tag=140, frozen=True):

@@ -84,7 +84,8 @@ class OffsetDesk:
         queue_ids = request.queue_ids or range(len(topic.queues))
         queues = [self._context.queue(request.topic, queue_id) for queue_id in queue_ids]
         offsets = [(queue.queue_id, self._find(queue, request.timestamp_ms)) for queue in queues]
-        self._context.outbox.now(session.peer, Offsets(request.number, offsets, topic.topic_id))
+        flushed_offsets = [queue.flushed_offset for queue in queues]
+        self._context.outbox.now(session.peer, Offsets(request.number, offsets, topic.topic_id, flushed_offsets))
 
     def _instance(self, session: Session) -> str:
         """The name under which the session's offsets are kept: its own when broadcasting, none when clustering.

@@ -37,9 +37,12 @@ class WatchedCore(ConsumerCore):
     on_end: Callable[[ZrmqError], None]
 
     def on_claimed(
-        self, queue: MessageQueue, link: Link, offset: int, lease_epoch: int, topic_id: int = 0, *, goes_back: bool = False
+        self, queue: MessageQueue, link: Link, offset: int, lease_epoch: int, topic_id: int = 0, *, goes_back: bool = False,
+        flushed_offset: int = -1,
     ) -> bool:
-        is_taken = super().on_claimed(queue, link, offset, lease_epoch, topic_id, goes_back=goes_back)
+        is_taken = super().on_claimed(
+            queue, link, offset, lease_epoch, topic_id, goes_back=goes_back, flushed_offset=flushed_offset
+        )
         if is_taken:
             self.on_begun(queue, offset)
         return is_taken
