@@ -274,7 +274,10 @@ class LogCheck:
             self._check_move(event, queue, topic_id, before, offset)
 
     def _check_move(self, event: OffsetsCommitted, queue: MessageQueue, topic_id: int, before: int, offset: int) -> None:
-        if offset < before and not self._promises.may_be_reset(queue):  # after a loss consumers go back by a reset
+        is_lost = any(  # that the group stood elsewhere: who knows it still says it again
+            self._promises.is_unsure(kind, self._broker_name, event.group) for kind in (GroupSubscribed, OffsetsCommitted)
+        )
+        if offset < before and not (is_lost or self._promises.may_be_reset(queue)):  # after a loss consumers go back by a reset
             place = (event.group, event.instance_name, queue)
             self._resets[place, topic_id] += 1
             since = self._promises.may_go_back(place, offset, self._resets[place, topic_id])
