@@ -51,7 +51,7 @@ from zrmq.client.process_queue import ProcessQueue, Unit
 from zrmq.errors import ClosedError, InvalidArgumentError
 from zrmq.logs import get_logger
 from zrmq.message import ConsumeFrom, Message, MessageModel, MessageQueue
-from zrmq.protocol.limits import OFFSET_MAX, check_count, check_group, check_topic
+from zrmq.protocol.limits import OFFSET_MAX, check_group, check_number, check_topic
 from zrmq.protocol.requests import OFFSET_EARLIEST, OFFSET_LATEST, Offsets, QueryCommitted
 from zrmq.protocol.tags import canonical_expression
 from zrmq.transport.options import check_fork
@@ -119,7 +119,7 @@ class PushConsumer(Consumer):
             instance_name=instance_name, buffer_messages=buffer_messages, buffer_bytes=buffer_bytes,
             commit_interval_ms=commit_interval_ms, auto_commit=True, in_order=in_order, context=context,
         )
-        self._concurrency = check_count("concurrency", concurrency, 1, CONCURRENCY_MAX)
+        self._concurrency = check_number("concurrency", concurrency, 1, CONCURRENCY_MAX)
         self._listeners: dict[str, tuple[Listener, Pace]] = {}
         self._workers: list[threading.Thread] = []
         # No Event, whose lock a signal handler would wait for that runs while its own thread begins to wait.
@@ -489,7 +489,7 @@ class PullConsumer(Consumer):
         """
         if isinstance(where, int):
             check_queues([queue])
-            offset = check_count("where", where, 0, OFFSET_MAX)
+            offset = check_number("where", where, 0, OFFSET_MAX)
             core = self._ready()[0].core
             self._call(lambda: core.seek(queue, offset))
         else:

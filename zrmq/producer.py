@@ -51,6 +51,7 @@ from zrmq.protocol.limits import (
     BODY_BYTES_MAX,
     CLIENT_ID_CHARS_MAX,
     check_group,
+    check_number,
     check_text,
     check_topic,
 )
@@ -135,12 +136,12 @@ class Producer:
         context: Context | None = None,
     ) -> None:
         check_group(group)
-        _check_number("buffer_bytes", buffer_bytes, 1, 1 << 40)
-        _check_number("linger_ms", linger_ms, 0, LINGER_MS_MAX, float)
-        _check_number("batch_records_max", batch_records_max, 1, BATCH_RECORDS_MAX)
-        _check_number("batch_bytes_max", batch_bytes_max, 1, BODY_BYTES_MAX)
-        _check_number("send_timeout_ms", send_timeout_ms, 1, SEND_TIMEOUT_MS_MAX)
-        _check_number("retries", retries, 0, RETRIES_MAX)
+        check_number("buffer_bytes", buffer_bytes, 1, 1 << 40)
+        check_number("linger_ms", linger_ms, 0, LINGER_MS_MAX, float)
+        check_number("batch_records_max", batch_records_max, 1, BATCH_RECORDS_MAX)
+        check_number("batch_bytes_max", batch_bytes_max, 1, BODY_BYTES_MAX)
+        check_number("send_timeout_ms", send_timeout_ms, 1, SEND_TIMEOUT_MS_MAX)
+        check_number("retries", retries, 0, RETRIES_MAX)
         if compression not in (None, "zlib"):
             raise InvalidArgumentError(f"There is no compression {compression!r}; use 'zlib' or None.", compression=compression)
         rng = random.Random()
@@ -345,7 +346,7 @@ class Producer:
         if timeout_ms is None:
             timeout_ms = self._timeout_ms
         else:
-            _check_number("timeout_ms", timeout_ms, 1, SEND_TIMEOUT_MS_MAX)
+            check_number("timeout_ms", timeout_ms, 1, SEND_TIMEOUT_MS_MAX)
         if isinstance(topic, str) and topic in self._topics and not (is_bound and not self._core.queues(topic)):
             return timeout_ms
         return self._prepare(topic, timeout_ms)
@@ -418,7 +419,7 @@ class Producer:
     def _wait_for_all(self, timeout_ms: int | None) -> int:
         """Wait for everything that has no outcome. Returns how many messages have none after the timeout."""
         if timeout_ms is not None:
-            _check_number("timeout_ms", timeout_ms, 0, SEND_TIMEOUT_MS_MAX)
+            check_number("timeout_ms", timeout_ms, 0, SEND_TIMEOUT_MS_MAX)
         now_ms = self._accumulator.clock.monotonic_ms
         deadline_ms = None if timeout_ms is None else now_ms() + timeout_ms
         batches = self._accumulator.unfinished()
@@ -489,12 +490,6 @@ def _settled(spans: list[Span], count: int, refusal: ZrmqError | None) -> Receip
     if len(failed) < count or unknown:
         error.message += f" Of {count} records {count - len(failed)} are stored, {len(unknown)} may be; see failed_indexes."
     raise error
-
-
-def _check_number(name: str, value: float, least: int, most: int, kind: type = int) -> None:
-    if not isinstance(value, int | kind) or isinstance(value, bool) or not least <= value <= most:
-        what = "a whole number" if kind is int else "a number"
-        raise InvalidArgumentError(f"{name} is {value!r}; give {what} from {least} to {most}.", name=name, value=value)
 
 
 def _client_id(given: str | None, rng: random.Random) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -71,7 +72,30 @@ def start(folder: Path, level: Level) -> Server:
     return Server(children, f"127.0.0.1:{port}:{stream_port}", folder / "data")
 
 
-class StreamSession(AsyncSession):
+class CallbackSession(AsyncSession):
+    """One to whose callbacks messages come: `_on_stamped` where their age counts, which it puts into `_took_ms`."""
+
+    _on_message: Callable[..., Any]
+    _on_stamped: Callable[..., Any]
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__(spec)
+        self._took_ms: list[float] = []
+
+    def read(self, count: int) -> int:
+        return self.run(self._read(count, self._on_message))
+
+    def receive_timed(self, count: int) -> list[float]:
+        before = len(self._took_ms)
+        self.run(self._read(count, self._on_stamped))
+        return self._took_ms[before : before + count]
+
+    async def _read(self, count: int, on_message: Callable[..., Any]) -> int:
+        """Return when so many more have come; how many did."""
+        raise NotImplementedError
+
+
+class StreamSession(CallbackSession):
     """One stream. The consumer stores its offset every 10,000 messages, and at the end."""
 
     def __init__(self, spec: Spec) -> None:
@@ -81,7 +105,6 @@ class StreamSession(AsyncSession):
         self._consumer: Any = None
         self._confirmed = Countdown()
         self._arrived = Countdown()
-        self._took_ms: list[float] = []
         self._published = self._read_before = 0
         self._credentials = {"host": self.host, "port": self.port, "username": USER, "password": USER}
 
@@ -147,14 +170,6 @@ class StreamSession(AsyncSession):
     async def settle(self) -> None:
         await self._confirmed.wait(self._published)
 
-    def read(self, count: int) -> int:
-        return self.run(self._read(count, self._on_message))
-
-    def receive_timed(self, count: int) -> list[float]:
-        before = len(self._took_ms)
-        self.run(self._read(count, self._on_stamped))
-        return self._took_ms[before : before + count]
-
     async def _read(self, count: int, on_message: Any) -> int:
         if self._consumer is None:
             from rstream import Consumer, ConsumerOffsetSpecification, OffsetType
@@ -207,7 +222,7 @@ class Confirms:
         return self.count - before
 
 
-class QueueSession(AsyncSession):
+class QueueSession(CallbackSession):
     """A queue over AMQP 0.9.1 with publisher confirms; the consumer acknowledges up to a thousand at once."""
 
     arguments: ClassVar[dict[str, str]]
@@ -220,7 +235,6 @@ class QueueSession(AsyncSession):
         self._waiting: dict[int, asyncio.Future[None]] = {}  # of `send_one`, by delivery tag
         self._published = self._read_before = self._acknowledged = 0
         self._is_reading = False
-        self._took_ms: list[float] = []
         self.run(self._connect())
 
     async def _connect(self) -> None:
@@ -296,14 +310,6 @@ class QueueSession(AsyncSession):
             tags = [tag for tag in self._waiting if tag <= method.delivery_tag] if method.multiple else [method.delivery_tag]
             for tag in tags:
                 self._waiting.pop(tag).set_result(None)
-
-    def read(self, count: int) -> int:
-        return self.run(self._read(count, self._on_message))
-
-    def receive_timed(self, count: int) -> list[float]:
-        before = len(self._took_ms)
-        self.run(self._read(count, self._on_stamped))
-        return self._took_ms[before : before + count]
 
     async def _read(self, count: int, on_message: Any) -> int:
         if not self._is_reading:

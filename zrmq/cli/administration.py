@@ -11,6 +11,7 @@ from zrmq.cli.failures import Invocation
 if TYPE_CHECKING:
     from zrmq.client.admin import Admin
     from zrmq.errors import ZrmqError
+    from zrmq.protocol.requests import TopicInfo
 
 
 def open_admin(nameservers: str | None, timeout_ms: int) -> Admin:
@@ -20,15 +21,14 @@ def open_admin(nameservers: str | None, timeout_ms: int) -> Admin:
     return Admin(nameservers, timeout_ms=timeout_ms, on_failure=tell_failure)
 
 
-def has_topic(admin: Admin, name: str) -> bool:
-    """Whether a broker has the topic."""
+def find_topic(admin: Admin, name: str) -> dict[str, TopicInfo]:
+    """The topic by broker name; empty when no broker has it."""
     from zrmq.errors import TopicNotFoundError
 
     try:
-        admin.topic(name)
+        return admin.topic(name)
     except TopicNotFoundError:
-        return False
-    return True
+        return {}
 
 
 def tell_failure(broker_name: str, error: ZrmqError) -> None:

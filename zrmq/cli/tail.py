@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zrmq.cli.administration import has_topic, open_admin
+from zrmq.cli.administration import find_topic, open_admin
 from zrmq.cli.options import client_options, examples, parse_time
 from zrmq.cli.printing import escape, escape_bytes, print_json
 from zrmq.errors import Code, RequestRefusedError
@@ -22,6 +22,7 @@ from zrmq.protocol.tags import parse_expression
 if TYPE_CHECKING:
     from zrmq.client.admin import Admin
     from zrmq.consumer import PullConsumer
+    from zrmq.protocol.requests import TopicInfo
 
 POLL_MESSAGES = 1_000
 POLL_MS = 200
@@ -56,9 +57,10 @@ def tail(
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a group's queues are given back
     wanted = parse_expression(expression)
     with open_admin(nameservers, timeout_ms) as admin, suppress(KeyboardInterrupt):  # Ctrl-C is how a tail ends
-        ends = find_ends(admin, topic) if until_end else None
-        if has_topic(admin, topic):
-            check_readable(admin, topic)
+        infos = admin.topic(topic) if until_end else find_topic(admin, topic)
+        ends = find_ends(topic, infos) if until_end else None
+        if infos:
+            check_readable(topic, infos)
         else:
             click.echo(f"{topic} does not exist yet; waiting for it (Ctrl-C ends that).", err=True)
         with zrmq.PullConsumer(group, nameservers=nameservers, consume_from=start) as consumer:
@@ -68,20 +70,20 @@ def tail(
                 print_message(message, as_json)
 
 
-def check_readable(admin: Admin, topic: str) -> None:
+def check_readable(topic: str, infos: dict[str, TopicInfo]) -> None:
     """Raise `RequestRefusedError` (FORBIDDEN) when no broker lets the topic be read; a consumer would wait until one does."""
-    if not any(info.config.permission & PERMISSION_READ for info in admin.topic(topic).values()):
+    if not any(info.config.permission & PERMISSION_READ for info in infos.values()):
         raise RequestRefusedError(
             f"Topic {topic!r} may not be read; 'zrmq topic update {topic} --permission rw' lets it be.",
             code=Code.FORBIDDEN, topic=topic,
         )
 
 
-def find_ends(admin: Admin, topic: str) -> dict[MessageQueue, int]:
-    """Where each queue of the topic ends now, at the brokers that let it be read. Raises `TopicNotFoundError`."""
+def find_ends(topic: str, infos: dict[str, TopicInfo]) -> dict[MessageQueue, int]:
+    """Where each queue of the topic ends, at the brokers that let it be read."""
     return {
         MessageQueue(topic, broker_name, queue.queue_id): queue.max_offset
-        for broker_name, info in admin.topic(topic).items() if info.config.permission & PERMISSION_READ
+        for broker_name, info in infos.items() if info.config.permission & PERMISSION_READ
         for queue in info.queues
     }
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zrmq.cli.administration import has_topic, open_admin
+from zrmq.cli.administration import find_topic, open_admin
 from zrmq.cli.options import F, client_options, examples
 from zrmq.cli.printing import print_json, print_table
 from zrmq.config import parse_duration, parse_size
@@ -111,7 +111,7 @@ def show(name: str, as_json: bool, **where: Any) -> None:
 def create(name: str, nameservers: str | None, timeout_ms: int, as_json: bool, **options: Any) -> None:
     """Create a topic at every broker. A topic that exists with these settings is left as it is; with others it is refused."""
     with open_admin(nameservers, timeout_ms) as admin:
-        is_known = has_topic(admin, name)
+        is_known = bool(find_topic(admin, name))
         admin.create_topic(name, **given(options))
         _print_done("left as it is:" if is_known else "created", name, admin.topic(name), as_json)
 

@@ -29,7 +29,7 @@ from zrmq.errors import (
     ZrmqError,
 )
 from zrmq.protocol.events import TopicConfig
-from zrmq.protocol.limits import TIMEOUT_MS_MAX, check_count, check_group, check_topic
+from zrmq.protocol.limits import TIMEOUT_MS_MAX, check_group, check_number, check_topic
 from zrmq.protocol.requests import (
     AnyReply,
     BrokerInfo,
@@ -82,7 +82,7 @@ class Admin:
         Raises `ConfigError` or `InvalidArgumentError` for addresses that cannot be any, and for a time that cannot be waited.
         """
         addresses = find_nameservers(nameservers)
-        self._timeout_ms = check_count("timeout_ms", timeout_ms, 1, TIMEOUT_MS_MAX)
+        self._timeout_ms = check_number("timeout_ms", timeout_ms, 1, TIMEOUT_MS_MAX)
         self._on_failure = on_failure
         self._thread = ClientThread("zrmq-admin", context=context)
         rng = Random()

@@ -258,7 +258,8 @@ class OffsetClaims:
 
     def _found(self, wanted: list[MessageQueue], link: Link, reply: AnyReply | ZrmqError, frames: list[bytes]) -> None:
         if isinstance(reply, Offsets):
-            found, flushed = dict(reply.offsets), dict(zip(dict(reply.offsets), reply.flushed_offsets, strict=False))
+            found = dict(reply.offsets)
+            flushed = dict(zip(found, reply.flushed_offsets, strict=False))
             known = {queue: found[queue.queue_id] for queue in wanted if queue.queue_id in found}
             self._begin(known, link, reply.topic_id, {queue: flushed.get(queue.queue_id, -1) for queue in known})
             self.pending.difference_update(wanted)

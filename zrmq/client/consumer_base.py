@@ -26,8 +26,8 @@ from zrmq.protocol.limits import (
     OFFSET_MAX,
     SUBSCRIPTIONS_MAX,
     TIMEOUT_MS_MAX,
-    check_count,
     check_group,
+    check_number,
     check_text,
     check_topic,
 )
@@ -83,8 +83,8 @@ class Consumer:
         self._message_model = _check_model(message_model)
         self._consume_from, self._consume_timestamp_ms = _start_point(consume_from)
         self._allocation = allocation
-        self._bounds = Bounds(check_count("buffer_bytes", buffer_bytes, 1), check_count("buffer_messages", buffer_messages, 1))
-        self._commit_interval_ms = check_count("commit_interval_ms", commit_interval_ms, COMMIT_INTERVAL_MS_MIN)
+        self._bounds = Bounds(check_number("buffer_bytes", buffer_bytes, 1), check_number("buffer_messages", buffer_messages, 1))
+        self._commit_interval_ms = check_number("commit_interval_ms", commit_interval_ms, COMMIT_INTERVAL_MS_MIN)
         self._auto_commit = auto_commit
         self._in_order = in_order
         self._context = context
@@ -262,7 +262,7 @@ def check_queues(queues: Iterable[MessageQueue]) -> list[MessageQueue]:
         check_topic(queue.topic)
         if not isinstance(queue.broker_name, str):
             raise InvalidArgumentError(f"{queue!r} has a broker name that is no text; give a str.")
-        check_count("queue_id", queue.queue_id, 0)
+        check_number("queue_id", queue.queue_id, 0)
     return chosen
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, TypeVar
 
 import msgspec
 
 from zrmq.errors import Code, InvalidArgumentError, PayloadTooLargeError
+
+N = TypeVar("N", bound=float)
 
 PROTOCOL_VERSION = 1
 
@@ -227,9 +229,11 @@ def _check_property_map(properties: dict[str, str]) -> int:
     return size
 
 
-def check_count(name: str, value: int, least: int, most: int | None = None) -> int:
-    """`value`, or `InvalidArgumentError` unless it is a whole number within the bounds."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
-        bounds = f"a whole number from {least} to {most}" if most is not None else f"a whole number, {least} or more"
-        raise InvalidArgumentError(f"{name} is {value!r}; give {bounds}.")
+def check_number(name: str, value: N, least: int, most: int | None = None, kind: type = int) -> N:
+    """`value`, or `InvalidArgumentError` unless it is a whole number (of `kind` float: any number) within the bounds."""
+    is_number = isinstance(value, int | kind) and not isinstance(value, bool)
+    if not is_number or not least <= value or (most is not None and value > most):
+        what = "a whole number" if kind is int else "a number"
+        bounds = f"{what} from {least} to {most}" if most is not None else f"{what}, {least} or more"
+        raise InvalidArgumentError(f"{name} is {value!r}; give {bounds}.", name=name, value=value)
     return value

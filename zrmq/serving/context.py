@@ -46,7 +46,8 @@ class Context:
     def queue(self, name: str, queue_id: int, topic_id: int = 0) -> Queue:
         """The queue, `TopicNotFoundError` or, for a queue that the topic has not, `InvalidArgumentError`.
 
-        `topic_id`: which topic of that name is meant; it may have been deleted, and another made. 0: the one there is."""
+        `topic_id`: which topic of that name is meant; it may have been deleted, and another made. 0: the one there is.
+        """
         topic = self.topic(name)
         if topic_id not in (0, topic.topic_id):
             raise TopicNotFoundError(
