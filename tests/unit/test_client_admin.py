@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
@@ -162,6 +163,19 @@ def test_a_cluster_without_brokers() -> None:
         assert admin.cluster() == []
         with pytest.raises(UnreachableError, match="knows no broker"):
             admin.topics()
+
+
+def test_a_topic_is_created_when_the_first_broker_is_there(tmp_path: Path) -> None:
+    """One that listens is in the routes some moments later; who has started it need not know."""
+    with (
+        zrmq.NameServer(nameserver_port=0, start_grace_ms=0) as nameserver, Admin(nameserver.address) as admin,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        assert admin.cluster() == []
+        created = pool.submit(admin.create_topic, "meters")
+        with zrmq.Broker(tmp_path, nameservers=nameserver.address, broker_port=0, ingest_port=0):
+            created.result()
+            assert admin.topic("meters").keys() == {"broker-a"}
 
 
 def test_a_broker_that_is_away_is_told_or_raised(tmp_path: Path) -> None:

@@ -420,6 +420,27 @@ def test_a_nameserver_in_its_grace_is_waited_for_and_told_of(cluster: Cluster) -
     assert client.wait(client.instance.await_route, timeout_ms=4_000) is None
 
 
+def test_a_broker_is_waited_for(cluster: Cluster) -> None:
+    client = Client(cluster)
+    assert client.wait(client.instance.await_route) is None, "an answer without brokers is one"
+    cluster.network.schedule(None, 2_000, lambda: cluster.broker("a"))
+    before_ms = cluster.network.now_ms
+    assert client.wait(client.instance.await_broker) is None
+    assert 2_000 <= cluster.network.now_ms - before_ms < 3_300, "routes without brokers are asked for each second"
+    assert client.wait(client.instance.await_broker) is None
+
+
+def test_a_broker_that_does_not_come_is_told_of(cluster: Cluster) -> None:
+    client = Client(cluster)
+    error = client.wait(client.instance.await_broker, timeout_ms=1_000)
+    assert isinstance(error, UnreachableError)
+    assert "knows no broker" in error.message
+    nobody = Client(cluster, "lost", nameservers=["tcp://x:1"])
+    error = nobody.wait(nobody.instance.await_broker, timeout_ms=1_000)
+    assert error is not None
+    assert "knows no broker" not in error.message
+
+
 def test_a_hung_nameserver_is_no_answer(cluster: Cluster) -> None:
     client = Client(cluster)
     cluster.network.run_until(lambda: client.instance._watch._link.is_open)

@@ -17,6 +17,7 @@ import msgspec
 from zrmq.client.instance import ClientInstance
 from zrmq.client.link import Identity
 from zrmq.client.runtime import ClientThread
+from zrmq.client.waiting import no_broker
 from zrmq.config import find_nameservers
 from zrmq.errors import (
     Code,
@@ -25,7 +26,6 @@ from zrmq.errors import (
     InvalidFrameError,
     RequestRefusedError,
     TopicNotFoundError,
-    UnreachableError,
     ZrmqError,
 )
 from zrmq.protocol.events import TopicConfig
@@ -134,11 +134,12 @@ class Admin:
     def create_topic(self, name: str, **settings: Any) -> None:
         """Create the topic at every live master, with `settings` as in `TopicConfig`; return when the route shows it.
 
-        Brokers that have it are left as they are. Raises `RequestRefusedError` where one has it with another of the settings
-        given, `InvalidArgumentError` for settings that cannot be.
+        Waits for the first broker, as one that has just been started is not registered yet. Brokers that have the topic are left
+        as they are. Raises `RequestRefusedError` where one has it with another of the settings given, `InvalidArgumentError` for
+        settings that cannot be.
         """
         config = _configure(TopicConfig(name), settings)
-        self._wait(self._begin_route)
+        self._wait(self._begin_brokers)
         present = self._describe_topics([name]).get(name, {})
         for broker_name, info in present.items():
             _check_alike(broker_name, info.config, {setting: getattr(config, setting) for setting in settings})
@@ -231,6 +232,9 @@ class Admin:
     def _begin_route(self, finish: Callable[[ZrmqError | None], None], topic: str | None = None) -> None:
         self._instance.await_route(finish, self._timeout_ms, topic)
 
+    def _begin_brokers(self, finish: Callable[[ZrmqError | None], None]) -> None:
+        self._instance.await_broker(finish, self._timeout_ms)
+
     def _begin_asking(
         self, kind: type[Request], fields: tuple[object, ...], only: Sequence[str] | None, finish: Finish[Answers]
     ) -> None:
@@ -258,7 +262,7 @@ class _Round:
     def ask(self, kind: type[Request], fields: tuple[object, ...], timeout_ms: int) -> None:
         """Ask all of them."""
         if not self._names:
-            self._finish(UnreachableError("The NameServer knows no broker; start one: zrmq broker, or zrmq up for both."))
+            self._finish(no_broker(self._instance))
         for name in self._names:
             link = self._instance.link(name)
             if link is None:

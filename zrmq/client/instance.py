@@ -8,7 +8,7 @@ from typing import Protocol
 
 from zrmq.client.link import Identity, Link
 from zrmq.client.route_watch import RouteWatch
-from zrmq.client.waiting import OnDone, RouteWait, TopicCreation
+from zrmq.client.waiting import BrokerWait, OnDone, RouteWait, TopicCreation
 from zrmq.errors import ClosedError, InvalidArgumentError, ZrmqError
 from zrmq.logs import get_logger
 from zrmq.message import MessageQueue
@@ -165,6 +165,11 @@ class ClientInstance:
             self.want_topics([topic])
         self._check_open()
         self._waits.append(RouteWait(self, self._loop, topic, on_done, timeout_ms))
+
+    def await_broker(self, on_done: OnDone, timeout_ms: int) -> None:
+        """As `await_route`, but the route has to show a broker; `on_done(UnreachableError)` when none has registered by then."""
+        self._check_open()
+        self._waits.append(BrokerWait(self, self._loop, None, on_done, timeout_ms))
 
     def ensure_topic(self, topic: str, on_done: OnDone, timeout_ms: int) -> None:
         """Create the topic by use at every live master, unless it exists; `on_done(None)` when the route shows it.

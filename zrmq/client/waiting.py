@@ -12,9 +12,17 @@ from zrmq.protocol.requests import AnyReply, PutTopic
 from zrmq.transport.interface import Loop
 
 if TYPE_CHECKING:
-    from zrmq.client.instance import ClientInstance
+    from zrmq.client.instance import ClientInstance, RouteView
 
 OnDone = Callable[[ZrmqError | None], None]
+
+
+def no_broker(instance: ClientInstance) -> UnreachableError:
+    """What whoever needs a broker is told while the route shows none."""
+    return UnreachableError(
+        "The NameServer knows no broker; start one (zrmq up, zrmq broker) and let it register there.",
+        nameservers=instance.nameservers,
+    )
 
 
 class RouteWait:
@@ -34,7 +42,7 @@ class RouteWait:
     def advance(self) -> None:
         """Look whether it is so by now."""
         route = self._instance.route
-        if not self.is_over and route is not None and (self._topic is None or route.queues(self._topic)):
+        if not self.is_over and route is not None and self._is_shown_by(route):
             self.end(None)
 
     def end(self, error: ZrmqError | None) -> None:
@@ -49,6 +57,9 @@ class RouteWait:
     def _expire(self) -> None:
         self.end(self._reason())
 
+    def _is_shown_by(self, route: RouteView) -> bool:
+        return self._topic is None or bool(route.queues(self._topic))
+
     def _reason(self) -> ZrmqError:
         """Why it took too long."""
         if self._instance.trouble is not None:
@@ -61,6 +72,17 @@ class RouteWait:
         return TopicNotFoundError(
             f"Topic {self._topic!r} does not exist; create it with 'zrmq topic create {self._topic}'.", topic=self._topic
         )
+
+
+class BrokerWait(RouteWait):
+    """Ends well when the route shows a broker: one that has just been started listens some moments before it is there."""
+
+    def _is_shown_by(self, route: RouteView) -> bool:
+        return bool(route.brokers)
+
+    def _reason(self) -> ZrmqError:
+        is_answered = self._instance.route is not None and self._instance.trouble is None
+        return no_broker(self._instance) if is_answered else super()._reason()
 
 
 class TopicCreation(RouteWait):
@@ -115,10 +137,7 @@ class TopicCreation(RouteWait):
         if route is None or self._instance.trouble is not None or not self._instance.covers(self._config.topic):
             return super()._reason()
         if not route.brokers:
-            return UnreachableError(
-                "The NameServer knows no broker; start one (zrmq up, zrmq broker) and let it register there.",
-                nameservers=self._instance.nameservers,
-            )
+            return no_broker(self._instance)
         names = ", ".join(sorted(route.brokers))
         return RequestTimeoutError(
             f"Topic {self._config.topic!r} could not be created within {self._timeout_ms} ms at {names}; check that they can be "
