@@ -192,7 +192,7 @@ class Broker(Host):
     """
 
     def __init__(self, data: str | Path = "./data", *, config: Config | None = None, **options: Any) -> None:
-        self._role = BrokerRole(config if config is not None else load(Config, flags={"data": str(data), **options}))
+        self._role = BrokerRole(config if config is not None else load(Config, flags={"data": data, **options}))
         super().__init__(self._role, name="zrmq-broker")
 
     @property

@@ -19,7 +19,7 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from fractions import Fraction
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Generic, TypeVar, get_origin
 
 import msgspec
@@ -332,7 +332,8 @@ def _from_flags(known: Mapping[str, Option], flags: Mapping[str, Any]) -> dict[s
             raise ConfigError(f"{name} is no option; {suggestion(name, by_name)}", key=name)
         if value is not None:
             option = by_name[name]
-            given[option.key] = _convert(option, value, option.flag, from_text=True)
+            plain = str(value) if isinstance(value, PurePath) else value
+            given[option.key] = _convert(option, plain, option.flag, from_text=True)
     return given
 
 

@@ -51,7 +51,7 @@ from zrmq.client.process_queue import ProcessQueue, Unit
 from zrmq.errors import ClosedError, InvalidArgumentError
 from zrmq.logs import get_logger
 from zrmq.message import ConsumeFrom, Message, MessageModel, MessageQueue
-from zrmq.protocol.limits import OFFSET_MAX, check_group, check_number, check_topic
+from zrmq.protocol.limits import OFFSET_MAX, check_flag, check_group, check_number, check_topic
 from zrmq.protocol.requests import OFFSET_EARLIEST, OFFSET_LATEST, Offsets, QueryCommitted
 from zrmq.protocol.tags import canonical_expression
 from zrmq.transport.options import check_fork
@@ -117,7 +117,8 @@ class PushConsumer(Consumer):
         super().__init__(
             group, nameservers=nameservers, message_model=message_model, consume_from=consume_from, allocation=allocation,
             instance_name=instance_name, buffer_messages=buffer_messages, buffer_bytes=buffer_bytes,
-            commit_interval_ms=commit_interval_ms, auto_commit=True, in_order=in_order, context=context,
+            commit_interval_ms=commit_interval_ms, auto_commit=True, in_order=check_flag("in_order", in_order),
+            context=context,
         )
         self._concurrency = check_number("concurrency", concurrency, 1, CONCURRENCY_MAX)
         self._listeners: dict[str, tuple[Listener, Pace]] = {}
@@ -333,7 +334,8 @@ class PullConsumer(Consumer):
         super().__init__(
             group, nameservers=nameservers, message_model=message_model, consume_from=consume_from, allocation=allocation,
             instance_name=instance_name, buffer_messages=buffer_messages, buffer_bytes=buffer_bytes,
-            commit_interval_ms=commit_interval_ms, auto_commit=auto_commit or group is None, in_order=False, context=context,
+            commit_interval_ms=commit_interval_ms, auto_commit=check_flag("auto_commit", auto_commit) or group is None,
+            in_order=False, context=context,
         )
         self._cursor: Cursor | None = None
 

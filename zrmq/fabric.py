@@ -118,7 +118,7 @@ def embedded(data: str | Path = "./data", **options: Any) -> Fabric:
 
     name = f"{random.SystemRandom().getrandbits(64):016x}"
     nameserver = f"inproc://zrmq-{name}-nameserver"
-    flags: Mapping[str, Any] = {"data": str(data), "nameservers": nameserver, **options}
+    flags: Mapping[str, Any] = {"data": data, "nameservers": nameserver, **options}
     config = load(BrokerConfig[StoreConfig], flags=flags)
     host = Host(
         NameServerRole(NameServerConfig(start_grace_ms=0), address=nameserver),

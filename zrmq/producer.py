@@ -50,6 +50,7 @@ from zrmq.protocol.limits import (
     BATCH_RECORDS_MAX,
     BODY_BYTES_MAX,
     CLIENT_ID_CHARS_MAX,
+    check_flag,
     check_group,
     check_number,
     check_text,
@@ -137,6 +138,7 @@ class Producer:
     ) -> None:
         check_group(group)
         check_number("buffer_bytes", buffer_bytes, 1, 1 << 40)
+        check_flag("block_when_full", block_when_full)
         check_number("linger_ms", linger_ms, 0, LINGER_MS_MAX, float)
         check_number("batch_records_max", batch_records_max, 1, BATCH_RECORDS_MAX)
         check_number("batch_bytes_max", batch_bytes_max, 1, BODY_BYTES_MAX)

@@ -853,6 +853,11 @@ def test_a_group_has_a_groups_name(group: str) -> None:
         assert caught.value.code is Code.ILLEGAL_CONSUMER_GROUP
 
 
+def test_a_text_that_says_no_is_no_flag() -> None:
+    with pytest.raises(InvalidArgumentError, match="auto_commit is 'no'; give True or False"):
+        zrmq.PullConsumer("reports", auto_commit="no")  # type: ignore[arg-type]
+
+
 def test_a_push_consumer_needs_a_group() -> None:
     with pytest.raises(InvalidArgumentError, match="The group is of type NoneType; give a str"):
         zrmq.PushConsumer(None)  # type: ignore[arg-type]
@@ -907,6 +912,7 @@ def test_what_is_subscribed_wrongly_is_refused_at_once() -> None:
     ("concurrency", 1.5, "concurrency is 1.5"),
     ("buffer_messages", 0, "buffer_messages is 0; give a whole number, 1 or more"),
     ("buffer_bytes", "32MiB", "buffer_bytes is '32MiB'"),
+    ("in_order", "no", "in_order is 'no'; give True or False"),
     ("commit_interval_ms", 5, "commit_interval_ms is 5; give a whole number, 10 or more"),
     ("allocation", "averagely", "allocation='averagely' is no strategy; give one such as AllocateAveragely"),
     ("consume_from", ConsumeFrom.TIMESTAMP, "names no time; give the time itself"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,6 +32,15 @@ def test_an_embedded_broker_keeps_its_messages(tmp_path: Path) -> None:
 def test_a_folder_is_embedded_once(tmp_path: Path) -> None:
     with zrmq.embedded(tmp_path), pytest.raises(FolderLockedError):
         zrmq.embedded(tmp_path)
+
+
+@pytest.mark.parametrize("data", [0, b"data", True, ""])
+def test_what_is_no_path_makes_no_folder(data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for make in (zrmq.embedded, zrmq.Broker):
+        with pytest.raises(ConfigError, match="it has to be text, not empty"):
+            make(data)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_two_embedded_brokers_do_not_meet(tmp_path: Path) -> None:

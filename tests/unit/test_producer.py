@@ -476,6 +476,7 @@ def test_the_largest_body_fits(producer: Producer) -> None:
         ({"group": "a b"}, InvalidArgumentError),
         ({"buffer_bytes": 0}, InvalidArgumentError),
         ({"linger_ms": -1}, InvalidArgumentError),
+        ({"block_when_full": 0}, InvalidArgumentError),
         ({"batch_records_max": 1 << 20}, InvalidArgumentError),
         ({"batch_bytes_max": 1 << 30}, InvalidArgumentError),
         ({"send_timeout_ms": "3000"}, InvalidArgumentError),

@@ -237,3 +237,10 @@ def check_number(name: str, value: N, least: int, most: int | None = None, kind:
         bounds = f"{what} from {least} to {most}" if most is not None else f"{what}, {least} or more"
         raise InvalidArgumentError(f"{name} is {value!r}; give {bounds}.", name=name, value=value)
     return value
+
+
+def check_flag(name: str, value: bool) -> bool:
+    """`value`, or `InvalidArgumentError` for what is neither True nor False, such as text that says no."""
+    if not isinstance(value, bool):
+        raise InvalidArgumentError(f"{name} is {value!r}; give True or False.", name=name, value=value)
+    return value
