@@ -117,6 +117,10 @@ class BrokerConfig(RoleConfig, Generic[Section], frozen=True, kw_only=True):
                 "machine's name or address as clients see it.",
                 host=self.host,
             )
+        if self.broker_port == self.ingest_port != 0:
+            raise ConfigError(
+                f"broker_port and ingest_port are both {self.broker_port}; give each a port of its own.", port=self.broker_port
+            )
         msgspec.structs.force_setattr(self, "nameservers", parse_nameservers(self.nameservers))
 
 

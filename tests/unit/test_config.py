@@ -212,6 +212,12 @@ def test_a_broker_on_all_addresses_says_which_one_clients_use() -> None:
     assert Broker(store=Section(), host="0.0.0.0", insecure=True, advertise_host="box").advertise_host == "box"
 
 
+def test_a_broker_has_two_ports() -> None:
+    with pytest.raises(ConfigError, match="broker_port and ingest_port are both 10912; give each a port of its own"):
+        Broker(store=Section(), broker_port=10_912)
+    assert Broker(store=Section(), broker_port=0, ingest_port=0).broker_port == 0, "free ones are two"
+
+
 def test_nameserver_addresses_are_completed_and_listed_once() -> None:
     parsed = config.parse_nameservers(" box , tcp://box:9876,[::1]:7,tcp://[::1],ipc:///run/x,10.0.0.1:1,")
     assert parsed == ("tcp://box:9876", "tcp://[::1]:7", "tcp://[::1]:9876", "ipc:///run/x", "tcp://10.0.0.1:1")
