@@ -44,6 +44,9 @@ READER_FAILURES = {  # with readers that name their queues themselves, whether t
     1300314: "a broker goes away after a seek back and before the commit",
     8102644: "a broker loses the place where a reader that has got nothing yet began",
 }
+RENEWAL_FAILURES = {  # with topics that are made anew every 1.5 s, and without the faults that go apart from that
+    1119: "a reader names other queues just when it is told where a topic begins that was made anew",
+}
 WORK_FAILURES: dict[int, tuple[str, WorkPlan]] = {  # with the work that was given to them
     1204074: ("a topic is made again while a broadcasting consumer is busy with the former one", WorkPlan(
         remake_topics_every_ms=1_000.0,
@@ -90,6 +93,15 @@ def test_a_failure_of_a_reader_stays_mended(seed: int) -> None:
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.parametrize("seed", RENEWAL_FAILURES, ids=RENEWAL_FAILURES.get)
+def test_a_failure_of_a_reader_of_renewed_topics_stays_mended(seed: int) -> None:
+    plan = draw_plan(seed)
+    faults = {kind: mean_ms for kind, mean_ms in plan.faults.items() if kind not in {*DAMAGE, "lost_views", "full_disk"}}
+    work = msgspec.structs.replace(plan.work, remake_topics_every_ms=1_500.0)
+    run_seed(seed, plan=msgspec.structs.replace(plan, faults=faults, work=work))
+
+
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("seed", WORK_FAILURES, ids={seed: name for seed, (name, _) in WORK_FAILURES.items()}.get)
 def test_a_failure_of_work_stays_mended(seed: int) -> None:
     plan = draw_plan(seed, has_work=False, has_disk_faults=False)
@@ -133,6 +145,7 @@ def test_some_runs_have_work_beside_sending_and_reading() -> None:
     for kind in WorkPlan.__struct_fields__:
         assert sum(getattr(plan.work, kind) != getattr(WorkPlan(), kind) for plan in plans) >= 10, kind
     assert not any(draw_plan(seed, has_work=False).work != WorkPlan() for seed in range(1, 101))
+    assert any(plan.work.readers and plan.work.remake_topics_every_ms for plan in plans), "also together"
 
 
 def test_nothing_is_deleted_of_a_damaged_log() -> None:

@@ -7,6 +7,7 @@ from math import inf
 from typing import Any, NamedTuple
 from zlib import crc32
 
+import msgspec
 import pytest
 
 from zrmq.client import link, reading
@@ -486,6 +487,27 @@ def ask_no_group_where_it_stands(patch: Patch) -> None:
     patch.setattr(OffsetClaims, "__init__", hasty)
 
 
+def read_a_topic_made_anew_from_where_it_is_told(patch: Patch) -> None:
+    find = OffsetClaims._find
+
+    def hasty(self: OffsetClaims, *parts: Any) -> None:
+        self._emptied.clear()
+        find(self, *parts)
+
+    patch.setattr(OffsetClaims, "_find", hasty)
+
+
+def go_on_in_a_topic_made_anew(patch: Patch) -> None:
+    """Where it was in the former one."""
+    claim = OffsetClaims.claim
+
+    def hasty(self: OffsetClaims, queues: Any) -> None:
+        self.left_off = {queue: left._replace(topic_id=0) for queue, left in self.left_off.items()}
+        claim(self, queues)
+
+    patch.setattr(OffsetClaims, "claim", hasty)
+
+
 def begin_at_the_end_of_assigned_queues(patch: Patch) -> None:
     find = OffsetClaims._find
 
@@ -632,6 +654,7 @@ def readers(**pulls: Any) -> WorkPlan:
     ))
 
 
+RENEWING = {"work": msgspec.structs.replace(readers(), remake_topics_every_ms=700.0)}
 AWAY = {"faults": {"broker_kill": 2_000.0, "broker_restart": 2_000.0}}
 
 VARIANTS = [
@@ -704,6 +727,10 @@ VARIANTS = [
         "topics": tuple(TopicPlan(f"topic-{number}", 2, FlushMode.ASYNC) for number in range(3)),
     }),
     Variant("take a topic by its name", take_a_topic_by_its_name, {"former", "phantom", "commit", "missed"}, REMAKING),
+    Variant("read a topic made anew from where it is told", read_a_topic_made_anew_from_where_it_is_told, {"missed"}, RENEWING),
+    Variant("go on in a topic made anew", go_on_in_a_topic_made_anew, {"missed", "phantom"}, RENEWING | {
+        "faults": {"broker_restart": 1_500.0},
+    }),
     Variant("inherit offsets", inherit_offsets, {"commit", "missed"}, REMAKING),
     Variant("inherit leases", inherit_leases, {"phantom", "commit", "missed", "lease"}, REMAKING),
     Variant("keep queue files by name", keep_queue_files_by_name, {"views"}, REMAKING | {

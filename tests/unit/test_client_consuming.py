@@ -1058,6 +1058,24 @@ def test_a_topic_made_anew_while_its_broker_was_away_is_read_from_its_beginning(
     assert offsets_seen(member) == [0, 1, 2]
 
 
+@pytest.mark.parametrize("group", ["", "reports"])
+def test_a_topic_made_anew_is_read_from_its_beginning_by_who_named_others_meanwhile(cluster: ReadingCluster, group: str) -> None:
+    cluster.broker.auto_create = False
+    member = assigned(cluster, "one", Q0, group=group)
+    cluster.broker.store("meters", 0, 5)
+    cluster.run_for(2_500)
+    cluster.broker.delete_topic("meters")
+    cluster.broker.add_topic("meters")
+    cluster.run_until(lambda: Q0 in member.core._claims.pending)
+    member.core.assign([Q1])  # by the time it is told where to begin it does not want it
+    cluster.run_for(100)
+    cluster.broker.store("meters", 0, 3)
+    member.seen.clear()
+    member.core.assign([Q0, Q1])
+    cluster.run_for(1_000)
+    assert offsets_seen(member) == [0, 1, 2]
+
+
 @pytest.mark.parametrize("consume_from", [ConsumeFrom.LATEST, ConsumeFrom.EARLIEST])
 def test_a_queue_that_is_assigned_again_is_read_on_without_a_group_too(
     cluster: ReadingCluster, consume_from: ConsumeFrom

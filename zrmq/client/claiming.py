@@ -236,9 +236,8 @@ class OffsetClaims:
         found, topic_id = (dict(reply.offsets), reply.topic_id) if isinstance(reply, Offsets) else ({}, 0)
         known = {queue: found[queue.queue_id] for queue in wanted if found.get(queue.queue_id, OFFSET_LATEST) >= 0}
         for queue in known.keys() & self._latest.keys():  # what lies before a commit is not lost
-            left = self._latest.pop(queue)
-            if left.topic_id == topic_id:
-                known[queue] = min(known[queue], left.offset)
+            left = self._latest[queue]
+            self._latest[queue] = left._replace(safe_offset=min(known[queue], left.offset))
         self._begin(known, link, topic_id, known)  # a commit is on the disk only after what is before it
         unknown = [queue for queue in wanted if queue not in known]
         self._emptied.update(queue for queue in unknown if self._topic_ids.get(queue, topic_id) != topic_id)  # while it was away
@@ -272,8 +271,7 @@ class OffsetClaims:
     def _begin(self, offsets: dict[MessageQueue, int], link: Link, topic_id: int, flushed: dict[MessageQueue, int]) -> None:
         for queue, offset in offsets.items():
             self.pending.discard(queue)
-            self._emptied.discard(queue)
-            left = self._latest.pop(queue, None)
+            left = self._latest.get(queue)
             if left is not None and left.topic_id == topic_id:
                 offset = min(offset, left.safe_offset)
             if self._topic_ids.get(queue, topic_id) != topic_id:
@@ -282,8 +280,10 @@ class OffsetClaims:
 
     def _begin_at(self, queue: MessageQueue, link: Link, offset: int, topic_id: int, flushed_offset: int) -> None:
         goes_back = queue in self._going_back
-        self._going_back.discard(queue)
-        self._listener.on_claimed(queue, link, offset, 0, topic_id, goes_back=goes_back, flushed_offset=flushed_offset)
+        if self._listener.on_claimed(queue, link, offset, 0, topic_id, goes_back=goes_back, flushed_offset=flushed_offset):
+            self._going_back.discard(queue)  # else it is not wanted any more, and may be again
+            self._emptied.discard(queue)
+            self._latest.pop(queue, None)
 
     def _refused(self, wanted: Collection[MessageQueue], error: ZrmqError) -> None:
         self.pending.difference_update(wanted)

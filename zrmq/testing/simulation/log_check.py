@@ -268,7 +268,7 @@ class LogCheck:
             before = group.start_offset(topic, queue_id, event.instance_name) if group is not None else None
             if before is None:
                 place = (event.group, event.instance_name, queue)
-                before = self._promises.first_commit(place, offset, (self.watch.end, offset))  # of who names its queues itself
+                before = self._promises.first_commit(place, topic_id, offset, (self.watch.end, offset))  # of who names its queues
             if before is None:
                 self._fail("commit", f"{event} is for a group that never subscribed to {spell(queue)}.")
             self._check_move(event, queue, topic_id, before, offset)

@@ -105,7 +105,7 @@ def draw_plan(seed: int, *, has_work: bool = True, has_disk_faults: bool = True)
     plan = _plan(seed)
     if has_disk_faults:
         plan = msgspec.structs.replace(plan, faults=plan.faults | _disk_faults(seed) | _network_faults(seed, plan.faults))
-    return with_work(plan, _beside(plan.faults, draw_work(seed), Random(f"plan {seed} beside"))) if has_work else plan
+    return with_work(plan, _beside(plan.faults, draw_work(seed))) if has_work else plan
 
 
 def reader_groups(plan: Plan) -> tuple[GroupPlan, ...]:
@@ -124,10 +124,9 @@ def _reader_group(plan: Plan, number: int, reader: ReaderPlan) -> GroupPlan:
     )
 
 
-def _beside(faults: dict[str, float], work: WorkPlan, rng: Random) -> WorkPlan:
+def _beside(faults: dict[str, float], work: WorkPlan) -> WorkPlan:
     """What of the work goes with these faults. Nothing is deleted where the log is damaged: the checks know what a log must have
-    that begins late, and what one must have that was hurt, but not both at once. Readers that name their queues go by those of
-    one topic.
+    that begins late, and what one must have that was hurt, but not both at once.
 
     A deleted topic's segments go at once, on a full disk also before what only they and the views say is said again. Losing the
     views too then costs topics, which is told (`state_lost`) and more than the checks excuse."""
@@ -135,8 +134,6 @@ def _beside(faults: dict[str, float], work: WorkPlan, rng: Random) -> WorkPlan:
         return msgspec.structs.replace(work, retention=RetentionPlan(), remake_topics_every_ms=0.0)
     if faults.keys() >= {"full_disk", "lost_views"}:
         return msgspec.structs.replace(work, remake_topics_every_ms=0.0)
-    if work.readers and work.remake_topics_every_ms:
-        return msgspec.structs.replace(work, **rng.choice(({"readers": ()}, {"remake_topics_every_ms": 0.0})))
     return work
 
 

@@ -95,8 +95,8 @@ class Promises:
         self._wanted = {group.name: wanted_tags(group) for group in (*plan.groups, *reader_groups(plan))}
         self._finished: dict[Place, set[tuple[int, bytes]]] = {}
         self._seeks: dict[tuple[Place, int], list[Seek]] = {}  # by place and topic id
-        self._begun: dict[Place, list[int]] = {}
-        self._first_commits: dict[Place, set[object]] = {}
+        self._begun: dict[tuple[Place, int], list[int]] = {}  # by place and topic id
+        self._first_commits: dict[tuple[Place, int], set[object]] = {}
 
     # --- producers ----------------------------------------------------------------------------------------------------
 
@@ -232,19 +232,19 @@ class Promises:
         queue = place[2]
         return place, self.topic_ids.get((queue.broker_name, queue.topic), 0)
 
-    def began(self, place: Place, offset: int) -> None:
+    def began(self, place: Place, topic_id: int, offset: int) -> None:
         """A reader whose group stood nowhere began there, as it was told to: what lies before is nobody's."""
-        self._begun.setdefault(place, []).append(offset)
+        self._begun.setdefault((place, topic_id), []).append(offset)
 
-    def first_commit(self, place: Place, offset: int, entry: object) -> int | None:
+    def first_commit(self, place: Place, topic_id: int, offset: int, entry: object) -> int | None:
         """By this entry a group that stood nowhere stands at `offset`. Returns where its reader began; None if none ever did."""
-        self._first_commits.setdefault(place, set()).add(entry)
-        begun = self._begun.get(place, [])
+        self._first_commits.setdefault((place, topic_id), set()).add(entry)
+        begun = self._begun.get((place, topic_id), [])
         return max((each for each in begun if each <= offset), default=min(begun, default=None))  # or it sought back first
 
-    def first_commits(self, group: str) -> dict[Place, int]:
-        """How often that was so, by now: a broker may lose it."""
-        return {place: len(entries) for place, entries in self._first_commits.items() if place[0] == group}
+    def first_commits(self, group: str) -> dict[tuple[Place, int], int]:
+        """How often that was so by now, by place and topic id: a broker may lose it."""
+        return {key: len(entries) for key, entries in self._first_commits.items() if key[0][0] == group}
 
     def is_beyond(self, place: Place, offset: int) -> bool:
         """Whether a consumer sought this offset where the queue had already ended: its broker commits the end then."""
@@ -263,7 +263,7 @@ class Promises:
         return (
             (done is not None and (offset, body) in done) or not self.is_wanted(group, body)
             or any(seek.before <= offset < seek.offset for seek in self._seeks.get(self._now(place), ()))
-            or offset < max(self._begun.get(place, ()), default=0)
+            or offset < max(self._begun.get(self._now(place), ()), default=0)
         )
 
     def is_wanted(self, group: str, body: bytes) -> bool:

@@ -33,7 +33,7 @@ NOTHING_SHARE = 0.05  # of the times that other queues are named: none are
 class WatchedCore(ConsumerCore):
     """Tells where a queue is read from, and that it was refused."""
 
-    on_begun: Callable[[MessageQueue, int], None]
+    on_begun: Callable[[MessageQueue, int, int], None]
     on_end: Callable[[ZrmqError], None]
 
     def on_claimed(
@@ -44,7 +44,7 @@ class WatchedCore(ConsumerCore):
             queue, link, offset, lease_epoch, topic_id, goes_back=goes_back, flushed_offset=flushed_offset
         )
         if is_taken:
-            self.on_begun(queue, offset)
+            self.on_begun(queue, topic_id, offset)
         return is_taken
 
     def on_refused(self, error: ZrmqError) -> None:
@@ -136,9 +136,9 @@ class VirtualReader(VirtualPuller):
         self._read_check.names(self._chosen)
         self.door.assign(self._chosen)
 
-    def _begun(self, queue: MessageQueue, offset: int) -> None:
-        self._world.note(self.who, "begins", f"{spell(queue)} {offset}")
-        self._read_check.begins(queue, offset)
+    def _begun(self, queue: MessageQueue, topic_id: int, offset: int) -> None:
+        self._world.note(self.who, "begins", f"{spell(queue)} {offset} of topic {topic_id}")
+        self._read_check.begins(queue, topic_id, offset)
 
     def _seek(self, queue: MessageQueue, offset: int) -> None:
         if queue in self.core.queues():
@@ -156,17 +156,19 @@ class VirtualReader(VirtualPuller):
         """What is not well yet, when nothing goes wrong any more."""
         if self._chosen is None:
             yield f"{self.who} has named no queues yet."
-        for queue in self._chosen or ():
-            end = self._world.brokers[queue.broker_name].store.tables.topics[queue.topic].queues[queue.queue_id].next_offset
-            if queue not in self.core.queues():
-                yield f"{self.who} does not read {spell(queue)}."
+        for queue in self.chosen:
+            topic = self._world.brokers[queue.broker_name].store.tables.topics[queue.topic]
+            end = topic.queues[queue.queue_id].next_offset
+            if queue not in self.core.queues() or self.core.reader.readings[queue].topic_id != topic.topic_id:
+                yield f"{self.who} does not read {spell(queue)} of topic {topic.topic_id}."
             elif self.door.position(queue) < end:
                 yield f"{self.who} is at {self.door.position(queue)} of {end} on {spell(queue)}."
 
     @property
     def chosen(self) -> list[MessageQueue]:
-        """The queues it has named last."""
-        return self._chosen or []
+        """The queues it has named last, but for those that a topic which was made anew does not have."""
+        topics = {queue: self._world.brokers[queue.broker_name].store.tables.topics[queue.topic] for queue in self._chosen or ()}
+        return [queue for queue, topic in topics.items() if queue.queue_id < len(topic.queues)]
 
     def check_read(self) -> None:
         """It must have got everything by now."""
