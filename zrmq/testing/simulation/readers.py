@@ -64,7 +64,8 @@ class ReaderDoor(Door):
         """It is."""
 
     def _await_start(self, engine: object) -> None:
-        """The world has one thread."""
+        """What the caller would wait for is done at once: the world has one thread."""
+        self._engine.core._rebalance()
 
 
 class VirtualReader(VirtualPuller):

@@ -214,7 +214,8 @@ class World:
             return
         placed = broker.check.placed(message.queue, message.queue_offset, topic_id)
         is_expired = broker.check.is_expired(message.queue, message.queue_offset)
-        if placed is None and (is_expired or self.promises.is_gone(broker.name, message.body)):
+        is_former = topic_id and topic_id not in broker.check.watch.tables.topics_by_id
+        if placed is None and (is_expired or is_former or self.promises.is_gone(broker.name, message.body)):
             return  # the segments of deleted topics go first
         if placed is None or placed.body != message.body:
             place = f"{message.queue_offset} of {spell(message.queue)}"
@@ -243,7 +244,8 @@ class World:
         broker = self.brokers[queue.broker_name]
         if broker.role is not None:
             topic = broker.store.tables.topics.get(queue.topic)
-            return topic.queues[queue.queue_id].visible_offset if topic is not None else 0
+            is_there = topic is not None and queue.queue_id < len(topic.queues)  # one that was made anew may have fewer
+            return topic.queues[queue.queue_id].visible_offset if topic is not None and is_there else 0
         if broker.name not in self._former:
             return 0
         former, survives_until = self._former[broker.name]
