@@ -47,6 +47,9 @@ READER_FAILURES = {  # with readers that name their queues themselves, whether t
 RENEWAL_FAILURES = {  # with topics that are made anew every 1.5 s, and without the faults that go apart from that
     1119: "a reader names other queues just when it is told where a topic begins that was made anew",
 }
+DRAWN_FAILURES = {  # as they are drawn now
+    4228: "a broker appears while the only other one still refuses an instance whose former life was killed",
+}
 WORK_FAILURES: dict[int, tuple[str, WorkPlan]] = {  # with the work that was given to them
     1204074: ("a topic is made again while a broadcasting consumer is busy with the former one", WorkPlan(
         remake_topics_every_ms=1_000.0,
@@ -99,6 +102,12 @@ def test_a_failure_of_a_reader_of_renewed_topics_stays_mended(seed: int) -> None
     faults = {kind: mean_ms for kind, mean_ms in plan.faults.items() if kind not in {*DAMAGE, "lost_views", "full_disk"}}
     work = msgspec.structs.replace(plan.work, remake_topics_every_ms=1_500.0)
     run_seed(seed, plan=msgspec.structs.replace(plan, faults=faults, work=work))
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("seed", DRAWN_FAILURES, ids=DRAWN_FAILURES.get)
+def test_a_failure_as_drawn_stays_mended(seed: int) -> None:
+    run_seed(seed)
 
 
 @pytest.mark.timeout(120)

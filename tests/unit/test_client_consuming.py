@@ -523,6 +523,22 @@ def test_refusals_that_pass_are_waited_out(cluster: ReadingCluster, code: Code) 
     cluster.run_until(lambda: member.queues == [Q0, Q1])
 
 
+def test_a_broker_that_appears_while_the_only_one_refuses_keeps_nobody_from_joining() -> None:
+    cluster = ReadingCluster(brokers=2)
+    cluster.add_topic()
+    old, new = cluster.brokers
+    new.crash()
+    cluster.run_for(12_000)
+    refuse_kind(old, JoinGroup, RequestRefusedError("Not now.", code=Code.NOT_READY))
+    member = cluster.member("one")
+    cluster.run_for(500)
+    new.start()
+    cluster.run_for(3_000)
+    old.refuse = lambda session, request: None
+    cluster.run_until(lambda: member.started_ms is not None)
+    assert {queue.broker_name for queue in member.queues} == {"broker-a", "broker-b"}
+
+
 def test_a_refusal_that_does_not_pass_is_told(cluster: ReadingCluster) -> None:
     refuse_kind(cluster.broker, JoinGroup, RequestRefusedError("Nobody may.", code=Code.FORBIDDEN))
     assert str(cluster.started("one").inbox.failure) == "Nobody may. [40300 FORBIDDEN]"

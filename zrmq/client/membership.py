@@ -68,7 +68,8 @@ class Seat(msgspec.Struct, eq=False):
 
     link: Link
     opened_ms: float
-    is_asked: bool = False  # it has said which subscriptions it knows, or that it will not
+    is_asked: bool = False  # which subscriptions it knows
+    has_said: bool = False  # that, or that it will not
     is_joining: bool = False
     refusal_count: int = 0
     version: int = -1
@@ -156,6 +157,7 @@ class Membership:
         return is_latest and len(self._since_ms) < len(self._topics) and len(self._expected) > 1
 
     def _ask(self, seat: Seat) -> None:
+        seat.is_asked = True
         seat.link.request(
             QuerySubscriptions, self._joining.message_model, self._topics,
             timeout_ms=int(SURVEY_MS_MAX), on_reply=partial(self._asked, seat),
@@ -163,7 +165,7 @@ class Membership:
         self._loop.call_later(SURVEY_MS_MAX, self._advance)
 
     def _asked(self, seat: Seat, reply: AnyReply | ZrmqError, frames: list[bytes]) -> None:
-        seat.is_asked = True
+        seat.has_said = True
         if isinstance(reply, SubscribedSince):
             self._learn_since(reply.since_ms)
         self._advance()
@@ -181,13 +183,16 @@ class Membership:
         if not self._needs_survey():
             for seat in waiting.values():
                 self._join(seat)
+        elif unasked := [seat for seat in waiting.values() if not seat.is_asked]:
+            for seat in unasked:  # when it opened there was no other broker, and it has refused us since
+                self._ask(seat)
         elif self._is_surveyed() and not any(seat.is_joining for seat in self._seats.values()):
             # The same for all members that start side by side, so that a new group has one beginning.
             scout = min(waiting, key=lambda name: (waiting[name].refusal_count, name))
             self._join(waiting[scout])
 
     def _is_surveyed(self) -> bool:
-        if not all(seat.is_asked for seat in self._seats.values()):
+        if not all(seat.has_said for seat in self._seats.values()):
             return False
         oldest_ms = min(seat.opened_ms for seat in self._seats.values())
         return self._expected <= self._seats.keys() or self._loop.clock.monotonic_ms() - oldest_ms >= SURVEY_MS_MAX
