@@ -157,27 +157,17 @@ class PushConsumer(Consumer):
         taken may be this one's own of before a crash, so that is refused only when it is taken for longer than the session
         timeout: by then `start` has returned, and `run`, or a PullConsumer's `poll`, raises it.
         """
-        with self._lock:
-            if self._engine is not None and not self._is_closed:
-                raise InvalidArgumentError("The consumer is started already; make another one to start twice.")
-            engine = self._open()
-            self._workers = [
-                threading.Thread(target=self._work, args=(engine,), name=f"zrmq-listener-{number}", daemon=True)
-                for number in range(self._concurrency)
-            ]
-            for worker in self._workers:
-                worker.start()
-        self._await_start(engine)
+        self._await_start(self._begin())
 
     def run(self) -> None:
-        """Start, unless it is started, and read until SIGINT, SIGTERM or `close`; then close.
+        """Start, unless it is started, and read until SIGINT, SIGTERM or `close`, also while the start takes; then close.
 
         Signals end it when it is called in the main thread; from the first one on they mean again what they meant before. Raises
         as `start`, also when the group refuses this consumer later; and what a listener ended the program with.
         """
         with _until_signal(partial(self._ended.put, None)):
             if self._engine is None:
-                self.start()
+                self._begin()  # and wait for nothing but the end: a signal must not have to wait for the start
             self._ended.get()
             self._ended.put(None)  # for other calls of this, now or later
         self.close()
@@ -221,6 +211,20 @@ class PushConsumer(Consumer):
         self.close()
 
     # --- listeners ----------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> Engine:
+        """Start the engine and its workers."""
+        with self._lock:
+            if self._engine is not None and not self._is_closed:
+                raise InvalidArgumentError("The consumer is started already; make another one to start twice.")
+            engine = self._open()
+            self._workers = [
+                threading.Thread(target=self._work, args=(engine,), name=f"zrmq-listener-{number}", daemon=True)
+                for number in range(self._concurrency)
+            ]
+            for worker in self._workers:
+                worker.start()
+        return engine
 
     def _decorate(self, topic: str, expression: str, listener: Listener) -> Listener:
         if not callable(listener):

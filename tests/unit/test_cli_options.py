@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from zrmq.cli.main import main
-from zrmq.cli.options import examples, parse_time, role_options
+from zrmq.cli.options import examples, parse_time, parse_timeout, role_options
 from zrmq.cli.roles import DECIDED_BY_UP
 from zrmq.config import BrokerConfig, NameServerConfig, options
 from zrmq.errors import ConfigError
@@ -138,3 +138,10 @@ def test_values_that_cannot_be_are_wrong_usage(line: str, sentence: str) -> None
 
 def test_examples_keep_their_lines() -> None:
     assert examples("zrmq a", "zrmq b") == "\b\nExamples:\n  zrmq a\n  zrmq b"
+
+
+@pytest.mark.parametrize("text", ["0", "0s", "2h", "61min"])
+def test_a_timeout_that_cannot_be_waited_names_the_option(text: str) -> None:
+    with pytest.raises(ConfigError, match=f"--timeout is '{text}'; give a time from 1ms to 60min"):
+        parse_timeout(text)
+    assert parse_timeout("1h") == 3_600_000

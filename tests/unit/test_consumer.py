@@ -364,6 +364,33 @@ print("done", flush=True)
 """
 
 
+HOPELESS = """
+import sys, zrmq
+from zrmq.client import consumer_base
+consumer_base.START_MS = 600_000
+consumer = zrmq.PushConsumer("reports", nameservers="tcp://127.0.0.1:1")
+consumer.subscribe("meters", "*", print)
+began = consumer._open
+def begin():
+    engine = began()
+    print("ready", flush=True)
+    return engine
+consumer._open = begin
+consumer.run()
+print("done", flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_run_while_nobody_is_there(number: signal.Signals) -> None:
+    with subprocess.Popen([sys.executable, "-c", HOPELESS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=30)
+        assert (out, process.returncode) == ("done\n", 0)
+
+
 @pytest.fixture
 def program(nameserver: str, name: str) -> Iterator[subprocess.Popen[str]]:
     """A consumer as a program of its own, ready."""

@@ -15,6 +15,8 @@ from zrmq.errors import ConfigError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+TIMEOUT_MS_MAX = 3_600_000  # as a producer's
+
 
 def parse_time(text: str) -> int:
     """Milliseconds since 1970 of an ISO 8601 time (of this machine's zone, unless it names one) or of a number of them.
@@ -27,6 +29,14 @@ def parse_time(text: str) -> int:
         return round(datetime.fromisoformat(text).astimezone().timestamp() * 1000)
     except (ValueError, OverflowError) as error:
         raise ConfigError(f"{text!r} is no time; write 2026-11-23T08:30, with +01:00 or Z behind it for another zone.") from error
+
+
+def parse_timeout(text: str) -> int:
+    """Milliseconds to wait for an answer. Raises `ConfigError`."""
+    timeout_ms = parse_duration(text)
+    if not 1 <= timeout_ms <= TIMEOUT_MS_MAX:
+        raise ConfigError(f"--timeout is {text!r}; give a time from 1ms to {TIMEOUT_MS_MAX // 60_000}min.")
+    return timeout_ms
 
 
 def examples(*lines: str) -> str:
@@ -51,7 +61,7 @@ def json_option(command: F) -> F:
 def client_options(command: F) -> F:
     """`--nameservers`, `--timeout` (as `timeout_ms`) and `--json`, for commands that are clients of a cluster."""
     timeout = click.option(
-        "--timeout", "timeout_ms", type=parse_duration, metavar="TIME", default="5s", show_default=True,
+        "--timeout", "timeout_ms", type=parse_timeout, metavar="TIME", default="5s", show_default=True,
         help="How long to wait for an answer.",
     )
     nameservers = click.option(
