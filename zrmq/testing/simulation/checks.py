@@ -284,8 +284,9 @@ def _owed_ms(
 ) -> float:
     """From when on everything that is sent is owed, wherever the group began.
 
-    Nothing is when its broker did not know that the group had subscribed, as it cannot where nobody who did could be asked; nor
-    when the group begins at a time, which may be yet to come.
+    Nothing is when its broker did not know that the group had subscribed, as it cannot where nobody who did could be asked, or
+    was told the time of another one's clock while one of the two was wrong; nor when the group begins at a time, which may be
+    yet to come.
     """
     ready_ms = world.ready_ms[group.name, instance_name]
     if group.consume_from is ConsumeFrom.TIMESTAMP:
@@ -294,8 +295,9 @@ def _owed_ms(
         return ready_ms
     subscribed = {name: _subscribed(check, group, instance_name, queue.topic) for name, check in checks.items()}
     found = {name: each.since_ms for name, each in subscribed.items() if each is not None}
-    first_ms = next(
-        since_ms for broker_name, since_ms in world.promises.subscriptions[group.name, instance_name, queue.topic]
+    first, first_ms = next(
+        (broker_name, since_ms) for broker_name, since_ms in world.promises.subscriptions[group.name, instance_name, queue.topic]
         if found.get(broker_name) == since_ms
     )
-    return ready_ms if found.get(queue.broker_name) == first_ms else inf
+    is_comparable = first == queue.broker_name or all(map(world.network.is_clock_right, (first, queue.broker_name)))
+    return ready_ms if found.get(queue.broker_name) == first_ms and is_comparable else inf

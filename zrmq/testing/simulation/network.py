@@ -77,6 +77,10 @@ class MachineNetwork(MemoryNetwork):
         self.loops[name] = machine
         return machine
 
+    def is_clock_right(self, name: str) -> bool:
+        """Whether the clocks of a machine, running or not, have shown the network's time so far."""
+        return name not in self._clock_errors_ms and self._clock_rate(name) == 1.0
+
     def step_clock(self, name: str, by_ms: float) -> None:
         """Set the wall clock of a machine, running or not."""
         self._clock_errors_ms[name] = self._clock_errors_ms.get(name, 0.0) + by_ms
