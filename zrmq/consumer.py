@@ -154,8 +154,8 @@ class PushConsumer(Consumer):
         and goes on trying.
 
         Raises what the group refuses: `SubscriptionMismatchError`, `RequestRefusedError` (INSTANCE_NAME_TAKEN). A name that is
-        taken may be this one's own of before a crash, so that is refused only when it is taken for longer than the session
-        timeout: by then `start` has returned, and `run`, or a PullConsumer's `poll`, raises it.
+        taken may be this one's own of before a crash, so that is refused only when it is taken for ten seconds longer than the
+        session timeout: by then `start` has returned, and `run`, or a PullConsumer's `poll`, raises it.
         """
         self._await_start(self._begin())
 

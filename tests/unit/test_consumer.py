@@ -21,6 +21,7 @@ import pytest
 
 import zrmq
 from tests.unit.real_cluster import running_cluster
+from zrmq.client import membership
 from zrmq.client.allocation import AllocateByCircle
 from zrmq.errors import (
     ClosedError,
@@ -1110,7 +1111,10 @@ def test_members_have_one_model(consumers: Callable[..., Any], name: str) -> Non
         other.start()
 
 
-def test_broadcasting_instances_have_names_of_their_own(consumers: Callable[..., Any], name: str) -> None:
+def test_broadcasting_instances_have_names_of_their_own(
+    consumers: Callable[..., Any], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(membership, "GHOST_MS", 0.0)
     for expected in (None, Code.INSTANCE_NAME_TAKEN):
         consumer = consumers(zrmq.PushConsumer, name, message_model=MessageModel.BROADCASTING, instance_name="hall")
         consumer.subscribe(name, "*", print)

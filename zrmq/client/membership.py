@@ -43,6 +43,7 @@ log = get_logger("consumer")
 
 REQUEST_TIMEOUT_MS = 10_000
 RETRY_MS = 1_000.0  # after a refusal that time may heal
+GHOST_MS = 10_000.0  # so late a broker may still hear of a former life, which the session timeout goes on from
 SURVEY_MS_MAX = 3_000.0  # brokers that the route has but nobody reaches are waited for so long
 
 # Refusals of JoinGroup that the same request may overcome later. All others are the user's to solve.
@@ -251,4 +252,4 @@ class Membership:
         now_ms = self._loop.clock.monotonic_ms()
         if self._name_taken_ms is None:
             self._name_taken_ms = now_ms
-        return now_ms - self._name_taken_ms <= seat.link.welcome.session_timeout_ms + RETRY_MS
+        return now_ms - self._name_taken_ms <= seat.link.welcome.session_timeout_ms + GHOST_MS
