@@ -211,6 +211,27 @@ def test_started_means_that_nothing_stored_from_now_on_is_missed(cluster: Readin
     assert offsets_seen(member) == [0]
 
 
+def test_started_means_that_the_brokers_have_the_subscription_on_their_disks(cluster: ReadingCluster) -> None:
+    """They answer then; that others join meanwhile they tell at once."""
+    broker = cluster.broker
+    join = broker._do_JoinGroup
+    answers: list[tuple[Any, Any]] = []
+
+    def answer_when_flushed(session: Any, request: JoinGroup) -> None:
+        answers.append((session, join(session, request)))
+
+    broker._do_JoinGroup = answer_when_flushed  # type: ignore[assignment, method-assign]
+    members = [cluster.member(name) for name in ("one", "two")]
+    cluster.run_for(1_000)
+    assert len(answers) == 2
+    assert [member.started_ms for member in members] == [None, None]
+    for session, reply in answers:
+        broker.endpoint.send(session.peer, [encode(reply)])
+    cluster.run_until(lambda: all(member.started_ms is not None for member in members))
+    cluster.run_for(1_000)
+    assert sorted(queue for member in members for queue in member.queues) == [Q0, Q1]
+
+
 def test_a_broker_that_is_new_to_the_group_begins_when_the_group_did() -> None:
     cluster = ReadingCluster(brokers=2)
     old, new = cluster.brokers

@@ -75,6 +75,7 @@ class Seat(msgspec.Struct, eq=False):
     refusal_count: int = 0
     version: int = -1
     members: list[str] | None = None  # None: not joined
+    noticed: GroupChanged | None = None  # before that
 
 
 class Membership:
@@ -143,9 +144,11 @@ class Membership:
             return
         if isinstance(notice, Alive):
             self._compare(seat, notice.group_version)
-        elif isinstance(notice, GroupChanged) and notice.group == self._joining.group and notice.group_version > seat.version:
-            seat.version = notice.group_version
-            self._take_members(seat, notice.members)
+        elif isinstance(notice, GroupChanged) and notice.group == self._joining.group:
+            if seat.members is None:  # a notice does not wait for the disk, which has our subscription when we are answered
+                seat.noticed = notice
+            else:
+                self._take_members(seat, notice)
 
     def close(self) -> None:
         """Do nothing more, but know what was known. Leaving is the owner's to do, after its last commits."""
@@ -216,9 +219,10 @@ class Membership:
         if isinstance(reply, Joined):
             self._name_taken_ms = None
             self._learn_since(reply.since_ms)
-            if reply.group_version > seat.version:
-                seat.version = reply.group_version
-                self._take_members(seat, reply.members)
+            noticed, seat.noticed = seat.noticed, None
+            for news in (reply, noticed):
+                if news is not None:
+                    self._take_members(seat, news)
             self._advance()
         elif isinstance(reply, ZrmqError) and not isinstance(reply, ClosedError):
             self._refused(seat, reply)
@@ -228,9 +232,12 @@ class Membership:
             log.info("group_version_missed", group=self._joining.group, address=seat.link.address)
             self._join(seat)
 
-    def _take_members(self, seat: Seat, members: list[str]) -> None:
-        if self._joining.client_id in members:
-            seat.members = members
+    def _take_members(self, seat: Seat, news: Joined | GroupChanged) -> None:
+        if news.group_version <= seat.version:
+            return
+        seat.version = news.group_version
+        if self._joining.client_id in news.members:
+            seat.members = news.members
         else:
             seat.members = None  # our session ended there without our noticing
             self._join(seat)
