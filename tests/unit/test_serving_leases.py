@@ -163,6 +163,20 @@ def test_nobody_is_told_that_a_topic_is_gone_before_that_is_flushed(desk: Broker
     assert [a.reply(waiting).code, a.reply(release).code] == [Code.TOPIC_NOT_FOUND, Code.TOPIC_NOT_FOUND]
 
 
+def test_nobody_is_told_of_a_commit_before_it_is_flushed(desk: BrokerDesk) -> None:
+    """Who goes on there takes everything before it to be on the disk."""
+    desk.client("p").send("meters", 0, [b"1", b"2", b"3"])
+    reader = desk.client("reader", "consumer", "readers")
+    other = desk.client("other", "consumer", "readers")
+    commit = reader.post(CommitOffsets, [QueueOffset("meters", 0, 2, 0)], False)
+    query = other.post(QueryCommitted, "meters")
+    desk.turn(flush=False)
+    assert [reader.reply(commit), other.reply(query)] == [None, None]
+    desk.turn()
+    assert other.reply(query).offsets[0] == (0, 2)
+    assert committed(other) == 2, "at once when it is flushed"
+
+
 def test_a_pull_that_waits_is_fenced_when_the_lease_goes(desk: BrokerDesk) -> None:
     a, b = member(desk, "a"), member(desk, "b")
     lease = a.acquire("meters", 0)

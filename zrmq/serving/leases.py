@@ -13,11 +13,11 @@ from collections.abc import Callable
 
 import msgspec
 
-from zrmq.errors import Code, DiskFullError, FencedError, RequestRefusedError, StoreFailedError
+from zrmq.errors import Code, DiskFullError, FencedError, RequestRefusedError, StoreFailedError, TopicNotFoundError
 from zrmq.logs import get_logger
 from zrmq.message import MessageModel
 from zrmq.protocol import limits
-from zrmq.protocol.events import LeaseGranted, LeaseReleased, OffsetsCommitted, SessionTimeoutChanged
+from zrmq.protocol.events import LeaseGranted, LeaseReleased, SessionTimeoutChanged
 from zrmq.protocol.requests import AcquireLease, Done, Leased, Pull, ReleaseLease, failed
 from zrmq.serving.context import Context
 from zrmq.serving.groups import Membership
@@ -93,7 +93,7 @@ class LeaseDesk:
         committed = self._context.store.tables.groups[session.group].start_offset(queue.topic, queue.queue_id)
         offset = min(request.offset, queue.next_offset)
         if offset >= 0 and (committed is None or offset > committed):
-            self._context.store.append_event(OffsetsCommitted(session.group, "", [(topic_id, queue.queue_id, offset)]))
+            self._context.commit(session.group, "", [(topic_id, queue.queue_id, offset)])
         self._end((session.group, topic_id, queue.queue_id), request.lease_epoch)
         self._context.reply_when_safe(session, Done(request.number))
 
@@ -174,8 +174,9 @@ class LeaseDesk:
         for key in [key for key in self._waiting if key[1] == topic_id]:
             for wait in self._waiting.pop(key):
                 self._uncount(wait)
-                gone = RequestRefusedError(f"Topic {wait.request.topic!r} was deleted.", code=Code.TOPIC_NOT_FOUND)
-                self._context.outbox.now(wait.session.peer, failed(wait.request.number, gone))
+                name = wait.request.topic
+                gone = TopicNotFoundError(f"Topic {name!r} was deleted; read another, or create it again.", topic=name)
+                self._context.refuse(wait.session.peer, wait.request.number, gone)
 
     def _lease(self, key: Key) -> Lease | None:
         group = self._context.store.tables.groups.get(key[0])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from zrmq.errors import Code, FencedError, InvalidArgumentError, RequestRefusedError, TopicNotFoundError
 from zrmq.message import MessageModel
-from zrmq.protocol.events import OffsetsCommitted
 from zrmq.protocol.requests import (
     OFFSET_EARLIEST,
     OFFSET_LATEST,
@@ -65,18 +64,20 @@ class OffsetDesk:
             places = sum((instance, *key) not in known for key in moved)
             self._groups.check_room(session.group, places)
             offsets = [(topic_id, queue_id, offset) for (topic_id, queue_id), offset in moved.items()]
-            self._context.store.append_event(OffsetsCommitted(session.group, instance, offsets))
+            self._context.commit(session.group, instance, offsets)
             self._groups.note_places(places)
         self._context.reply_when_safe(session, Committed(request.number, fenced))
 
     def query_committed(self, session: Session, request: QueryCommitted, frames: list[bytes]) -> None:
-        """Tell where the session's group stands on each queue of a topic."""
+        """Tell where the session's group stands on each queue of a topic, once that is flushed: whoever goes on there relies on
+        everything before it to be on the disk."""
         topic = self._context.topic(request.topic)
         group = self._context.store.tables.groups.get(session.group)
         instance = self._instance(session)
         starts = [group.start_offset(topic, queue.queue_id, instance) if group else None for queue in topic.queues]
         offsets = [(queue_id, OFFSET_LATEST if offset is None else offset) for queue_id, offset in enumerate(starts)]
-        self._context.outbox.now(session.peer, Offsets(request.number, offsets, topic.topic_id))
+        reply = Offsets(request.number, offsets, topic.topic_id)
+        self._context.outbox.after_flush(self._context.committed_position, session.peer, reply)
 
     def query_offsets(self, session: Session, request: QueryOffsets, frames: list[bytes]) -> None:
         """Tell which offsets belong to a time, or the first and the next."""
