@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 from zrmq.message import ConsumeFrom, MessageQueue
-from zrmq.protocol.events import GroupSubscribed, LeaseGranted, OffsetsCommitted, TopicDeleted, TopicPut
+from zrmq.protocol.events import GroupSubscribed, LeaseGranted, LeaseReleased, OffsetsCommitted, TopicDeleted, TopicPut
 from zrmq.store.tables import Lease, Queue, Subscribed, Tables
 from zrmq.testing.simulation.log_watch import Entry, LogWatch, Placed
 from zrmq.testing.simulation.promises import Place, Promises
@@ -220,7 +220,7 @@ class LogCheck:
         held = group.leases.get((event.topic_id, event.queue_id)) if group is not None else None
         if held == Lease(event.client_id, event.lease_epoch):
             return  # said again, before the segment that said it first is deleted
-        if held is not None:
+        if held is not None and not self.watch.has_lost_events(LeaseReleased, event.group):
             self._fail("lease", f"{event} was granted while {held} was in force.")
         if event.lease_epoch <= self._lease_epoch:
             self._fail("lease", f"{event} has an epoch that is not beyond {self._lease_epoch}.")
@@ -269,9 +269,10 @@ class LogCheck:
             if before is None:
                 place = (event.group, event.instance_name, queue)
                 before = self._promises.first_commit(place, topic_id, offset, (self.watch.end, offset))  # of who names its queues
-            if before is None:
+            if before is not None:
+                self._check_move(event, queue, topic_id, before, offset)
+            elif not self.watch.has_lost_events(GroupSubscribed, event.group):
                 self._fail("commit", f"{event} is for a group that never subscribed to {spell(queue)}.")
-            self._check_move(event, queue, topic_id, before, offset)
 
     def _check_move(self, event: OffsetsCommitted, queue: MessageQueue, topic_id: int, before: int, offset: int) -> None:
         is_lost = any(  # that the group stood elsewhere: who knows it still says it again

@@ -133,6 +133,13 @@ class LogWatch:
             for entry in lost
         )
 
+    def has_lost_events(self, kind: type[AnyEvent], group: str) -> bool:
+        """Whether one of this kind is lost that said something of the group."""
+        return any(
+            isinstance(event, kind) and getattr(event, "group", "") == group
+            for event in (self._hurt[position].event for position in self.missing)
+        )
+
     def _find_topics(self, until: int) -> None:
         """Of a log that begins with batches of topics it tells of only further on: look ahead for those. Not for another topic of
         the same name, which comes when that one is deleted."""
