@@ -64,6 +64,7 @@ WORK_FAILURES: dict[int, tuple[str, WorkPlan]] = {  # with the work that was giv
     )),
 }
 ASKED_TOO_MUCH = {  # by the checks, once
+    20105343: "a reader is closed while a broker is away, which is back before the others have answered the last commit",
     20104067: "a subscription is damaged, and a commit behind it that was written, but not seen before the power went",
     20000686: "a group is told to a broker whose clock stepped back, with messages that were stored there just before",
 }

@@ -205,14 +205,16 @@ class VirtualReader(VirtualPuller):
 
     def leave(self) -> None:
         """As `close`."""
-        self._failures = self._world.trace.counts["last_commit_failed"]
+        if not self.is_leaving:
+            self._failures = self._world.trace.counts["last_commit_failed"]
+            self._reached = {reading for reading in self.core.reader.readings.values() if reading.link.is_open}
         super().leave()
 
     def _core_closed(self) -> None:
-        """The last commit is done."""
+        """The last commit is done, at the brokers that were there when it began."""
         if self.has_group and self.pulls.auto_commit and self._world.trace.counts["last_commit_failed"] == self._failures:
             self._world.committed(self, {
                 queue: self.inbox.commit_offset(reading.process_queue)
-                for queue, reading in self.core.reader.readings.items() if reading.link.is_open
+                for queue, reading in self.core.reader.readings.items() if reading in self._reached and reading.link.is_open
             })
         super()._core_closed()
