@@ -693,7 +693,7 @@ VARIANTS = [
     Variant("flush nothing", flush_nothing, {"survival", "lost", "log"}),
     Variant("lose commits in replay", lose_commits_in_replay, {"views", "commit"}),
     Variant("delete what was not said again", delete_what_was_not_said_again, {"relocation"}, DELETING),
-    Variant("say no offsets again", say_no_offsets_again, {"relocation"}, DELETING),
+    Variant("say no offsets again", say_no_offsets_again, {"relocation", "views"}, DELETING),
     Variant("delete before it expires", delete_before_it_expires, {"retention"}, KEEPING),
     Variant("delete what is not saved", delete_what_is_not_saved, {"retention"}, DELETING | {"checkpoint_ms": 30_000}),
     Variant("trim too much", trim_too_much, {"views"}, DELETING),
