@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Self, overload
 
 from zrmq.client.allocation import AllocateAveragely, Strategy
@@ -38,6 +38,7 @@ from zrmq.client.consumer_base import (
     BUFFER_MESSAGES,
     CLOSE_MS,
     COMMIT_INTERVAL_MS,
+    START_MS,
     Consumer,
     When,
     check_queues,
@@ -153,9 +154,9 @@ class PushConsumer(Consumer):
         """Begin to read, in the background. Returns when the group is joined, from when on no message is missed; or after 5 s,
         and goes on trying.
 
-        Raises what the group refuses: `SubscriptionMismatchError`, `RequestRefusedError` (INSTANCE_NAME_TAKEN). A name that is
-        taken may be this one's own of before a crash, so that is refused only when it is taken for ten seconds longer than the
-        session timeout: by then `start` has returned, and `run`, or a PullConsumer's `poll`, raises it.
+        Raises what the group refuses: `SubscriptionMismatchError`, `RequestRefusedError`. A name that is taken
+        (INSTANCE_NAME_TAKEN) may be this one's own of before a crash, so that is refused only when it is taken for ten seconds
+        longer than the session timeout: by then `start` has returned, and `run`, or a PullConsumer's `poll`, raises it.
         """
         self._await_start(self._begin())
 
@@ -167,8 +168,9 @@ class PushConsumer(Consumer):
         """
         with _until_signal(partial(self._ended.put, None)):
             if self._engine is None:
-                self._begin()  # and wait for nothing but the end: a signal must not have to wait for the start
-            self._ended.get()
+                self._await_end(self._begin())  # a signal must not have to wait for the start
+            else:
+                self._ended.get()
             self._ended.put(None)  # for other calls of this, now or later
         self.close()
         if self.failure is not None:
@@ -225,6 +227,14 @@ class PushConsumer(Consumer):
             for worker in self._workers:
                 worker.start()
         return engine
+
+    def _await_end(self, engine: Engine) -> None:
+        """As `_await_start`, and then until the end; or until that, if it comes first."""
+        try:
+            self._ended.get(timeout=START_MS / 1000.0)
+        except Empty:
+            self._warn_of_delay(engine)
+            self._ended.get()
 
     def _decorate(self, topic: str, expression: str, listener: Listener) -> Listener:
         if not callable(listener):

@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
+import structlog
 
 import zrmq
 from tests.unit.real_cluster import running_cluster
@@ -390,6 +391,20 @@ def test_a_signal_ends_run_while_nobody_is_there(number: signal.Signals) -> None
         process.send_signal(number)
         out, _ = process.communicate(timeout=30)
         assert (out, process.returncode) == ("done\n", 0)
+
+
+def test_run_says_that_the_start_takes_long(
+    consumers: Callable[..., Any], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zrmq.consumer.START_MS", 1)
+    consumer = consumers(zrmq.PushConsumer, name, nameservers="tcp://127.0.0.1:1")
+    consumer.subscribe(name, "*", print)
+    with structlog.testing.capture_logs() as logs:
+        runner = threading.Thread(target=consumer.run)
+        runner.start()
+        until(lambda: any(line["event"] == "consumer_start_delayed" for line in logs))
+        consumer.close()
+        runner.join()
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from zrmq.errors import ConfigError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-TIMEOUT_MS_MAX = 3_600_000  # as a producer's
+WAIT_MS_MAX = 3_600_000  # as a producer's
 
 
 def parse_time(text: str) -> int:
@@ -34,8 +34,8 @@ def parse_time(text: str) -> int:
 def parse_timeout(text: str) -> int:
     """Milliseconds to wait for an answer. Raises `ConfigError`."""
     timeout_ms = parse_duration(text)
-    if not 1 <= timeout_ms <= TIMEOUT_MS_MAX:
-        raise ConfigError(f"--timeout is {text!r}; give a time from 1ms to {TIMEOUT_MS_MAX // 60_000}min.")
+    if not 1 <= timeout_ms <= WAIT_MS_MAX:
+        raise ConfigError(f"--timeout is {text!r}; give a time from 1ms to {WAIT_MS_MAX // 60_000}min.")
     return timeout_ms
 
 

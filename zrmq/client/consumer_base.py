@@ -155,12 +155,16 @@ class Consumer:
 
     def _await_start(self, engine: Engine) -> None:
         """Return when the group is joined, so that nothing stored from then on is missed; or when that takes too long."""
-        if not engine.started.wait(START_MS / 1000.0):
-            log.warning("consumer_start_delayed", group=self.group, waited_ms=START_MS)
+        engine.started.wait(START_MS / 1000.0)
+        self._warn_of_delay(engine)
         failure = engine.inbox.failure
         if failure is not None:
             self._close(CLOSE_MS)
             raise failure
+
+    def _warn_of_delay(self, engine: Engine) -> None:
+        if not engine.started.is_set():
+            log.warning("consumer_start_delayed", group=self.group, waited_ms=START_MS)
 
     def _check_usable(self) -> None:
         check_fork(self._forks)
