@@ -161,7 +161,7 @@ class PushConsumer(Consumer):
         self._await_start(self._begin())
 
     def run(self) -> None:
-        """Start, unless it is started, and read until SIGINT, SIGTERM or `close`, also while the start takes; then close.
+        """Start, unless it is started, and read until SIGINT, SIGTERM or `close`, also while it is starting; then close.
 
         Signals end it when it is called in the main thread; from the first one on they mean again what they meant before. Raises
         as `start`, also when the group refuses this consumer later; and what a listener ended the program with.

@@ -372,12 +372,12 @@ from zrmq.client import consumer_base
 consumer_base.START_MS = 600_000
 consumer = zrmq.PushConsumer("reports", nameservers="tcp://127.0.0.1:1")
 consumer.subscribe("meters", "*", print)
-began = consumer._open
-def begin():
-    engine = began()
+open_engine = consumer._open
+def open_and_tell():
+    engine = open_engine()
     print("ready", flush=True)
     return engine
-consumer._open = begin
+consumer._open = open_and_tell
 consumer.run()
 print("done", flush=True)
 """

@@ -43,7 +43,7 @@ log = get_logger("consumer")
 
 REQUEST_TIMEOUT_MS = 10_000
 RETRY_MS = 1_000.0  # after a refusal that time may heal
-GHOST_MS = 10_000.0  # so late a broker may still hear of a former life, which the session timeout goes on from
+GHOST_MS = 10_000.0  # so late a broker may still hear of a former life, whose session that prolongs
 SURVEY_MS_MAX = 3_000.0  # brokers that the route has but nobody reaches are waited for so long
 
 # Refusals of JoinGroup that the same request may overcome later. All others are the user's to solve.
@@ -69,13 +69,13 @@ class Seat(msgspec.Struct, eq=False):
 
     link: Link
     opened_ms: float
-    is_asked: bool = False  # which subscriptions it knows
-    has_said: bool = False  # that, or that it will not
+    is_asked: bool = False  # it was asked which subscriptions it knows
+    has_said: bool = False  # it has answered that, or will not
     is_joining: bool = False
     refusal_count: int = 0
     version: int = -1
     members: list[str] | None = None  # None: not joined
-    noticed: GroupChanged | None = None  # before that
+    noticed: GroupChanged | None = None  # the last notice that came before we were joined
 
 
 class Membership:

@@ -16,8 +16,9 @@ HasRoom = Callable[[bytes], bool]
 class Outbox:
     """Holds each reply until what it claims is so.
 
-    Invariant: positions are added in the order of the log, so that releasing is popping from the left. A reply to a peer that is
-    gone is dropped and counted: its client asks again on a new connection, and resent writes are recognized.
+    Invariant: nothing leaves before its position is reached. Releasing is popping from the left, as positions are added in the
+    order of the log; an earlier one waits for those before it. A reply to a peer that is gone is dropped and counted: its
+    client asks again on a new connection, and resent writes are recognized.
     """
 
     def __init__(self, send: Send, has_room: HasRoom) -> None:
