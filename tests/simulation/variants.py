@@ -477,6 +477,16 @@ def forget_where_a_reader_left_off(patch: Patch) -> None:
     patch.setattr(OffsetClaims, "lose", lambda self, reading, offset, error: None)
 
 
+def forget_where_a_reader_let_go(patch: Patch) -> None:
+    let_go = OffsetClaims.let_go
+
+    def forgetful(self: OffsetClaims, *parts: Any) -> None:
+        let_go(self, *parts)
+        self.left_off.clear()
+
+    patch.setattr(OffsetClaims, "let_go", forgetful)
+
+
 def ask_no_group_where_it_stands(patch: Patch) -> None:
     start = OffsetClaims.__init__
 
@@ -708,6 +718,9 @@ VARIANTS = [
     Variant("do not commit assigned queues at close", do_not_commit_assigned_queues_at_close, {"commit"}, {"work": readers()}),
     Variant("go on behind what was got", go_on_behind_what_was_got, {"missed", "commit"}, {"work": readers()} | AWAY),
     Variant("forget where a reader left off", forget_where_a_reader_left_off, {"missed"}, {"work": readers()} | AWAY),
+    Variant("forget where a reader let go", forget_where_a_reader_let_go, {"missed"}, {
+        "work": WorkPlan(readers=(reading_plan(has_group=False, consume_from=ConsumeFrom.LATEST),)),
+    }),
     Variant("ask no group where it stands", ask_no_group_where_it_stands, {"commit", "missed"}, {"work": readers()}),
     Variant("begin at the end of assigned queues", begin_at_the_end_of_assigned_queues, {"start"}, {"work": readers()}),
     Variant("begin before the end of assigned queues", begin_before_the_end_of_assigned_queues, {"start"}, {"work": readers()}),

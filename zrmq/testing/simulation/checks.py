@@ -167,7 +167,7 @@ def _lag_troubles(
         ]
         if not open_offsets:
             return  # the commit that said so is lost, and nobody has had a reason to commit again
-    if world.promises.is_beyond((group.name, instance_name, queue), next_offset):
+    if world.promises.is_beyond((group.name, instance_name, queue), next_offset, committed):
         return  # the queue had ended earlier when that was sought, and the broker committed its end
     if committed is None or max(committed, min_offset) < next_offset:  # nobody commits what it could not read
         yield f"{group.name} {instance_name} has committed {committed} of {next_offset} on {spell(queue)}."

@@ -127,8 +127,8 @@ class LogCheck:
         """Whatever the topic had may be stored once more, in the next one of the name too, and the order begins anew there."""
         queues = [contents for key, contents in self.watch.queues.items() if key[0] == topic_id]
         had = [placed for contents in queues for placed in contents.values()]
-        name = self._promises.topic_names[self._broker_name, topic_id]  # which a log that begins behind it does not tell any more
-        self._promises.topic_deleted(self._broker_name, name, position, (placed.body for placed in had))
+        name = self._promises.topic_names[self._broker_name, topic_id]
+        self._promises.topic_deleted(self._broker_name, topic_id, position, (placed.body for placed in had))
         self._sequences.difference_update((placed.producer_id, placed.sequence) for placed in had)
         for key in [key for key in self._last_numbers if key[0].topic == name]:
             del self._last_numbers[key]
@@ -220,7 +220,7 @@ class LogCheck:
         held = group.leases.get((event.topic_id, event.queue_id)) if group is not None else None
         if held == Lease(event.client_id, event.lease_epoch):
             return  # said again, before the segment that said it first is deleted
-        if held is not None and not self.watch.has_lost_events(LeaseReleased, event.group):
+        if held is not None and not any(lost.lease_epoch == held.lease_epoch for lost in self.watch.lost_events(LeaseReleased)):
             self._fail("lease", f"{event} was granted while {held} was in force.")
         if event.lease_epoch <= self._lease_epoch:
             self._fail("lease", f"{event} has an epoch that is not beyond {self._lease_epoch}.")
@@ -271,7 +271,7 @@ class LogCheck:
                 before = self._promises.first_commit(place, topic_id, offset, (self.watch.end, offset))  # of who names its queues
             if before is not None:
                 self._check_move(event, queue, topic_id, before, offset)
-            elif not self.watch.has_lost_events(GroupSubscribed, event.group):
+            elif not any(_subscribes(lost, event, queue.topic) for lost in self.watch.lost_events(GroupSubscribed)):
                 self._fail("commit", f"{event} is for a group that never subscribed to {spell(queue)}.")
 
     def _check_move(self, event: OffsetsCommitted, queue: MessageQueue, topic_id: int, before: int, offset: int) -> None:
@@ -297,6 +297,10 @@ class LogCheck:
                     "commit", f"group {event.group} {event.instance_name} committed {offset} on {spell(queue)}, but nobody"
                     f" finished {self._promises.postings.get(placed.body)} at {at}."
                 )
+
+
+def _subscribes(lost: GroupSubscribed, event: OffsetsCommitted, topic: str) -> bool:
+    return (lost.group, lost.instance_name, lost.topic) == (event.group, event.instance_name, topic)
 
 
 def describe_tables(tables: Tables) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from enum import Enum
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 from zlib import crc32
 
 from zrmq.files import Files, OpenFile
@@ -34,6 +34,7 @@ from zrmq.testing.simulation.trace import BrokenPromise
 SEGMENT_HEADER_BYTES = 64
 BLOCK_BYTES = 4096  # what a disk fails to read at once
 
+Lost = TypeVar("Lost", bound=AnyEvent)
 QueueKey = tuple[int, int]  # topic id, queue id
 
 
@@ -133,12 +134,12 @@ class LogWatch:
             for entry in lost
         )
 
-    def has_lost_events(self, kind: type[AnyEvent], group: str) -> bool:
-        """Whether one of this kind is lost that said something of the group."""
-        return any(
-            isinstance(event, kind) and getattr(event, "group", "") == group
-            for event in (self._hurt[position].event for position in self.missing)
-        )
+    def lost_events(self, kind: type[Lost]) -> Iterator[Lost]:
+        """Those of this kind that are lost of what was read until now."""
+        for position in self.missing:
+            event = self._hurt[position].event
+            if position < self.end and isinstance(event, kind):
+                yield event
 
     def _find_topics(self, until: int) -> None:
         """Of a log that begins with batches of topics it tells of only further on: look ahead for those. Not for another topic of

@@ -68,6 +68,13 @@ class Seek(NamedTuple):
     end: int  # the same, or the queue's end at that time, if that is before
 
 
+class Gone(NamedTuple):
+    """A topic that was deleted, and the messages it had."""
+
+    topic_id: int
+    bodies: set[bytes]
+
+
 Place = tuple[str, str, MessageQueue]  # group, instance name, queue
 
 
@@ -83,7 +90,7 @@ class Promises:
         self.lease_topics: dict[tuple[str, int], int] = {}  # by broker name and lease epoch: of which topic its queue is
         self.topic_ids: dict[tuple[str, str], int] = {}  # by broker name and topic: the one there is, or was last
         self.topic_names: dict[tuple[str, int], str] = {}  # by broker name and topic id
-        self._gone: dict[str, dict[int, set[bytes]]] = {}  # messages of deleted topics: by broker name, and where its log says so
+        self._gone: dict[str, dict[int, Gone]] = {}  # by broker name, and where its log says so
         self._losable: set[tuple[str, bytes]] = set()  # by broker name
         self._damaged: set[bytes] = set()
         self._went_back: set[MessageQueue] = set()
@@ -165,17 +172,22 @@ class Promises:
 
     def is_gone(self, broker_name: str, body: bytes) -> bool:
         """Whether a broker had the message in a topic that was deleted. It may be stored once more, and that one is owed."""
-        return any(body in bodies for bodies in self._gone.get(broker_name, {}).values())
+        return any(body in gone.bodies for gone in self._gone.get(broker_name, {}).values())
 
-    def topic_deleted(self, broker_name: str, topic: str, position: int, bodies: Iterable[bytes]) -> None:
+    def is_former(self, broker_name: str, topic_id: int) -> bool:
+        """Whether a broker has deleted the topic with this id."""
+        return any(topic_id == gone.topic_id for gone in self._gone.get(broker_name, {}).values())
+
+    def topic_deleted(self, broker_name: str, topic_id: int, position: int, bodies: Iterable[bytes]) -> None:
         """A broker's log says at `position` that a topic is deleted, which had these messages, and others that had expired."""
         gone = self._gone.setdefault(broker_name, {})
         if position not in gone:  # else some may be of the next topic of the name
-            gone[position] = {
+            topic = self.topic_names[broker_name, topic_id]  # which a log that begins behind it does not tell any more
+            gone[position] = Gone(topic_id, {
                 posting.body for queue, postings in self.acknowledged.items()
                 if (queue.broker_name, queue.topic) == (broker_name, topic) for posting in postings.values()
-            }
-        gone[position].update(bodies)
+            })
+        gone[position].bodies.update(bodies)
 
     # --- damage ---------------------------------------------------------------------------------------------------------
 
@@ -246,9 +258,13 @@ class Promises:
         """How often that was so by now, by place and topic id: a broker may lose it."""
         return {key: len(entries) for key, entries in self._first_commits.items() if key[0][0] == group}
 
-    def is_beyond(self, place: Place, offset: int) -> bool:
-        """Whether a consumer sought this offset where the queue had already ended: its broker commits the end then."""
-        return any(seek.end < offset == seek.offset for seek in self._seeks.get(self._now(place), ()))
+    def is_beyond(self, place: Place, offset: int, committed: int | None) -> bool:
+        """Whether a consumer sought this offset where the queue had already ended, and that end, or more, is committed."""
+        if committed is None:
+            return False
+        is_sure = not self.may_be_reset(place[2])  # else the broker may have lost that end before it heard of it
+        seeks = self._seeks.get(self._now(place), ())
+        return any(seek.end < offset == seek.offset and (committed >= seek.end or not is_sure) for seek in seeks)
 
     def may_go_back(self, place: Place, offset: int, times: int) -> int | None:
         """From where on a group that goes back to `offset`, for the so-many-th time, has finished everything before it; None if

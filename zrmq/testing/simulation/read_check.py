@@ -127,16 +127,20 @@ class ReadCheck:
             return
         if self._has_group:
             self._world.promises.began(place, topic_id, offset)
+        elif not is_new:
+            self._check_gap("missed", Gap(queue, topic_id, left, offset))
+            return
         if found is None:
             return
-        if self._group.consume_from is ConsumeFrom.LATEST and not self._has_group and is_new:
+        if self._group.consume_from is ConsumeFrom.LATEST and not self._has_group:
             least = self._latest.get((queue, topic_id), 0)
             if offset < least and not self._world.promises.may_be_reset(queue):
                 raise BrokenPromise("start", f"{self._who} begins at {offset} of {spell(queue)}, which had {least} by then.")
         self._check_gap("start", Gap(queue, topic_id, max(self._latest_start(queue, found), left), offset))
 
     def _check_renewal(self, queue: MessageQueue, topic_id: int, offset: int) -> None:
-        """Of a queue that it has read in a former topic of the name: where its group stands by now, else the beginning."""
+        """Of a queue that it has read in a former topic of the name: where its group stands by now, else the beginning. While the
+        broker is down nobody knows where a group stands."""
         found = self._find(queue, topic_id)
         known = self._stands_at(queue, found)
         if known is None and self._has_group:

@@ -14,6 +14,7 @@ import msgspec
 
 from zrmq.client.consuming import ConsumerCore, ConsumingConfig
 from zrmq.client.link import Identity, Link
+from zrmq.client.reading import Reading
 from zrmq.errors import ClosedError, ZrmqError
 from zrmq.message import Message, MessageQueue
 from zrmq.testing.simulation.plan import GroupPlan
@@ -78,6 +79,8 @@ class VirtualReader(VirtualPuller):
         self.started = threading.Event()  # of an engine
         self._reader = reader
         self._chosen: list[MessageQueue] | None = None  # None: nothing was assigned yet
+        self._reached: set[Reading] = set()  # whose brokers were there when it was closed
+        self._failures = 0  # of last commits until then
         self._read_check = ReadCheck(world, f"{group.name}-{slot}#{life}", group, has_group=reader.has_group)
         super().__init__(world, group, slot, life, reader.pulls)
         assert isinstance(self.core, WatchedCore)

@@ -214,7 +214,7 @@ class World:
             return
         placed = broker.check.placed(message.queue, message.queue_offset, topic_id)
         is_expired = broker.check.is_expired(message.queue, message.queue_offset)
-        is_former = topic_id and topic_id not in broker.check.watch.tables.topics_by_id
+        is_former = self.promises.is_former(broker.name, topic_id)
         if placed is None and (is_expired or is_former or self.promises.is_gone(broker.name, message.body)):
             return  # the segments of deleted topics go first
         if placed is None or placed.body != message.body:
@@ -256,18 +256,18 @@ class World:
         """A consumer was told that the brokers have these offsets, or, where it went on meanwhile, later ones."""
         for queue, offset in offsets.items():
             broker = self.brokers[queue.broker_name]
-            is_beyond = self.promises.is_beyond((consumer.group.name, consumer.instance_name, queue), offset)
             is_lost = any(
                 self.promises.is_unsure(kind, broker.name, consumer.group.name) for kind in (OffsetsCommitted, GroupSubscribed)
             )
-            is_excused = is_beyond or is_lost or self.promises.may_be_reset(queue)
-            if broker.role is None or is_excused or not consumer.holds(queue):
+            if broker.role is None or is_lost or self.promises.may_be_reset(queue) or not consumer.holds(queue):
                 continue
             topic, reading = broker.store.tables.topics.get(queue.topic), consumer.core.reader.readings[queue]
             if topic is None or consumer.topic_id(reading.process_queue) not in (0, topic.topic_id):
                 continue  # deleted since
             group = broker.store.tables.groups.get(consumer.group.name)
             known = group.start_offset(topic, queue.queue_id, consumer.instance_name) if group is not None else None
+            if self.promises.is_beyond((consumer.group.name, consumer.instance_name, queue), offset, known):
+                continue
             latest = max(offset, consumer.inbox.commit_offset(reading.process_queue))
             if known is None or not offset <= max(known, topic.queues[queue.queue_id].min_offset) or known > latest:
                 what = f"{offset} of {spell(queue)} is committed; {known} is"
