@@ -521,6 +521,19 @@ def test_a_second_instance_of_one_name_is_refused_when_it_cannot_be_a_ghost(clus
     assert second.inbox.failure.code is Code.INSTANCE_NAME_TAKEN
 
 
+def test_a_name_may_be_a_ghosts_again_at_a_broker_that_was_away(cluster: ReadingCluster) -> None:
+    refuse_kind(cluster.broker, JoinGroup, RequestRefusedError("Taken.", code=Code.INSTANCE_NAME_TAKEN))
+    member = cluster.member("one", message_model=MessageModel.BROADCASTING, instance_name="hall")
+    cluster.run_for(5_000)
+    cluster.broker.crash()
+    cluster.run_for(30_000)
+    cluster.broker.start()
+    cluster.run_for(15_000)
+    assert member.inbox.failure is None
+    cluster.run_for(10_000)
+    assert isinstance(member.inbox.failure, RequestRefusedError)
+
+
 def test_an_instance_comes_back_after_its_former_life_was_killed(cluster: ReadingCluster) -> None:
     first = cluster.started("one", message_model=MessageModel.BROADCASTING, instance_name="hall", eager=1.0)
     cluster.run_until(lambda: first.queues == [Q0, Q1])

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from tests.unit.broker_desk import BrokerDesk, DeskClient
-from zrmq.errors import Code
+from zrmq.errors import Code, DiskFullError
 from zrmq.message import ConsumeFrom, MessageModel
 from zrmq.protocol import limits
-from zrmq.protocol.events import TopicConfig
+from zrmq.protocol.events import AnyEvent, GroupSubscribed, TopicConfig
 from zrmq.protocol.requests import (
     Alive,
     Bye,
@@ -64,6 +64,26 @@ def test_a_heartbeat_tells_the_groups_version(desk: BrokerDesk) -> None:
     alive = a.ask(Heartbeat)
     assert isinstance(alive, Alive) and alive.group_version == version
     assert desk.client("x").ask(Heartbeat).group_version == 0
+
+
+def test_nobody_is_told_where_a_group_begins_before_that_is_flushed(desk: BrokerDesk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though nobody joined: there was room to note the first topic, and none for the second."""
+    a, b = (desk.client(name, "consumer", "readers") for name in "ab")
+    append_event = desk.store.append_event
+
+    def append_what_fits(event: AnyEvent) -> int:
+        if isinstance(event, GroupSubscribed) and event.topic != "meters":
+            raise DiskFullError("full")
+        return append_event(event)
+
+    monkeypatch.setattr(desk.store, "append_event", append_what_fits)
+    topics = [Subscription("meters"), Subscription("alarms")]
+    joining = a.post(JoinGroup, MessageModel.CLUSTERING, topics, ConsumeFrom.LATEST, 0, [0, 0])
+    query = b.post(QueryCommitted, "meters")
+    desk.turn(flush=False)
+    assert (a.reply(joining).code, b.reply(query)) == (Code.DISK_FULL, None)
+    desk.turn()
+    assert b.reply(query).offsets[0] == (0, 0)
 
 
 def test_joining_again_changes_nothing(desk: BrokerDesk) -> None:

@@ -235,10 +235,7 @@ class OffsetClaims:
             return
         found, topic_id = (dict(reply.offsets), reply.topic_id) if isinstance(reply, Offsets) else ({}, 0)
         known = {queue: found[queue.queue_id] for queue in wanted if found.get(queue.queue_id, OFFSET_LATEST) >= 0}
-        for queue in known.keys() & self._latest.keys():  # what lies before a commit is not lost
-            left = self._latest[queue]
-            self._latest[queue] = left._replace(safe_offset=min(known[queue], left.offset))
-        self._begin(known, link, topic_id, known)  # a commit is on the disk only after what is before it
+        self._begin(known, link, topic_id, known, is_committed=True)  # which is on the disk only after what is before it
         unknown = [queue for queue in wanted if queue not in known]
         self._emptied.update(queue for queue in unknown if self._topic_ids.get(queue, topic_id) != topic_id)  # while it was away
         if unknown:
@@ -268,12 +265,15 @@ class OffsetClaims:
         elif isinstance(reply, ZrmqError):
             self._refused(wanted, reply)
 
-    def _begin(self, offsets: dict[MessageQueue, int], link: Link, topic_id: int, flushed: dict[MessageQueue, int]) -> None:
+    def _begin(
+        self, offsets: dict[MessageQueue, int], link: Link, topic_id: int, flushed: dict[MessageQueue, int], *,
+        is_committed: bool = False,
+    ) -> None:
         for queue, offset in offsets.items():
             self.pending.discard(queue)
             left = self._latest.get(queue)
-            if left is not None and left.topic_id == topic_id:
-                offset = min(offset, left.safe_offset)
+            if left is not None and left.topic_id == topic_id:  # what lies before a commit is not lost
+                offset = min(offset, left.offset if is_committed else left.safe_offset)
             if self._topic_ids.get(queue, topic_id) != topic_id:
                 self._going_back.discard(queue)  # that was in the former one
             self._begin_at(queue, link, offset, topic_id, flushed[queue])

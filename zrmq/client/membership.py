@@ -73,6 +73,7 @@ class Seat(msgspec.Struct, eq=False):
     has_said: bool = False  # it has answered that, or will not
     is_joining: bool = False
     refusal_count: int = 0
+    name_taken_ms: float | None = None  # since when an instance of our name is there
     version: int = -1
     members: list[str] | None = None  # None: not joined
     noticed: GroupChanged | None = None  # the last notice that came before we were joined
@@ -94,7 +95,6 @@ class Membership:
         self._expected: frozenset[str] = frozenset()
         self._topics = [subscription.topic for subscription in joining.subscriptions]
         self._since_ms: dict[str, int] = {}  # by topic, when it was first subscribed to, as far as we have heard
-        self._name_taken_ms: float | None = None
         self._is_closed = False
 
     # --- what is known ------------------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ class Membership:
         if self._is_closed or seat not in self._seats.values():
             return
         if isinstance(reply, Joined):
-            self._name_taken_ms = None
+            seat.name_taken_ms = None
             self._learn_since(reply.since_ms)
             noticed, seat.noticed = seat.noticed, None
             for news in (reply, noticed):
@@ -257,6 +257,6 @@ class Membership:
         if error.code is not Code.INSTANCE_NAME_TAKEN or seat.link.welcome is None:
             return False
         now_ms = self._loop.clock.monotonic_ms()
-        if self._name_taken_ms is None:
-            self._name_taken_ms = now_ms
-        return now_ms - self._name_taken_ms <= seat.link.welcome.session_timeout_ms + GHOST_MS
+        if seat.name_taken_ms is None:
+            seat.name_taken_ms = now_ms
+        return now_ms - seat.name_taken_ms <= seat.link.welcome.session_timeout_ms + GHOST_MS

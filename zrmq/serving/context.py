@@ -6,7 +6,7 @@ import msgspec
 
 from zrmq.clock import Clock
 from zrmq.errors import Code, FencedError, InvalidArgumentError, TopicNotFoundError, ZrmqError
-from zrmq.protocol.events import OffsetsCommitted
+from zrmq.protocol.events import GroupSubscribed, OffsetsCommitted
 from zrmq.protocol.requests import Reply, failed
 from zrmq.serving.outbox import Outbox
 from zrmq.store.store import Store
@@ -33,12 +33,12 @@ class Context:
         self.outbox = outbox
         self.clock = clock
         self.config = config
-        self.committed_position = 0  # up to here the log has what was committed
+        self.placed_position = 0  # up to here the log has what was said of where groups stand
 
-    def commit(self, group: str, instance_name: str, offsets: list[tuple[int, int, int]]) -> None:
-        """Say where a group (broadcasting: an instance) stands: topic id, queue id, offset."""
-        self.store.append_event(OffsetsCommitted(group, instance_name, offsets))
-        self.committed_position = self.store.appended_position
+    def place(self, event: GroupSubscribed | OffsetsCommitted) -> None:
+        """Say where a group (broadcasting: an instance) stands."""
+        self.store.append_event(event)
+        self.placed_position = self.store.appended_position
 
     def topic(self, name: str) -> Topic:
         """The topic, or `TopicNotFoundError`."""

@@ -229,7 +229,7 @@ class GroupDesk:
         topic = store.tables.topics.get(topic_name)
         starts = [(queue.queue_id, self._start(queue, request, told_ms)) for queue in topic.queues] if topic else []
         since_ms = told_ms or self._context.clock.time_ms()
-        store.append_event(GroupSubscribed(group, topic_name, since_ms, starts, instance_name))
+        self._context.place(GroupSubscribed(group, topic_name, since_ms, starts, instance_name))
         self.note_places(1 + len(starts))
         log.info(
             "group_subscribed", group=group, instance_name=instance_name, topic=topic_name, since_ms=since_ms,

@@ -17,7 +17,7 @@ from zrmq.errors import Code, DiskFullError, FencedError, RequestRefusedError, S
 from zrmq.logs import get_logger
 from zrmq.message import MessageModel
 from zrmq.protocol import limits
-from zrmq.protocol.events import LeaseGranted, LeaseReleased, SessionTimeoutChanged
+from zrmq.protocol.events import LeaseGranted, LeaseReleased, OffsetsCommitted, SessionTimeoutChanged
 from zrmq.protocol.requests import AcquireLease, Done, Leased, Pull, ReleaseLease, failed
 from zrmq.serving.context import Context
 from zrmq.serving.groups import Membership
@@ -93,7 +93,7 @@ class LeaseDesk:
         committed = self._context.store.tables.groups[session.group].start_offset(queue.topic, queue.queue_id)
         offset = min(request.offset, queue.next_offset)
         if offset >= 0 and (committed is None or offset > committed):
-            self._context.commit(session.group, "", [(topic_id, queue.queue_id, offset)])
+            self._context.place(OffsetsCommitted(session.group, "", [(topic_id, queue.queue_id, offset)]))
         self._end((session.group, topic_id, queue.queue_id), request.lease_epoch)
         self._context.reply_when_safe(session, Done(request.number))
 

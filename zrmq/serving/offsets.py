@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from zrmq.errors import Code, FencedError, InvalidArgumentError, RequestRefusedError, TopicNotFoundError
 from zrmq.message import MessageModel
+from zrmq.protocol.events import OffsetsCommitted
 from zrmq.protocol.requests import (
     OFFSET_EARLIEST,
     OFFSET_LATEST,
@@ -64,7 +65,7 @@ class OffsetDesk:
             places = sum((instance, *key) not in known for key in moved)
             self._groups.check_room(session.group, places)
             offsets = [(topic_id, queue_id, offset) for (topic_id, queue_id), offset in moved.items()]
-            self._context.commit(session.group, instance, offsets)
+            self._context.place(OffsetsCommitted(session.group, instance, offsets))
             self._groups.note_places(places)
         self._context.reply_when_safe(session, Committed(request.number, fenced))
 
@@ -77,7 +78,7 @@ class OffsetDesk:
         starts = [group.start_offset(topic, queue.queue_id, instance) if group else None for queue in topic.queues]
         offsets = [(queue_id, OFFSET_LATEST if offset is None else offset) for queue_id, offset in enumerate(starts)]
         reply = Offsets(request.number, offsets, topic.topic_id)
-        self._context.outbox.after_flush(self._context.committed_position, session.peer, reply)
+        self._context.outbox.after_flush(self._context.placed_position, session.peer, reply)
 
     def query_offsets(self, session: Session, request: QueryOffsets, frames: list[bytes]) -> None:
         """Tell which offsets belong to a time, or the first and the next."""
