@@ -530,8 +530,8 @@ def begin_at_the_end_of_assigned_queues(patch: Patch) -> None:
 
 def begin_before_the_end_of_assigned_queues(patch: Patch) -> None:
     begin = OffsetClaims._begin
-    patch.setattr(OffsetClaims, "_begin", lambda self, offsets, *parts: begin(
-        self, {queue: max(offset - 1, 0) for queue, offset in offsets.items()}, *parts
+    patch.setattr(OffsetClaims, "_begin", lambda self, offsets, *parts, **told: begin(
+        self, {queue: max(offset - 1, 0) for queue, offset in offsets.items()}, *parts, **told
     ))
 
 
