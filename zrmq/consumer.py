@@ -554,12 +554,19 @@ class PullConsumer(Consumer):
         return {queue: max(ends[queue] - offset, 0) for queue, offset in finished.items() if queue in ends}
 
     def pause(self, *queues: MessageQueue) -> None:
-        """Give nothing of these queues, or of all `assigned()`, until `resume`; they stay here. Raises as `seek`."""
-        self._pause(queues, True)
+        """Give nothing of these queues, or of all `assigned()`, until `resume`, also when their broker was away meanwhile.
+
+        They stay here. A queue that is not assigned to this consumer any more is not paused either. Raises as `seek`.
+        """
+        given = check_queues(queues)
+        core = self._ready()[0].core
+        self._call(lambda: core.pause(given or core.queues(), True))
 
     def resume(self, *queues: MessageQueue) -> None:
-        """Go on where `pause` stopped."""
-        self._pause(queues, False)
+        """Go on where `pause` stopped, with these queues or with all that are paused. Raises as `seek`."""
+        given = check_queues(queues)
+        core = self._ready()[0].core
+        self._call(lambda: core.pause(given or core.paused(), False))
 
     # --- parts --------------------------------------------------------------------------------------------------------
 
@@ -596,12 +603,6 @@ class PullConsumer(Consumer):
         self._call(lambda: [core.reading(queue) for queue in chosen])
         for queue, offset in self._offsets_at(chosen, where).items():
             self._call(partial(core.seek, queue, offset))
-
-    def _pause(self, queues: Sequence[MessageQueue], is_paused: bool) -> None:
-        given = check_queues(queues)
-        core = self._ready()[0].core
-        chosen = given or self.assigned()
-        self._call(lambda: core.pause(chosen, is_paused))
 
 
 def _raised_at(error: Exception | None) -> str:

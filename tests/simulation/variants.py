@@ -535,6 +535,16 @@ def begin_before_the_end_of_assigned_queues(patch: Patch) -> None:
     ))
 
 
+def resume_what_is_claimed_again(patch: Patch) -> None:
+    claimed = ConsumerCore.on_claimed
+
+    def forgetful(self: ConsumerCore, queue: Any, *parts: Any, **told: Any) -> bool:
+        self._paused.discard(queue)
+        return claimed(self, queue, *parts, **told)
+
+    patch.setattr(ConsumerCore, "on_claimed", forgetful)
+
+
 def let_go_of_what_is_assigned_again(patch: Patch) -> None:
     patch.setattr(OffsetClaims, "let_go", lambda self, reading, offset: None)
 
@@ -727,6 +737,9 @@ VARIANTS = [
     Variant("let go of what is assigned again", let_go_of_what_is_assigned_again, {"health"}, {
         "work": readers(message_ms=100.0),
     }),
+    Variant("resume what is claimed again", resume_what_is_claimed_again, {"paused"}, {
+        "work": readers(pause_every_ms=200.0),
+    } | AWAY),
     Variant("save no changes of topics", save_no_changes_of_topics, {"topics"}, {
         "work": WorkPlan(change_topics_every_ms=500.0),
     }),

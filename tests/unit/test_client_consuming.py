@@ -1553,9 +1553,11 @@ def test_a_seek_back_is_committed_when_the_broker_was_away(cluster: ReadingClust
     cluster.run_for(15_000 if is_flushed else 10)
     member.seen.clear()
     cluster.broker.start()
-    cluster.run_until(lambda: offsets_seen(member) == [2, 3, 4])
     cluster.run_for(2_000)
-    assert [commit.reset for commit in cluster.broker.asked(CommitOffsets)][-1]
+    assert offsets_seen(member) == [], "it is paused still"
+    assert cluster.broker.committed("reports", "meters", 0) == 2
+    member.core.pause([Q0], False)
+    cluster.run_until(lambda: offsets_seen(member) == [2, 3, 4])
 
 
 def test_a_queue_the_topic_does_not_have_is_refused(cluster: ReadingCluster) -> None:
@@ -1673,6 +1675,43 @@ def test_pausing_everything_while_a_queue_is_given_back(cluster: ReadingCluster)
     first.core.pause_all(False)
     cluster.run_for(100)
     assert first.take() is not None
+
+
+def test_a_paused_queue_can_be_resumed_while_its_broker_is_away(cluster: ReadingCluster) -> None:
+    cluster.broker.store("meters", 0, 1)
+    member = assigned(cluster, "one", Q0, Q1, eager=None, consume_from=ConsumeFrom.EARLIEST)
+    member.core.pause([Q0, Q1], True)
+    cluster.broker.crash()
+    cluster.run_until(lambda: member.queues == [])
+    assert member.core.paused() == [Q0, Q1]
+    member.core.pause([Q0], False)
+    with pytest.raises(InvalidArgumentError, match="not assigned"):
+        member.core.pause([Q0], False)
+    cluster.broker.start()
+    cluster.run_until(lambda: member.queues == [Q0, Q1])
+    assert [member.reading(queue).is_paused for queue in (Q0, Q1)] == [False, True]
+
+
+def test_a_pause_ends_when_a_queue_is_not_named_any_more(cluster: ReadingCluster) -> None:
+    member = assigned(cluster, "one", Q0, Q1)
+    member.core.pause([Q0, Q1], True)
+    member.core.assign([Q1])
+    cluster.run_until(lambda: member.queues == [Q1])
+    member.core.assign([Q0, Q1])
+    cluster.run_until(lambda: member.queues == [Q0, Q1])
+    assert [member.reading(queue).is_paused for queue in (Q0, Q1)] == [False, True]
+
+
+def test_everything_that_was_paused_is_resumed_at_once(cluster: ReadingCluster) -> None:
+    first = cluster.started("one")
+    cluster.run_until(lambda: first.queues == [Q0, Q1])
+    first.core.pause_all(True)
+    cluster.broker.crash()
+    cluster.run_until(lambda: first.queues == [])
+    first.core.pause_all(False)
+    cluster.broker.start()
+    cluster.run_until(lambda: first.queues == [Q0, Q1])
+    assert not any(first.reading(queue).is_paused for queue in (Q0, Q1))
 
 
 def test_seek_and_pause_of_a_queue_that_is_not_ours(cluster: ReadingCluster) -> None:

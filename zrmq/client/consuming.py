@@ -97,6 +97,7 @@ class ConsumerCore:
         self._is_started = False
         self._is_closed = False
         self._is_paused = False
+        self._paused: set[MessageQueue] = set()  # of those wanted
         self._assigned: frozenset[MessageQueue] = frozenset()
         self._wanted: frozenset[MessageQueue] | None = None  # as of the last rebalance; None: not known yet
         self._unsure: set[Link] = set()  # that have queues of ours to claim, and nothing that says the broker knows we live
@@ -175,6 +176,8 @@ class ConsumerCore:
         reading = self.reader.begin(queue, link, offset, lease_epoch, topic_id, flushed_offset)
         reading.goes_back = goes_back
         if self._is_paused:
+            self._paused.add(queue)
+        if queue in self._paused:
             self.reader.pause(reading, True)
         log.info("queue_claimed", **_place(queue), group=self._config.group, offset=offset, lease_epoch=lease_epoch)
         self._check_started()
@@ -214,7 +217,7 @@ class ConsumerCore:
             return
         if wanted is None:
             return
-        self._wanted = wanted
+        self._want(wanted)
         self.reader.queue_count = len(wanted)
         moves = plan(wanted, self.reader.readings.keys() | self._claims.pending)
         for queue in moves.give_back:
@@ -224,6 +227,10 @@ class ConsumerCore:
         self._claims.settle(lambda queue: None if queue in wanted else self._member_link(queue))
         self._create_topics()
         self._check_started()
+
+    def _want(self, wanted: frozenset[MessageQueue]) -> None:
+        self._wanted = wanted
+        self._paused &= wanted
 
     def _find_wanted(self) -> frozenset[MessageQueue] | None:
         """The queues this consumer should read; None while that cannot be known, so that what is read stays."""
@@ -389,7 +396,8 @@ class ConsumerCore:
 
     def assign(self, queues: Iterable[MessageQueue]) -> None:
         """Read these queues and no others. `on_started` is called again when they are."""
-        self._wanted = self._assigned = frozenset(queues)
+        self._assigned = frozenset(queues)
+        self._want(self._assigned)
         self._is_started = False
         if self._patience is not None:
             self._patience.cancel()
@@ -417,14 +425,19 @@ class ConsumerCore:
         return reading
 
     def pause(self, queues: Iterable[MessageQueue], is_paused: bool) -> None:
-        """Pause or resume some queues. Raises `InvalidArgumentError` for one that is not read here, before anything is done."""
-        for reading in [self.reading(queue) for queue in queues]:
+        """Pause or resume some queues; one that is lost and claimed again is as it was. Raises `InvalidArgumentError` for one that
+        is neither read here nor paused, before anything is done."""
+        chosen = set(queues)
+        away = chosen & self._paused - set(self.queues())
+        readings = [self.reading(queue) for queue in sorted(chosen - away)]
+        self._paused = self._paused | chosen if is_paused else self._paused - chosen
+        for reading in readings:
             self.reader.pause(reading, is_paused)
 
     def pause_all(self, is_paused: bool) -> None:
         """Pause or resume everything, queues that are claimed later too; what is being given back stands still anyway."""
         self._is_paused = is_paused
-        self.pause(self.queues(), is_paused)
+        self.pause(self.queues() if is_paused else self.paused(), is_paused)
 
     def ask(self, broker_name: str, kind: type[Request], *fields: object, timeout_ms: int, on_reply: OnReply) -> None:
         """Ask a broker something. `UnreachableError` when the route does not have it."""
@@ -438,6 +451,10 @@ class ConsumerCore:
         """What is read here now, sorted; without what is being given back."""
         readings = self.reader.readings
         return sorted(queue for queue, reading in readings.items() if not reading.process_queue.is_draining)
+
+    def paused(self) -> list[MessageQueue]:
+        """What is paused, sorted; also what is lost for now."""
+        return sorted(self._paused)
 
     def finished_offsets(self) -> dict[MessageQueue, int]:
         """For each of `queues`, the lowest offset that is not finished."""

@@ -253,10 +253,9 @@ class VirtualPuller(VirtualConsumer):
         self.machine.call_later(self._work_rng.uniform(*PAUSE_MS), self._resume)
 
     def _resume(self) -> None:
-        here = [queue for queue in self._paused if queue in self.core.queues()]
         self._paused = []
-        if here and not self.is_leaving:
-            self.door.resume(*here)
+        if not self.is_leaving:
+            self.door.resume()
 
     # --- the end ------------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ import msgspec
 
 from zrmq.client.consuming import ConsumerCore, ConsumingConfig
 from zrmq.client.link import Identity, Link
+from zrmq.client.process_queue import Unit
 from zrmq.client.reading import Reading
 from zrmq.errors import ClosedError, ZrmqError
 from zrmq.message import Message, MessageQueue
@@ -137,6 +138,7 @@ class VirtualReader(VirtualPuller):
         count = max(round(share * len(queues)), 1 if share else 0)
         self._chosen = sorted(self._work_rng.sample(queues, min(count, len(queues))))
         self._world.note(self.who, "assigns", " ".join(map(spell, self._chosen)))
+        self._paused = [queue for queue in self._paused if queue in self._chosen]
         self._read_check.names(self._chosen)
         self.door.assign(self._chosen)
 
@@ -150,6 +152,12 @@ class VirtualReader(VirtualPuller):
         super()._seek(queue, offset)
 
     # --- messages -----------------------------------------------------------------------------------------------------
+
+    def _take_unit(self, unit: Unit) -> None:
+        queue = unit.process_queue.queue
+        if queue in self._paused:
+            raise BrokenPromise("paused", f"{self.who} was given {unit.offset} of {spell(queue)}, which is paused.")
+        super()._take_unit(unit)
 
     def _got(self, messages: list[Message]) -> None:
         for message in messages:
