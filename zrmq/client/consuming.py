@@ -425,8 +425,8 @@ class ConsumerCore:
         return reading
 
     def pause(self, queues: Iterable[MessageQueue], is_paused: bool) -> None:
-        """Pause or resume some queues; one that is lost and claimed again is as it was. Raises `InvalidArgumentError` for one that
-        is neither read here nor paused, before anything is done."""
+        """Pause or resume some queues; one that is lost and claimed again is as it was. Raises `InvalidArgumentError` for one
+        that is neither read here nor paused, before anything is done."""
         chosen = set(queues)
         away = chosen & self._paused - set(self.queues())
         readings = [self.reading(queue) for queue in sorted(chosen - away)]
