@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import inf
+from random import Random
 from typing import Any, NamedTuple
 from zlib import crc32
 
@@ -18,9 +19,10 @@ from zrmq.client.cursor import Cursor
 from zrmq.client.inbox import Inbox
 from zrmq.client.process_queue import ProcessQueue
 from zrmq.client.producing import ProducerCore
-from zrmq.message import ConsumeFrom, FlushMode
-from zrmq.protocol.events import BrokerStarted, LeaseGranted, OffsetsCommitted, TopicPut
-from zrmq.protocol.requests import Hello
+from zrmq.errors import Code, RequestRefusedError
+from zrmq.message import ConsumeFrom, FlushMode, MessageQueue
+from zrmq.protocol.events import BrokerStarted, GroupSubscribed, LeaseGranted, OffsetsCommitted, TopicPut
+from zrmq.protocol.requests import Hello, Leased, Offsets
 from zrmq.serving.context import Context
 from zrmq.serving.core import BrokerCore
 from zrmq.serving.groups import GroupDesk
@@ -38,6 +40,7 @@ from zrmq.store.relocation import Relocation
 from zrmq.store.segment import EntryReader, Found
 from zrmq.store.store import Store
 from zrmq.store.tables import Tables
+from zrmq.testing.simulation import consumers
 from zrmq.testing.simulation.plan import TopicPlan
 from zrmq.testing.simulation.work import PullPlan, ReaderPlan, RetentionPlan, WorkPlan
 from zrmq.transport.sessions import SessionTable
@@ -518,6 +521,108 @@ def go_on_in_a_topic_made_anew(patch: Patch) -> None:
     patch.setattr(OffsetClaims, "claim", hasty)
 
 
+def begin_where_a_queue_begins(patch: Patch) -> None:
+    patch.setattr(LeaseDesk, "_tell", lambda self, session, request, queue, lease: (
+        self._context.reply_when_safe(session, Leased(request.number, lease.lease_epoch, queue.min_offset))
+    ))
+
+
+def forget_where_an_instance_stands(patch: Patch) -> None:
+    committed = OffsetClaims._committed
+
+    def forgetful(self: OffsetClaims, wanted: Any, link: Any, reply: Any, frames: Any) -> None:
+        self._consume_from = ConsumeFrom.EARLIEST
+        told = msgspec.structs.replace(reply, offsets=[]) if isinstance(reply, Offsets) else reply
+        committed(self, wanted, link, told, frames)
+
+    patch.setattr(OffsetClaims, "_committed", forgetful)
+
+
+def subscribe_anew_when_nobody_is_there(patch: Patch) -> None:
+    subscribe = GroupDesk._subscribe
+
+    def forgetful(self: GroupDesk, group: str, instance_name: str, topic_name: str, request: Any, told_ms: int) -> int:
+        topic = self._context.store.tables.topics.get(topic_name)
+        if group in self._live or topic is None:
+            return subscribe(self, group, instance_name, topic_name, request, told_ms)
+        starts = [(queue.queue_id, self._start(queue, request, told_ms)) for queue in topic.queues]
+        since_ms = told_ms or self._context.clock.time_ms()
+        self._context.place(GroupSubscribed(group, topic_name, since_ms, starts, instance_name))
+        return since_ms
+
+    patch.setattr(GroupDesk, "_subscribe", forgetful)
+
+
+def let_several_work_on_a_queue_in_order(patch: Patch) -> None:
+    patch.setattr(Inbox, "_in_order", property(lambda self: False, lambda self, value: None), raising=False)
+
+
+def go_on_behind_what_failed(patch: Patch) -> None:
+    run = consumers.run_unit
+    patch.setattr(consumers, "run_unit", lambda *parts, in_order: run(*parts, in_order=False))
+
+
+def send_to_another_queue(patch: Patch) -> None:
+    take = ProducerCore._take
+
+    def hasty(self: ProducerCore, batches: Any) -> None:
+        for batch in batches:
+            if isinstance(batch.target, MessageQueue):
+                self._line(MessageQueue(batch.target.topic, batch.target.broker_name, 0)).add(batch)
+            else:
+                take(self, [batch])
+
+    patch.setattr(ProducerCore, "_take", hasty)
+
+
+def say_of_what_was_sent_that_it_was_not(patch: Patch) -> None:
+    patch.setattr(ProducerCore, "_overdue_error", ProducerCore._unreachable_error)
+
+
+def refuse_without_a_reason(patch: Patch) -> None:
+    send = Sending.send
+    rng = Random(1)
+
+    def whimsical(self: Sending, session: Any, request: Any, frames: Any) -> None:
+        if rng.random() < 0.05:
+            raise RequestRefusedError("Not today.", code=Code.UNAUTHORIZED)
+        send(self, session, request, frames)
+
+    patch.setattr(Sending, "send", whimsical)
+
+
+def take_a_full_disk_for_full_for_ever(patch: Patch) -> None:
+    seen = Store._disk_seen
+    patch.setattr(Store, "_disk_seen", lambda self, free_bytes: None if self._is_disk_full else seen(self, free_bytes))
+
+
+def leave_offsets_out(patch: Patch) -> None:
+    append = Store.append_batch
+
+    def generous(self: Store, queue: Any, *parts: Any) -> Any:
+        queue.next_offset += 1
+        return append(self, queue, *parts)
+
+    patch.setattr(Store, "append_batch", generous)
+
+
+def give_what_comes_along(patch: Patch) -> None:
+    """Other messages of a batch that has some which the filter lets through."""
+    patch.setattr(ProcessQueue, "wanted_tags", property(lambda self: None, lambda self, value: None), raising=False)
+
+
+def fail_at_a_farewell(patch: Patch) -> None:
+    def failing(self: GroupDesk, *parts: Any) -> None:
+        raise KeyError("nobody")
+
+    patch.setattr(GroupDesk, "drop", failing)
+
+
+def wake_nobody_who_waits(patch: Patch) -> None:
+    """A pull that waits finds what was stored when its time is over."""
+    patch.setattr(Pulling, "wake", lambda self, queues: None)
+
+
 def begin_at_the_end_of_assigned_queues(patch: Patch) -> None:
     find = OffsetClaims._find
 
@@ -731,12 +836,29 @@ VARIANTS = [
     Variant("forget where a reader let go", forget_where_a_reader_let_go, {"missed"}, {
         "work": WorkPlan(readers=(reading_plan(has_group=False, consume_from=ConsumeFrom.LATEST),)),
     }),
-    Variant("ask no group where it stands", ask_no_group_where_it_stands, {"commit", "missed"}, {"work": readers()}),
+    Variant("ask no group where it stands", ask_no_group_where_it_stands, {"again", "commit", "missed"}, {"work": readers()}),
     Variant("begin at the end of assigned queues", begin_at_the_end_of_assigned_queues, {"start"}, {"work": readers()}),
     Variant("begin before the end of assigned queues", begin_before_the_end_of_assigned_queues, {"start"}, {"work": readers()}),
     Variant("let go of what is assigned again", let_go_of_what_is_assigned_again, {"health"}, {
         "work": readers(message_ms=100.0),
     }),
+    Variant("begin where a queue begins", begin_where_a_queue_begins, {"again"}),
+    Variant("forget where an instance stands", forget_where_an_instance_stands, {"again"}),
+    Variant("subscribe anew when nobody is there", subscribe_anew_when_nobody_is_there, {"start"}),
+    Variant("let several work on a queue in order", let_several_work_on_a_queue_in_order, {"order"}),
+    Variant("go on behind what failed", go_on_behind_what_failed, {"order"}),
+    Variant("send to another queue", send_to_another_queue, {"bound"}),
+    Variant("say of what was sent that it was not", say_of_what_was_sent_that_it_was_not, {"answer"}, {
+        "faults": {"cut": 1_000.0, "broker_kill": 2_000.0}, "send_timeout_ms": 1_500,
+    }),
+    Variant("refuse without a reason", refuse_without_a_reason, {"answer"}),
+    Variant("take a full disk for full for ever", take_a_full_disk_for_full_for_ever, {"health"}, {
+        "faults": {"full_disk": 1_000.0},
+    }),
+    Variant("leave offsets out", leave_offsets_out, {"dense"}),
+    Variant("give what comes along", give_what_comes_along, {"filter"}),
+    Variant("fail at a farewell", fail_at_a_farewell, {"fault"}),
+    Variant("wake nobody who waits", wake_nobody_who_waits, {"health"}),
     Variant("resume what is claimed again", resume_what_is_claimed_again, {"paused"}, {
         "work": readers(pause_every_ms=200.0),
     } | AWAY),

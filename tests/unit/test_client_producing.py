@@ -32,6 +32,7 @@ from zrmq.errors import (
     ZrmqError,
 )
 from zrmq.message import MessageQueue
+from zrmq.protocol.events import PERMISSION_READ
 from zrmq.protocol.requests import Send
 
 A0, A1, B0 = MessageQueue("t", "a", 0), MessageQueue("t", "a", 1), MessageQueue("t", "b", 0)
@@ -579,6 +580,18 @@ def test_one_way_messages_wait_for_a_broker_and_are_counted_when_none_comes(caps
     desk.finish(handle, limit_ms=800)
     desk.network.run_for(1_100)
     assert "messages_failed" in capsys.readouterr().err
+
+
+def test_one_way_messages_to_a_topic_that_takes_none_fail_at_once() -> None:
+    desk = one()
+    desk.finish(desk.send(b"x", OneWay("t")))
+    desk.cluster["a"].add_topic("t", permission=PERMISSION_READ)
+    desk.cluster["a"].add_topic("another")  # the fake counts its topics to tell that a route is new
+    desk.network.run_until(lambda: desk.core.route is not None and not desk.core.route.writable_queues("t"))
+    handle = desk.send(b"late", OneWay("t"), timeout_ms=60_000)
+    desk.finish(handle, limit_ms=100)
+    with pytest.raises(RequestRefusedError, match="takes no messages"):
+        handle.result(0)
 
 
 def test_one_way_messages_take_a_new_connection_when_the_broker_was_silent() -> None:

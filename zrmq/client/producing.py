@@ -309,8 +309,8 @@ class ProducerCore:
                 self._place(topic, now_ms)
             if topic.one_way:
                 self._send_one_way(topic)
-            if (topic.ready or topic.one_way) and self.route is not None and not self.route.queues(topic.name):
-                self._create_again(topic.name)
+            if (topic.ready or topic.one_way) and self.route is not None:
+                self._look_why(topic, self.route)
         for line in list(self._lines.values()):
             self._send_line(line, now_ms)
 
@@ -340,13 +340,13 @@ class ProducerCore:
             if not batch.avoid:
                 break  # no queue for this one, so none for those behind it
         topic.ready.extendleft(reversed(left))
-        if left and self._is_read_only(topic.name):
-            while topic.ready:
-                self._finish(topic.ready.popleft(), _read_only_error(topic.name))
 
-    def _is_read_only(self, topic: str) -> bool:
-        """Whether no queue of the topic takes messages, by what its brokers have registered."""
-        return self.route is not None and bool(self.route.queues(topic)) and not self.route.writable_queues(topic)
+    def _look_why(self, topic: _Topic, route: RouteView) -> None:
+        """Something found no queue: by what the brokers have registered there may be none, or none that takes messages."""
+        if not route.queues(topic.name):
+            self._create_again(topic.name)
+        elif not route.writable_queues(topic.name):
+            self._fail_waiting(topic, _read_only_error(topic.name))
 
     def _choose(self, topic: _Topic, batch: Batch, now_ms: float) -> MessageQueue | None:
         """The next queue in turn that has room, at a broker that is not to be avoided if there is one."""
@@ -495,9 +495,11 @@ class ProducerCore:
     def _created_again(self, topic: str, error: ZrmqError | None) -> None:
         self._creating.discard(topic)
         self._soon()
-        if not isinstance(error, TopicNotFoundError) or self._is_closed:
-            return
-        for ready in (self._topics[topic].ready, self._topics[topic].one_way):
+        if isinstance(error, TopicNotFoundError) and not self._is_closed:
+            self._fail_waiting(self._topics[topic], error)
+
+    def _fail_waiting(self, topic: _Topic, error: ZrmqError) -> None:
+        for ready in (topic.ready, topic.one_way):
             while ready:
                 self._finish(ready.popleft(), error)
 

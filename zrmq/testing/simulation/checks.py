@@ -9,12 +9,12 @@ from math import inf
 
 from zrmq.client.reading import PULL_BYTES_MIN
 from zrmq.message import ConsumeFrom, MessageModel, MessageQueue
-from zrmq.protocol.events import GroupSubscribed, LeaseReleased, OffsetsCommitted
+from zrmq.protocol.events import LeaseReleased
 from zrmq.store.tables import Subscribed
 from zrmq.testing.simulation.consumers import BOUNDS, VirtualConsumer
 from zrmq.testing.simulation.log_check import LogCheck
 from zrmq.testing.simulation.log_watch import Placed
-from zrmq.testing.simulation.plan import FAULTS, GroupPlan
+from zrmq.testing.simulation.plan import FAULTS, OF_CLIENTS, GroupPlan
 from zrmq.testing.simulation.producers import BUFFER_BYTES
 from zrmq.testing.simulation.promises import Posting
 from zrmq.testing.simulation.readers import VirtualReader
@@ -25,7 +25,7 @@ from zrmq.testing.simulation.world import World
 
 REPLIES_HELD_MAX = 2_000
 WATCHES_PER_CLIENT_MAX = 4
-ISOLATING = FAULTS.keys() - {"clock_step", "producer_crash", "consumer_crash", "consumer_leave", "consumer_join"}
+ISOLATING = FAULTS.keys() - OF_CLIENTS
 GHOSTS_MAX = 100  # watches of clients that are gone and whose sessions have not run out
 
 
@@ -38,6 +38,7 @@ def check_bounds(world: World) -> None:
         if broker.machine is not None and broker.check is not None:
             _check_broker_bounds(world, broker)
     for consumer in world.consumers:
+        consumer.note_told()
         held_bytes = consumer.inbox.account.size_bytes
         # A queue that holds nothing may always pull, or a full consumer would starve it.
         bytes_max = BOUNDS.size_bytes + len(consumer.core.reader.readings) * max(PULL_BYTES_MIN, world.plan.segment_bytes)
@@ -128,7 +129,7 @@ def _reader_troubles(world: World, group: GroupPlan) -> Iterator[str]:
     for queue in reader.chosen if reader.has_group else ():
         broker = world.brokers[queue.broker_name]
         known = broker.store.tables.groups.get(group.name)
-        is_lost = world.promises.is_unsure(OffsetsCommitted, broker.name, group.name)
+        is_lost = world.promises.is_commit_lost((group.name, "", queue))
         if is_lost and (known is None or known.start_offset(broker.store.tables.topics[queue.topic], queue.queue_id) is None):
             continue  # as of a lost commit below
         yield from _lag_troubles(world, group, broker, queue, "")
@@ -145,11 +146,10 @@ def _lease_troubles(
 def _is_stuck(world: World, group: GroupPlan, queue: MessageQueue) -> bool:
     """Whether the broker has lost that a lease has ended, of a member that is there and does not know that it has it again."""
     broker = world.brokers[queue.broker_name]
-    if not world.promises.is_unsure(LeaseReleased, broker.name, group.name):
-        return False
     lease = broker.lease(group.name, queue)
-    holders = [each for each in world.consumers if lease is not None and each.who == lease.client_id]
-    return any(not holder.holds(queue) for holder in holders)
+    if lease is None or not world.promises.is_lease_lost(LeaseReleased, broker.name, lease.lease_epoch):
+        return False
+    return any(each.who == lease.client_id and not each.holds(queue) for each in world.consumers)
 
 
 def _lag_troubles(
@@ -159,7 +159,7 @@ def _lag_troubles(
     known = broker.store.tables.groups.get(group.name)
     committed = known.start_offset(topic, queue.queue_id, instance_name) if known is not None else None
     min_offset, next_offset = topic.queues[queue.queue_id].min_offset, topic.queues[queue.queue_id].next_offset
-    if committed is not None and world.promises.is_unsure(OffsetsCommitted, broker.name, group.name):
+    if committed is not None and world.promises.is_commit_lost((group.name, instance_name, queue)):
         is_finished = partial(world.promises.is_finished, group.name, instance_name, queue)
         open_offsets = [
             offset for offset, placed in broker.contents(queue).items()
@@ -193,6 +193,13 @@ def check_accounts(world: World) -> None:
     for consumer in world.consumers:
         if isinstance(consumer, VirtualReader):
             consumer.check_read()
+
+
+def check_probes(world: World) -> None:
+    """Every queue takes messages again."""
+    for posting in world.probes:
+        if posting.error is not None:
+            raise BrokenPromise("health", f"When all was well, {posting} for {posting.queue} failed: {posting.error}")
 
 
 def _check_topics(world: World) -> None:
@@ -249,7 +256,7 @@ def _check_consumed(world: World, group: GroupPlan, checks: dict[str, LogCheck])
                 continue
             contents = checks[queue.broker_name].contents(queue)
             for known, instance_name in world.ready_ms:
-                if known == group.name and not world.promises.is_unsure(GroupSubscribed, queue.broker_name, group.name):
+                if known == group.name and not world.promises.is_start_lost((group.name, instance_name, queue)):
                     owed_ms = _owed_ms(world, group, instance_name, queue, checks)
                     subscribed = _subscribed(checks[queue.broker_name], group, instance_name, topic)
                     start = subscribed.starts.get(queue.queue_id, 0) if subscribed is not None else 0

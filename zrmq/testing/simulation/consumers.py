@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from zrmq.client.allocation import AllocateAveragely, AllocateByCircle, AllocateConsistentHash, Strategy
 from zrmq.client.consuming import ConsumerCore, ConsumingConfig
@@ -18,8 +18,10 @@ from zrmq.client.listening import Outcome, Pace, run_unit
 from zrmq.client.process_queue import ProcessQueue, Unit
 from zrmq.client.reading import Bounds
 from zrmq.message import Message, MessageModel, MessageQueue
+from zrmq.protocol.events import LeaseGranted
 from zrmq.testing.simulation.network import Machine
 from zrmq.testing.simulation.plan import GroupPlan
+from zrmq.testing.simulation.trace import BrokenPromise, spell
 
 if TYPE_CHECKING:
     from zrmq.testing.simulation.world import World
@@ -45,6 +47,13 @@ class ReadyLine:
 
     def take(self, timeout_s: float | None) -> tuple[Ready] | None:
         return (self._items.popleft(),) if self._items else None
+
+
+class Heard(NamedTuple):
+    """What the listener has got of a queue that is read in order."""
+
+    offset: int = -1  # of the last message it got through
+    failed_offset: int = -1  # of the one it raised on since
 
 
 class ListenerError(Exception):
@@ -76,7 +85,7 @@ class VirtualConsumer:
         self._idle = group.workers
         self._pace = Pace()
         self._is_woken = False
-        self._handed_out: dict[ProcessQueue, int] = {}
+        self._heard: dict[ProcessQueue, Heard] = {}
         world.note(self.who, "started")
 
     _core_type: type[ConsumerCore] = ConsumerCore
@@ -149,15 +158,26 @@ class VirtualConsumer:
             return self._world.promises.lease_topics.get((broker_name, queue.lease_epoch), 0)
         return reading.topic_id if reading is not None and reading.process_queue is queue else 0
 
+    def note_told(self) -> None:
+        """What it knows to be committed does not come again."""
+        for queue, reading in self.core.reader.readings.items():
+            if reading.committed_offset > 0 and not reading.goes_back:
+                place = (self.group.name, self.instance_name, queue)
+                self._world.promises.told(place, self.topic_id(reading.process_queue), reading.committed_offset)
+
     def is_giving_back(self, queue: MessageQueue, topic_id: int) -> bool:
         """Whether it was told to give the queue back and is not through with all of its messages; not those of another topic that
         had the name."""
         now_ms, life = self.machine.clock.monotonic_ms(), self._world.brokers[queue.broker_name].life
         busy = [
             unit.process_queue for unit, begun in self.in_flight.items()
-            if begun == life and self.topic_id(unit.process_queue) == topic_id
+            if begun == life and self.topic_id(unit.process_queue) == topic_id and not self.is_lease_lost(unit.process_queue)
         ]
         return any(each.queue == queue and each.is_draining and each.valid_until_ms() > now_ms for each in busy)
+
+    def is_lease_lost(self, queue: ProcessQueue) -> bool:
+        """Whether its broker has lost that the queue was leased to it."""
+        return self._world.promises.is_lease_lost(LeaseGranted, queue.queue.broker_name, queue.lease_epoch)
 
     # --- work ---------------------------------------------------------------------------------------------------------
 
@@ -175,6 +195,8 @@ class VirtualConsumer:
             unit = self.inbox.take(0.0, self._unit_size)
             if unit is None:
                 return
+            if self.group.in_order and any(other.process_queue is unit.process_queue for other in self.in_flight):
+                raise BrokenPromise("order", f"{self.who} works on {spell(unit.process_queue.queue)} twice at a time.")
             self._idle -= 1
             self.in_flight[unit] = self._world.brokers[unit.process_queue.queue.broker_name].life
             self._world.handed_out(self, unit)
@@ -191,7 +213,8 @@ class VirtualConsumer:
 
     def _run(self, unit: Unit) -> None:
         """The unit's listener calls, all at the end of their time; then what the door of a PushConsumer does with the outcome."""
-        outcome = run_unit(unit, self._listen, self._pace, self.machine.clock, in_order=self.group.in_order)
+        listener = partial(self._listen, unit.process_queue)
+        outcome = run_unit(unit, listener, self._pace, self.machine.clock, in_order=self.group.in_order)
         self.inbox.done(unit, [failure.unit for failure in outcome.failures], outcome.stop_offset)
         self._rest(outcome)
         self._idle += 1
@@ -205,8 +228,17 @@ class VirtualConsumer:
         for failure in outcome.failures:
             self.machine.call_later(failure.retry_ms, partial(self.inbox.put_back, failure.unit))
 
-    def _listen(self, message: Message) -> None:
+    def _listen(self, queue: ProcessQueue, message: Message) -> None:
         is_failing = message.delivery_attempt < 3 and self._rng.random() < self.group.failure_share
+        if self.group.in_order:
+            self._check_turn(queue, message.queue_offset, is_failing)
         self._world.listened(self, message, is_failing)
         if is_failing:
             raise ListenerError
+
+    def _check_turn(self, queue: ProcessQueue, offset: int, is_failing: bool) -> None:
+        """In order a listener gets what is behind a message only when it is through with that."""
+        heard = self._heard.get(queue, Heard())
+        if offset <= heard.offset or heard.failed_offset not in (-1, offset):
+            raise BrokenPromise("order", f"{self.who} was given {offset} of {spell(queue.queue)} after {heard}.")
+        self._heard[queue] = heard._replace(failed_offset=offset) if is_failing else Heard(offset)

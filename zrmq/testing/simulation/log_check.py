@@ -204,7 +204,8 @@ class LogCheck:
         posting = self._promises.postings.get(body)
         if posting is None or posting.producer_id != producer_id:
             self._fail("log", f"nobody sent what is at {offset} of {spell(queue)}.")
-            return
+        if posting.topic != queue.topic or posting.queue not in (None, queue):
+            self._fail("bound", f"{posting} for {posting.queue or posting.topic} is at {offset} of {spell(queue)}.")
         if not posting.is_in_order:
             return
         key = (queue, producer_id, posting.kind)
@@ -233,6 +234,8 @@ class LogCheck:
         known = group.subscribed(event.topic, event.instance_name) if group is not None else None
         if known == Subscribed(event.since_ms, starts):
             return  # said again
+        if known is not None:
+            self._fail("start", f"{event} takes the place of {known}.")
         for queue in topic.queues if topic is not None else ():
             start, latest = starts.get(queue.queue_id, 0), self._latest_start(event, queue)
             if start > latest:
@@ -275,11 +278,9 @@ class LogCheck:
                 self._fail("commit", f"{event} is for a group that never subscribed to {spell(queue)}.")
 
     def _check_move(self, event: OffsetsCommitted, queue: MessageQueue, topic_id: int, before: int, offset: int) -> None:
-        is_lost = any(  # that the group stood elsewhere: who knows it still says it again
-            self._promises.is_unsure(kind, self._broker_name, event.group) for kind in (GroupSubscribed, OffsetsCommitted)
-        )
+        place = (event.group, event.instance_name, queue)
+        is_lost = self._promises.is_place_lost(place)  # that the group stood elsewhere: who knows it still says it again
         if offset < before and not (is_lost or self._promises.may_be_reset(queue)):  # after a loss consumers go back by a reset
-            place = (event.group, event.instance_name, queue)
             self._resets[place, topic_id] += 1
             since = self._promises.may_go_back(place, offset, self._resets[place, topic_id])
             if since is None:

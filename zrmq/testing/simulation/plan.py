@@ -44,6 +44,7 @@ DISK_FAULTS = {  # drawn apart from the others
 }
 FAULTS |= DISK_FAULTS
 DRAWN_APART = frozenset({"misdirected_write", "late_delivery"})  # with their own dice: a run without them stays what it was
+OF_CLIENTS = frozenset({"clock_step", "producer_crash", "consumer_crash", "consumer_leave", "consumer_join"})
 DAMAGE = frozenset({"bit_rot", "bad_block", "misdirected_write"})  # of what is in no file but the log
 
 

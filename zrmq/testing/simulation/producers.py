@@ -13,6 +13,7 @@ from zrmq.client.instance import ClientInstance
 from zrmq.client.link import Identity
 from zrmq.client.producing import ProducerCore, ProducingConfig
 from zrmq.errors import BufferFullError, ZrmqError
+from zrmq.message import MessageQueue
 from zrmq.testing.simulation.network import Machine
 from zrmq.testing.simulation.promises import Posting
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 BUFFER_BYTES = 64 * 1024
 PREPARE_MS = 3_000
+PROBE_BYTES = 32
+PROBE_TIMEOUT_MS = 8_000
 TAGS = (None, "a", "b", "c")
 MESSAGE_GROUPS = ("red", "green", "blue")
 
@@ -106,23 +109,31 @@ class VirtualProducer:
             for _ in range(self._rng.randint(1, self._world.plan.burst_max)):
                 self._send(self._rng.choice(self._ready))
 
+    def probe(self, queue: MessageQueue) -> Posting:
+        """Send one message to this queue, which every filter of the plan lets through."""
+        posting = self._post(queue, Extras("a", (), None, None), PROBE_BYTES, PROBE_TIMEOUT_MS)
+        assert posting is not None  # nothing else is in the buffer
+        return posting
+
     def _send(self, topic: str) -> None:
-        rng = self._rng
         target, extras = self._draw_target(topic)
+        self._post(target, extras, self._rng.randint(*self._world.plan.body_bytes), self._world.plan.send_timeout_ms)
+
+    def _post(self, target: Target, extras: Extras | None, size: int, timeout_ms: int) -> Posting | None:
         tag = None if extras is None else extras.tag
         number = len(self.postings)
         posting = Posting(self.who, self.producer_id, number, target, tag)
-        size = rng.randint(*self._world.plan.body_bytes)
         posting.body = f"{self.who}:{number}:".encode().ljust(size, b".")
         posting.posted_ms = self._world.network.now_ms
         try:
-            posting.handle = self.accumulator.append(target, posting.body, size + 64, extras, self._world.plan.send_timeout_ms)
+            posting.handle = self.accumulator.append(target, posting.body, size + 64, extras, timeout_ms)
         except BufferFullError:
-            return
+            return None
         self.postings.append(posting)
         self.open_count += 1
         self._world.promises.postings[posting.body] = posting
         posting.handle.add_done_callback(partial(self._answered, posting))
+        return posting
 
     def _draw_target(self, topic: str) -> tuple[Target, Extras | None]:
         rng = self._rng

@@ -13,7 +13,14 @@ from typing import Any, NamedTuple
 from zrmq.client.batch import OneWay, SendHandle, Target
 from zrmq.errors import UnreachableError, ZrmqError
 from zrmq.message import FlushMode, Message, MessageQueue, SendReceipt
-from zrmq.protocol.events import AnyEvent, GroupSubscribed
+from zrmq.protocol.events import (
+    AnyEvent,
+    GroupSubscribed,
+    LeaseGranted,
+    LeaseReleased,
+    OffsetsCommitted,
+    SessionTimeoutChanged,
+)
 from zrmq.testing.simulation.plan import GroupPlan, Plan, reader_groups
 from zrmq.testing.simulation.trace import BrokenPromise, spell
 
@@ -94,7 +101,12 @@ class Promises:
         self._losable: set[tuple[str, bytes]] = set()  # by broker name
         self._damaged: set[bytes] = set()
         self._went_back: set[MessageQueue] = set()
-        self._unsure: set[tuple[type[Any], str, str]] = set()
+        self._lost_starts: set[tuple[str, str, str, str]] = set()  # by broker name, group, instance name and topic
+        self._lost_commits: set[tuple[str, str, str, int, int]] = set()  # the same with topic id and queue id
+        self._lost_leases: set[tuple[type[Any], str, int]] = set()  # what a broker said of a lease, by lease epoch
+        self._lost_timeouts: set[str] = set()  # of brokers' sessions
+        self._cut: set[tuple[str, str]] = set()  # by broker name and topic: the power went while it was async
+        self._told: dict[tuple[Place, int], int] = {}  # by place and topic id: where consumers know that they stand
         self._async_until_ms: dict[tuple[str, str], float] = {  # by broker name and topic: inf, unless it is flushed first by now
             (broker_name, topic.name): inf
             for topic in plan.topics if topic.flush_mode is FlushMode.ASYNC for broker_name in plan.broker_names
@@ -135,6 +147,7 @@ class Promises:
         of a topic that was flushed first again before this moment is flushed."""
         unsafe = (body for body in bodies if self.is_async(broker_name, self.postings[body].topic))
         self._losable.update((broker_name, body) for body in unsafe)
+        self._cut.update(key for key, until_ms in self._async_until_ms.items() if key[0] == broker_name and until_ms == inf)
         for position in [position for position in self._gone.get(broker_name, ()) if position >= flushed_position]:
             del self._gone[broker_name][position]  # unless it is seen again
 
@@ -205,15 +218,45 @@ class Promises:
 
     def may_be_reset(self, queue: MessageQueue) -> bool:
         """Whether its end may have been lost that consumers knew: then they go back by a reset."""
-        return (queue.broker_name, queue.topic) in self._async_until_ms or queue in self._went_back
+        return self.is_cut(queue.broker_name, queue.topic) or queue in self._went_back
+
+    def is_cut(self, broker_name: str, topic: str) -> bool:
+        """Whether the power of a broker has gone while the topic was acknowledged from the page cache."""
+        return (broker_name, topic) in self._cut
 
     def lost_event(self, broker_name: str, event: AnyEvent) -> None:
         """Nobody knows any more that the broker said this."""
-        self._unsure.add((type(event), broker_name, getattr(event, "group", "")))
+        if isinstance(event, GroupSubscribed):
+            self._lost_starts.add((broker_name, event.group, event.instance_name, event.topic))
+        elif isinstance(event, OffsetsCommitted):
+            who = (broker_name, event.group, event.instance_name)
+            self._lost_commits.update((*who, topic_id, queue_id) for topic_id, queue_id, _ in event.offsets)
+        elif isinstance(event, LeaseGranted | LeaseReleased):
+            self._lost_leases.add((type(event), broker_name, event.lease_epoch))
+        elif isinstance(event, SessionTimeoutChanged):
+            self._lost_timeouts.add(broker_name)
 
-    def is_unsure(self, kind: type[AnyEvent], broker_name: str, group: str) -> bool:
-        """Whether the broker has lost what it said of a group by an event of this kind."""
-        return (kind, broker_name, group) in self._unsure
+    def is_start_lost(self, place: Place) -> bool:
+        """Whether the broker has lost where the group began in the topic of this queue."""
+        group, instance_name, queue = place
+        return (queue.broker_name, group, instance_name, queue.topic) in self._lost_starts
+
+    def is_commit_lost(self, place: Place) -> bool:
+        """Whether the broker has lost that the group committed in this queue."""
+        group, instance_name, queue = place
+        return (queue.broker_name, group, instance_name, self._now(place)[1], queue.queue_id) in self._lost_commits
+
+    def is_place_lost(self, place: Place) -> bool:
+        """Whether the broker may have lost where the group stands in this queue."""
+        return self.is_start_lost(place) or self.is_commit_lost(place)
+
+    def is_lease_lost(self, kind: type[LeaseGranted | LeaseReleased], broker_name: str, lease_epoch: int) -> bool:
+        """Whether the broker has lost that this lease was granted, or has ended."""
+        return (kind, broker_name, lease_epoch) in self._lost_leases
+
+    def is_timeout_lost(self, broker_name: str) -> bool:
+        """Whether the broker has lost for how long sessions were to last."""
+        return broker_name in self._lost_timeouts
 
     def is_known_unstored(self, posting: Posting) -> bool:
         """Whether its producer was told that it is not stored."""
@@ -238,6 +281,23 @@ class Promises:
     def sought(self, place: Place, seek: Seek) -> None:
         """A consumer goes on elsewhere."""
         self._seeks.setdefault(self._now(place), []).append(seek)
+        key = self._now(place)
+        if key in self._told:
+            self._told[key] = min(self._told[key], seek.end)
+
+    def told(self, place: Place, topic_id: int, offset: int) -> None:
+        """A consumer knows that this is committed: what lies before does not come again, unless somebody seeks."""
+        if not self.is_beyond_end(place):  # else the broker has committed less than it was told
+            self._told[place, topic_id] = max(offset, self._told.get((place, topic_id), 0))
+
+    def may_come(self, place: Place, topic_id: int, offset: int) -> bool:
+        """Whether a message may still be given to the group."""
+        is_lost = self.is_place_lost(place) or place[2] in self._went_back
+        return is_lost or offset >= self._told.get((place, topic_id), 0)
+
+    def is_beyond_end(self, place: Place) -> bool:
+        """Whether anybody sought beyond the end of the queue."""
+        return any(seek.end < seek.offset for seek in self._seeks.get(self._now(place), ()))
 
     def _now(self, place: Place) -> tuple[Place, int]:
         """The place in the topic that there is: of a former one nothing counts."""
@@ -270,7 +330,8 @@ class Promises:
         """From where on a group that goes back to `offset`, for the so-many-th time, has finished everything before it; None if
         it must not go back. Who seeks beyond the end goes back twice."""
         seeks = self._seeks.get(self._now(place), [])
-        return max((seek.end for seek in seeks if seek.end <= offset), default=None) if times <= 2 * len(seeks) else None
+        times_max = sum(2 if seek.end < seek.offset else seek.end < seek.before for seek in seeks)
+        return max((seek.end for seek in seeks if seek.end <= offset), default=None) if times <= times_max else None
 
     def is_finished(self, group: str, instance_name: str, queue: MessageQueue, offset: int, body: bytes) -> bool:
         """Whether a listener of the group got through this message, or the group does not want it, or a seek passed over it."""

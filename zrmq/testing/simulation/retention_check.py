@@ -18,8 +18,8 @@ def check_deleted(broker_name: str, watch: LogWatch, store: Store, plan: Plan, b
     if start > store.checkpoint_position:
         saved = store.checkpoint_position
         raise BrokenPromise("retention", f"{broker_name} deleted its log up to {start}, and only {saved} is saved.")
-    if kept.free_delete_bytes:
-        return  # a full disk may force out anything
+    if kept.free_delete_bytes and "full_disk" in plan.faults:
+        return  # that may force out anything
     behind_bytes: dict[int, int] = {}
     for position in sorted(watch.batches, reverse=True):
         topic_id, end, stored_ms = watch.batches[position]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from zrmq.testing.simulation.checks import check_accounts, check_bounds, find_trouble
+from zrmq.testing.simulation.checks import check_accounts, check_bounds, check_probes, find_trouble
 from zrmq.testing.simulation.faults import FaultMaker
 from zrmq.testing.simulation.log_lines import captured_logs
 from zrmq.testing.simulation.plan import Plan, draw_plan
@@ -14,6 +14,7 @@ from zrmq.testing.simulation.world import World
 BOUNDS_MS = 250.0  # between two looks at the bounds
 HEALTH_MS = 250.0
 HEALTHY_MS_MAX = 90_000.0  # from the last fault until everything is well
+PROBED_MS_MAX = 10_000.0  # and from there until everybody has got one message more of each queue
 
 
 class Result(msgspec.Struct, frozen=True):
@@ -53,6 +54,17 @@ def _run(world: World) -> float:
     world.is_working = False
     for producer in world.producers:
         producer.is_working = False
+    healed_ms = _heal(world, faults, HEALTHY_MS_MAX)
+    world.note("checks", "healthy", f"after {healed_ms:.0f} ms")
+    world.probe()
+    _heal(world, faults, PROBED_MS_MAX)
+    check_probes(world)
+    check_accounts(world)
+    return healed_ms
+
+
+def _heal(world: World, faults: FaultMaker, healthy_ms_max: float) -> float:
+    """Let time pass until everything is well; return how much that was."""
     began_ms = world.network.now_ms
     while True:
         faults.repair()
@@ -60,13 +72,9 @@ def _run(world: World) -> float:
         _advance(world, HEALTH_MS)
         trouble = find_trouble(world)
         if not trouble:
-            break
-        if world.network.now_ms - began_ms > HEALTHY_MS_MAX:
-            raise BrokenPromise("health", f"{HEALTHY_MS_MAX:.0f} ms after the last fault: {trouble}")
-    healed_ms = world.network.now_ms - began_ms
-    world.note("checks", "healthy", f"after {healed_ms:.0f} ms")
-    check_accounts(world)
-    return healed_ms
+            return world.network.now_ms - began_ms
+        if world.network.now_ms - began_ms > healthy_ms_max:
+            raise BrokenPromise("health", f"{healthy_ms_max:.0f} ms after the last fault: {trouble}")
 
 
 def _advance(world: World, duration_ms: float) -> None:

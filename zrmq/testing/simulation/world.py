@@ -7,22 +7,14 @@ from random import Random
 
 from zrmq.client.batch import OneWay
 from zrmq.client.process_queue import Unit
-from zrmq.errors import ZrmqError
+from zrmq.errors import Code, ZrmqError
 from zrmq.message import FlushMode, Message, MessageQueue, SendReceipt
-from zrmq.protocol.events import (
-    GroupSubscribed,
-    LeaseGranted,
-    LeaseReleased,
-    OffsetsCommitted,
-    SessionTimeoutChanged,
-    TopicConfig,
-    TopicPut,
-)
+from zrmq.protocol.events import PERMISSION_WRITE, TopicConfig, TopicPut
 from zrmq.testing.simulation.admins import VirtualAdmin
 from zrmq.testing.simulation.consumers import VirtualConsumer
 from zrmq.testing.simulation.log_check import LogCheck
 from zrmq.testing.simulation.network import MachineNetwork
-from zrmq.testing.simulation.plan import GroupPlan, Plan, reader_groups
+from zrmq.testing.simulation.plan import FAULTS, OF_CLIENTS, GroupPlan, Plan, reader_groups
 from zrmq.testing.simulation.producers import VirtualProducer
 from zrmq.testing.simulation.promises import Posting, Promises, Seek
 from zrmq.testing.simulation.pullers import VirtualPuller
@@ -31,6 +23,14 @@ from zrmq.testing.simulation.retention_check import check_deleted
 from zrmq.testing.simulation.servers import VirtualBroker, VirtualNameServer
 from zrmq.testing.simulation.trace import BrokenPromise, Trace, spell
 from zrmq.transport.memory import MemoryTimer
+
+ADMIN = frozenset({"admin"})
+HINDERING = FAULTS.keys() - OF_CLIENTS - {"nameserver_crash"}  # nobody who has a route minds that one
+MAY_END_A_SEND = {  # what a producer may be told, and after which faults, or with an administrator who changes topics
+    Code.DISK_FULL: {"full_disk"}, Code.STORE_FAILED: {"failing_disk"}, Code.STOPPING: {"broker_restart", "lost_views"},
+    Code.REQUEST_TIMEOUT: HINDERING, Code.UNREACHABLE: HINDERING,
+    Code.FORBIDDEN: ADMIN, Code.TOPIC_NOT_FOUND: ADMIN, Code.BAD_REQUEST: ADMIN,
+}
 
 
 class World:
@@ -48,7 +48,9 @@ class World:
         self.readers = {group.name: (group, reader) for group, reader in zip(reader_groups(plan), plan.work.readers, strict=True)}
         self.admin: VirtualAdmin | None = None
         self.is_working = True
+        self.probes: list[Posting] = []  # sent in the end, when everything was well
         self.ready_ms: dict[tuple[str, str], float] = {}  # group and instance: when its first member had fixed where it begins
+        self._unplaced: dict[str, list[tuple[str, Message, int]]] = {}  # given while their brokers were down: to whom, topic id
         self._lives: dict[str, int] = {}
         self._former: dict[str, tuple[LogCheck, int]] = {}  # broker name: its log's last check, and up to where it must survive
 
@@ -124,6 +126,19 @@ class World:
         if self.is_working and name not in self.network.loops:
             self.producers.append(VirtualProducer(self, name, self._next_life(name)))
 
+    def probe(self) -> None:
+        """Everything is well: each producer sends to each queue that takes messages, and is to get an answer to all."""
+        working = [producer for producer in self.producers if not producer.machine.is_closed]
+        if not working:
+            working = [VirtualProducer(self, "prober", 1)]
+            self.producers += working
+        queues = [queue for topic in self.plan.topics for queue in self.present_queues(topic.name) if self._takes_messages(queue)]
+        self.probes = [producer.probe(queue) for producer in working for queue in queues]
+
+    def _takes_messages(self, queue: MessageQueue) -> bool:
+        topic = self.brokers[queue.broker_name].store.tables.topics[queue.topic]
+        return bool(topic.config.permission & PERMISSION_WRITE)
+
     def start_consumer(self, group: GroupPlan, slot: int) -> None:
         """A member comes, unless the one of this slot is there."""
         name = f"{group.name}-{slot}"
@@ -154,6 +169,8 @@ class World:
     def answered(self, posting: Posting, outcome: SendReceipt | ZrmqError) -> None:
         """A producer was told what became of a message."""
         self.promises.answered(posting, outcome, self.network.now_ms)
+        if isinstance(outcome, ZrmqError):
+            self._check_error(posting, outcome)
         if not isinstance(outcome, SendReceipt) or posting.kind is OneWay:
             return
         is_from_cache = outcome.durability is FlushMode.ASYNC
@@ -162,6 +179,11 @@ class World:
         is_gone = self.promises.is_gone(outcome.broker_name, posting.body)
         if not (is_gone or self.promises.may_be_lost(posting) or self.promises.is_damaged(posting.body)):
             self._check_stored(posting, outcome)
+
+    def _check_error(self, posting: Posting, error: ZrmqError) -> None:
+        causes = self.plan.faults.keys() | (ADMIN if self.admin is not None else set())
+        if not causes & MAY_END_A_SEND.get(error.code, set()):
+            raise BrokenPromise("answer", f"{posting} failed, and nothing has happened that would explain it: {error}")
 
     def _check_stored(self, posting: Posting, receipt: SendReceipt) -> None:
         broker = self.brokers[receipt.broker_name]
@@ -180,14 +202,17 @@ class World:
         """A consumer gives messages to a listener."""
         queue = unit.process_queue.queue
         self.note(consumer.who, "handed_out", f"{spell(queue)} {unit.offset}..{unit.next_offset}")
-        is_unsure = self.promises.is_unsure(SessionTimeoutChanged, queue.broker_name, "") or any(
-            self.promises.is_unsure(kind, queue.broker_name, consumer.group.name) for kind in (LeaseGranted, LeaseReleased)
-        )
-        if not (consumer.is_broadcasting or is_unsure):
+        topic_id = consumer.topic_id(unit.process_queue)
+        may_be_short = bool(self.plan.work.session_timeouts_ms) and self.promises.is_timeout_lost(queue.broker_name)
+        is_lost = may_be_short or consumer.is_lease_lost(unit.process_queue)
+        if not (consumer.is_broadcasting or is_lost):
             for other in self.consumers:
                 if other is not consumer and other.group is consumer.group:
                     _check_owner(consumer, other, unit)
-        topic_id = consumer.topic_id(unit.process_queue)
+        place = (consumer.group.name, consumer.instance_name, queue)
+        if not is_lost and not self.promises.may_come(place, topic_id, unit.messages[0].queue_offset):
+            what = f"{unit.messages[0].queue_offset} of {spell(queue)}"
+            raise BrokenPromise("again", f"{consumer.who} was given {what}; its group was told that more is committed.")
         self._check_topic(consumer, queue, topic_id)
         for message in unit.messages:
             self._check_message(consumer, message, topic_id)
@@ -196,7 +221,7 @@ class World:
         """Who has got messages of a topic gets none any more of a former one of the name. What was read before its flush may
         be of one that a power cut has undone."""
         before = consumer.topic_ids.get(queue, 0)
-        if 0 < topic_id < before and not self.promises.is_async(queue.broker_name, queue.topic):
+        if 0 < topic_id < before and not self.promises.is_cut(queue.broker_name, queue.topic):
             raise BrokenPromise("former", f"{consumer.who} gets {spell(queue)} of topic {topic_id} after that of {before}.")
         consumer.topic_ids[queue] = topic_id or before
 
@@ -207,21 +232,30 @@ class World:
         if not self.promises.is_wanted(consumer.group.name, message.body):
             raise BrokenPromise("filter", f"{consumer.who} got {posting} with tag {posting.tag}, which its group does not want.")
         broker = self.brokers[message.queue.broker_name]
-        is_async = self.promises.is_async(message.queue.broker_name, message.topic)
-        is_lost = self.promises.may_have_lost(message.queue.broker_name, message.body)
-        is_excused = is_async or is_lost or self.promises.is_damaged(message.body)
-        if is_excused or broker.check is None or broker.machine is None:
-            return
+        if broker.check is None or broker.machine is None:
+            self._unplaced.setdefault(broker.name, []).append((consumer.who, message, topic_id))
+        else:
+            self._check_placed(consumer.who, message, topic_id)
+
+    def _check_placed(self, who: str, message: Message, topic_id: int) -> None:
+        """It was given what its broker has, and has flushed where that comes first."""
+        broker, posting = self.brokers[message.queue.broker_name], self.promises.postings[message.body]
+        assert broker.check is not None
+        is_cut = self.promises.is_cut(broker.name, message.topic)
+        is_lost = is_cut or self.promises.may_have_lost(broker.name, message.body) or self.promises.is_damaged(message.body)
         placed = broker.check.placed(message.queue, message.queue_offset, topic_id)
+        if is_lost:
+            return
         is_expired = broker.check.is_expired(message.queue, message.queue_offset)
         is_former = self.promises.is_former(broker.name, topic_id)
         if placed is None and (is_expired or is_former or self.promises.is_gone(broker.name, message.body)):
             return  # the segments of deleted topics go first
         if placed is None or placed.body != message.body:
             place = f"{message.queue_offset} of {spell(message.queue)}"
-            raise BrokenPromise("phantom", f"{consumer.who} got {posting} from {place}; {placed} is there.")
-        if placed.end > broker.store.flushed_position:
-            raise BrokenPromise("visible", f"{consumer.who} got {posting} of {spell(message.queue)} before it was flushed.")
+            raise BrokenPromise("phantom", f"{who} got {posting} from {place}; {placed} is there.")
+        is_async = self.promises.is_async(broker.name, message.topic)
+        if placed.end > broker.store.flushed_position and not is_async:
+            raise BrokenPromise("visible", f"{who} got {posting} of {spell(message.queue)} before it was flushed.")
 
     def checked(self, broker: VirtualBroker) -> dict[int, tuple[int, int]]:
         """The entries that the broker's log had in its last life."""
@@ -256,9 +290,7 @@ class World:
         """A consumer was told that the brokers have these offsets, or, where it went on meanwhile, later ones."""
         for queue, offset in offsets.items():
             broker = self.brokers[queue.broker_name]
-            is_lost = any(
-                self.promises.is_unsure(kind, broker.name, consumer.group.name) for kind in (OffsetsCommitted, GroupSubscribed)
-            )
+            is_lost = self.promises.is_place_lost((consumer.group.name, consumer.instance_name, queue))
             if broker.role is None or is_lost or self.promises.may_be_reset(queue) or not consumer.holds(queue):
                 continue
             topic, reading = broker.store.tables.topics.get(queue.topic), consumer.core.reader.readings[queue]
@@ -301,6 +333,8 @@ class World:
             broker.note_losses()
             if broker.is_disk_suspect:
                 broker.compare_queues()
+            for given in self._unplaced.pop(broker.name, ()):
+                self._check_placed(*given)
             for consumer in self.consumers:
                 consumer.broker_up(broker.name)
 
@@ -318,7 +352,8 @@ class World:
 def _check_owner(consumer: VirtualConsumer, other: VirtualConsumer, unit: Unit) -> None:
     queue, topic_id = unit.process_queue.queue, consumer.topic_id(unit.process_queue)
     what = f"{consumer.who} delivers {spell(queue)} from {unit.offset}"
-    if other.holds(queue) and other.topic_id(other.core.reader.readings[queue].process_queue) == topic_id:
+    theirs = other.core.reader.readings[queue].process_queue if other.holds(queue) else None
+    if theirs is not None and other.topic_id(theirs) == topic_id and not other.is_lease_lost(theirs):
         raise BrokenPromise("owner", f"{what} while {other.who} holds a lease that is valid by its own rules.")
     if other.is_giving_back(queue, topic_id):
         raise BrokenPromise("drain", f"{what} while {other.who} still works on some of it.")
