@@ -417,7 +417,7 @@ class PullConsumer(Consumer):
         check_timeout(timeout_ms)
         engine, cursor = self._ready()
         if self._auto_commit:
-            cursor.finish()
+            cursor.finish_given()
         rest = cursor.take_rest(max_messages)
         if rest:
             return rest
@@ -454,10 +454,14 @@ class PullConsumer(Consumer):
         while True:
             queue, rest, is_whole = cursor.queue, cursor.rest, True
             for cursor.index, message in rest:
+                if cursor.rest is not rest:  # a poll took some
+                    break
                 if queue is None or queue.is_draining or queue.is_dropped:  # without a call: no Ctrl-C before it is given
                     is_whole = False
                     break
                 yield message
+            if cursor.rest is not rest:
+                continue
             cursor.leave_unit(is_whole=is_whole)
             if self._auto_commit:
                 cursor.finish()

@@ -315,6 +315,17 @@ def finish_what_is_being_given(patch: Patch) -> None:
     patch.setattr(Cursor, "settle", Cursor.finish_given)
 
 
+def settle_what_a_poll_took(patch: Patch) -> None:
+    take_rest = Cursor.take_rest
+
+    def hasty(self: Cursor, messages_max: int) -> Any:
+        taken = take_rest(self, messages_max)
+        self.index = max(self.index, self._polled_end - 1)
+        return taken
+
+    patch.setattr(Cursor, "take_rest", hasty)
+
+
 def say_at_once_that_a_commit_is_done(patch: Patch) -> None:
     commit = Committer.commit
 
@@ -829,6 +840,7 @@ VARIANTS = [
     Variant("do not tell that a seek goes back", do_not_tell_that_a_seek_goes_back, {"commit"}, PULLING),
     Variant("always reset", always_reset, {"commit"}, PULLING),
     Variant("finish what is being given", finish_what_is_being_given, {"commit"}, ITERATING),
+    Variant("settle what a poll took", settle_what_a_poll_took, {"commit"}, PULLING),
     Variant("say at once that a commit is done", say_at_once_that_a_commit_is_done, {"commit"}, PULLING),
     Variant("do not commit assigned queues at close", do_not_commit_assigned_queues_at_close, {"commit"}, {"work": readers()}),
     Variant("go on behind what was got", go_on_behind_what_was_got, {"missed", "commit"}, {"work": readers()} | AWAY),

@@ -85,8 +85,15 @@ class InterruptedReader:
             if message.queue_offset % 3 == 2:
                 break
 
+    def mix(self) -> None:
+        for message in self.consumer:
+            self.given.append((message.queue.queue_id, message.queue_offset))
+            self.poll()
+            if len(self.given) > 8:
+                break
 
-@pytest.mark.parametrize("step", [InterruptedReader.poll, InterruptedReader.iterate])
+
+@pytest.mark.parametrize("step", [InterruptedReader.poll, InterruptedReader.iterate, InterruptedReader.mix])
 def test_what_an_exception_kept_from_the_caller_comes_again(step: Callable[[InterruptedReader], None]) -> None:
     """Ctrl-C at every place where Python may run a handler: what is finished was given, and what is left is not forgotten."""
     places = 0
@@ -161,6 +168,33 @@ def test_a_poll_takes_what_an_iteration_has_left(desk: Desk) -> None:
     assert (queue.commit_offset, queue.in_flight) == (5, 0)
 
 
+def test_what_a_poll_took_of_a_unit_is_finished_by_the_next_one(desk: Desk) -> None:
+    queue, cursor, _ = begin(desk)
+    iterate(cursor, 1)
+    cursor.finish()
+    cursor.take_rest(3)
+    cursor.settle()
+    assert queue.commit_offset == 1, "what the iteration gave, and nothing of what the poll did"
+    cursor.finish_given()
+    assert (queue.commit_offset, cursor.position(queue)) == (4, 4)
+    cursor.take_rest(9)
+    cursor.settle()
+    assert queue.commit_offset == 4
+    cursor.finish_given()
+    assert (queue.commit_offset, queue.in_flight) == (5, 0)
+
+
+def test_an_iteration_that_goes_on_gives_nothing_again_that_a_poll_took() -> None:
+    reader = InterruptedReader(Desk())
+    reader.turn()
+    iteration = iter(reader.consumer)
+    got = [next(iteration)]
+    got += reader.consumer.poll(1, timeout_ms=0)
+    got += [next(iteration) for _ in range(10)]
+    for queue_id in (0, 1):
+        assert [message.queue_offset for message in got if message.queue.queue_id == queue_id] == list(range(6))
+
+
 def test_an_iteration_goes_on_behind_such_a_poll(desk: Desk) -> None:
     _, cursor, _ = begin(desk)
     iterate(cursor, 1)
@@ -208,7 +242,7 @@ class Caller(RuleBasedStateMachine):
         self.queue = self.desk.queue()
         self.cursor = Cursor(self.desk.inbox)
         self.given: list[int] = []
-        self.iterated_last = False
+        self.open = 0  # of those, how many the caller may be at work on
 
     @rule(counts=st.lists(st.integers(1, 5), min_size=1, max_size=2))
     def arrive(self, counts: list[int]) -> None:
@@ -216,27 +250,27 @@ class Caller(RuleBasedStateMachine):
 
     @rule(messages_max=st.integers(1, 6))
     def poll(self, messages_max: int) -> None:
-        self.cursor.finish()
+        self.cursor.finish_given()
         got = [message.queue_offset for message in self.cursor.take_rest(messages_max)]
         while len(got) < messages_max and (unit := self.desk.take(messages_max - len(got))) is not None:
             self.cursor.give([unit])
             got += offsets(unit)
         assert len(got) <= messages_max
         self.given += got
-        self.iterated_last = False
+        self.open = len(got)
 
     @rule(count=st.integers(1, 6))
     def loop(self, count: int) -> None:
         while count:
             got = iterate(self.cursor, count)
             self.given += got
-            self.iterated_last = self.iterated_last or bool(got)
+            self.open = min(len(got), 1) or self.open
             count -= len(got)
             if not count:
                 return
             self.cursor.leave_unit(is_whole=True)
             self.cursor.finish()
-            self.iterated_last = False
+            self.open = 0
             unit: Any = self.desk.take(4)
             if unit is None:
                 return
@@ -250,6 +284,7 @@ class Caller(RuleBasedStateMachine):
     @rule()
     def finish_given(self) -> None:
         self.cursor.finish_given()
+        self.open = 0
         assert self.queue.commit_offset == len(self.given)
 
     @invariant()
@@ -258,8 +293,8 @@ class Caller(RuleBasedStateMachine):
         assert self.cursor.position(self.queue) >= len(self.given)
 
     @invariant()
-    def nothing_is_finished_before_it_was_given(self) -> None:
-        assert self.queue.commit_offset <= len(self.given)
+    def nothing_is_finished_while_the_caller_is_at_work_on_it(self) -> None:
+        assert self.queue.commit_offset <= len(self.given) - self.open
 
 
 TestCaller = Caller.TestCase

@@ -74,6 +74,8 @@ class VirtualPuller(VirtualConsumer):
         self._work_rng = Random(f"{world.plan.seed} {group.name}-{slot}#{life} work")
         self._given: list[Message] = []
         self._is_busy = False
+        self._mix_rng = Random(f"{world.plan.seed} {group.name}-{slot}#{life} mix")
+        self._poll_share = self._mix_rng.choice((0.0, 0.0, 0.3)) if pulls.iterates else 1.0
         self._paused: list[MessageQueue] = []
         super().__init__(world, group, slot, life)
         if not self.finishes_by_itself:
@@ -128,7 +130,8 @@ class VirtualPuller(VirtualConsumer):
             return
         if self.finishes_by_itself:
             self._finish_given()
-        messages = self._iterate() if self.pulls.iterates else self.door.poll(self._work_rng.randint(1, 20), 0)
+        is_polling = self._mix_rng.random() < self._poll_share
+        messages = self.door.poll(self._work_rng.randint(1, 20), 0) if is_polling else self._iterate()
         self._got(messages)
         if not self.finishes_by_itself and self._given and (not messages or self._work_rng.random() < 0.3):
             self._commit()

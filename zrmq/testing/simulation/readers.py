@@ -116,10 +116,12 @@ class VirtualReader(VirtualPuller):
 
     def _await_topics(self, topics: list[str]) -> None:
         """As `PullConsumer.queues`, for one topic after the other."""
+        if self.is_leaving:
+            return
         self._instance.await_route(partial(self._routed, topics), ASK_MS, topics[0])
 
     def _routed(self, topics: list[str], error: ZrmqError | None) -> None:
-        if self.is_leaving or isinstance(error, ClosedError):
+        if isinstance(error, ClosedError):
             return
         if error is not None:
             self.machine.call_later(RETRY_MS, partial(self._await_topics, topics))
