@@ -166,6 +166,7 @@ class PushConsumer(Consumer):
         Signals end it when it is called in the main thread; from the first one on they mean again what they meant before. Raises
         as `start`, also when the group refuses this consumer later; and what a listener ended the program with.
         """
+        check_fork(self._forks)
         with _until_signal(partial(self._ended.put, None)):
             if self._engine is None:
                 self._await_end(self._begin())  # a signal must not have to wait for the start
@@ -185,7 +186,7 @@ class PushConsumer(Consumer):
         check_timeout(timeout_ms)
         self._ended.put(None)
         if threading.current_thread() in self._workers:
-            threading.Thread(target=self._close, args=(timeout_ms,), name="zrmq-consumer-close").start()
+            self._close_elsewhere(timeout_ms)
         else:
             self._close(timeout_ms)
 
@@ -281,7 +282,8 @@ class PushConsumer(Consumer):
 
     def _await_workers(self, engine: Engine, deadline_ms: float) -> None:
         for worker in self._workers:
-            worker.join(max(deadline_ms - engine.loop.clock.monotonic_ms(), 0.0) / 1000.0)
+            if worker.is_alive():  # not yet, perhaps: a signal handler may close while they are started, and they end at once
+                worker.join(max(deadline_ms - engine.loop.clock.monotonic_ms(), 0.0) / 1000.0)
         left = sum(worker.is_alive() for worker in self._workers)
         if left:
             log.warning("listeners_left", group=self.group, listeners=left)
@@ -392,10 +394,16 @@ class PullConsumer(Consumer):
     def close(self, timeout_ms: int = CLOSE_MS) -> None:
         """Commit what is finished, give the queues back, leave. Closing twice does nothing.
 
-        What the last `poll` returned, or an iteration gave last, is not finished: it comes again unless `commit` was called.
+        What the last `poll` returned, or an iteration gave last, is not finished: it comes again unless `commit` was called. In a
+        signal handler that interrupts a poll or an iteration, which ends, it may return before it is done; another `close` waits.
         """
         check_timeout(timeout_ms)
-        self._close(timeout_ms)
+        engine = self._engine
+        if engine is not None and engine.is_interrupted():
+            engine.inbox.close()
+            self._close_elsewhere(timeout_ms)
+        else:
+            self._close(timeout_ms)
 
     def __enter__(self) -> Self:
         return self
@@ -462,6 +470,7 @@ class PullConsumer(Consumer):
                 yield message
             if cursor.rest is not rest:
                 continue
+            check_fork(self._forks)
             cursor.leave_unit(is_whole=is_whole)
             if self._auto_commit:
                 cursor.finish()

@@ -24,6 +24,8 @@ import zrmq
 from tests.unit.real_cluster import running_cluster
 from zrmq.client import membership
 from zrmq.client.allocation import AllocateByCircle
+from zrmq.client.process_queue import ProcessQueue
+from zrmq.client.runtime import ClientThread
 from zrmq.errors import (
     ClosedError,
     Code,
@@ -481,6 +483,50 @@ def test_a_signal_may_come_just_when_run_begins_to_wait(consumers: Callable[...,
         sys.setprofile(None)
     with pytest.raises(ClosedError):
         consumer.assigned()
+
+
+def test_a_signal_handler_may_close_in_the_middle_of_a_poll(
+    consumers: Callable[..., Any], producer: zrmq.Producer, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it has the lock that the consumer's own thread waits for."""
+    consumer = pull_consumer(consumers, name)
+    thread = consumer._thread
+    cut = ProcessQueue.cut
+
+    def interrupted(queue: ProcessQueue, messages_max: int) -> Any:
+        monkeypatch.undo()
+        with pytest.raises(InvalidArgumentError, match="A signal handler interrupted"):
+            consumer.assigned()
+        consumer.close()
+        return cut(queue, messages_max)
+
+    monkeypatch.setattr(ProcessQueue, "cut", interrupted)
+    producer.send(name, b"1")
+    with pytest.raises(ClosedError):
+        while True:
+            consumer.poll()
+    consumer.close()
+    with pytest.raises(ClosedError):
+        thread.call(lambda: None)
+
+
+def test_a_signal_handler_may_close_in_the_middle_of_a_start(
+    consumers: Callable[..., Any], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    consumer = consumers(zrmq.PushConsumer, name)
+    consumer.subscribe(name, "*", print)
+    at_close = ClientThread.at_close
+
+    def interrupted(thread: ClientThread, step: Any) -> None:
+        monkeypatch.undo()
+        consumer.close()
+        at_close(thread, step)
+
+    monkeypatch.setattr(ClientThread, "at_close", interrupted)
+    with pytest.raises(ClosedError, match="The consumer is closed"):
+        consumer.start()
+    with pytest.raises(ClosedError):
+        consumer._thread.call(lambda: None)
 
 
 def test_a_close_that_an_exception_ends_gives_the_queues_back(
@@ -1053,6 +1099,7 @@ def test_assigning_what_is_no_queue() -> None:
         zrmq.PullConsumer().assign(["meters"])  # type: ignore[list-item]
 
 
+TOO_EARLY = [datetime(1969, 12, 31, tzinfo=UTC), datetime(1, 1, 1, tzinfo=UTC)]
 NO_QUEUE: list[Any] = [5, None, "meters", [MessageQueue("meters", "broker-a", 0)], ("meters", "broker-a", 0)]
 NO_TIMEOUT: list[Any] = ["1", None, -1, True, float("nan"), float("inf"), 1 << 70, [1]]
 QUEUE = MessageQueue("meters", "broker-a", 0)
@@ -1083,7 +1130,7 @@ QUEUE = MessageQueue("meters", "broker-a", 0)
     (zrmq.PullConsumer, lambda it, x: it.seek_to_earliest(x), NO_QUEUE, "is no message queue"),
     (zrmq.PullConsumer, lambda it, x: it.seek_to_latest(x), NO_QUEUE, "is no message queue"),
     (zrmq.PullConsumer, lambda it, x: it.seek_to_timestamp(0, x), NO_QUEUE, "is no message queue"),
-    (zrmq.PullConsumer, lambda it, x: it.seek_to_timestamp(x), ["0", None, 1.5, [0], 10**30], "is no time"),
+    (zrmq.PullConsumer, lambda it, x: it.seek_to_timestamp(x), ["0", None, 1.5, [0], 10**30, *TOO_EARLY], "is no time"),
     (zrmq.PullConsumer, lambda it, x: it.position(x), NO_QUEUE, "is no message queue"),
     (zrmq.PullConsumer, lambda it, x: it.committed(x), NO_QUEUE, "is no message queue"),
     (zrmq.PullConsumer, lambda it, x: it.pause(x), NO_QUEUE, "is no message queue"),
@@ -1146,9 +1193,15 @@ def test_a_forked_child_gets_an_error_and_harms_nobody(consumers: Callable[..., 
     pushing = consumers(zrmq.PushConsumer, name + "-2")
     pushing.subscribe(name, "*", lambda message: None)
     pushing.start()
+    producer.send(name, b"first")
+    iteration = iter(pulling)
+    assert next(iteration).body == b"first"
     child = os.fork()
     if child == 0:
-        calls = [pulling.poll, pulling.commit, pulling.assigned, pushing.pause, lambda: next(iter(pulling))]
+        calls = [
+            pulling.poll, pulling.commit, pulling.assigned, pushing.pause, pushing.run, lambda: next(iter(pulling)),
+            lambda: next(iteration),
+        ]
         os._exit(sum(not _raises_forked(call) for call in calls) + _fails(pulling.close) + _fails(pushing.close))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     producer.send(name, b"still there")

@@ -143,6 +143,9 @@ class Consumer:
             raise
         thread.at_close(engine.leave)
         self._thread, self._engine = thread, engine
+        if self._is_closed:  # by a signal handler, when there was nothing to close yet
+            thread.close()
+            self._check_usable()
         return engine
 
     def _config(self) -> ConsumingConfig:
@@ -180,6 +183,10 @@ class Consumer:
             raise self._engine.inbox.failure
         return self._engine
 
+    def _close_elsewhere(self, timeout_ms: float) -> None:
+        """Close, without waiting for that: this thread has something that the closing needs."""
+        threading.Thread(target=self._close, args=(timeout_ms,), name="zrmq-consumer-close").start()
+
     def _close(self, timeout_ms: float) -> None:
         """Wait for those at work, commit what is finished, leave, end the thread. Only once, and never in a forked child, whose
         threads and sockets stayed with the parent."""
@@ -216,14 +223,22 @@ class Consumer:
     def _call(self, function: Callable[[], T]) -> T:
         """What the function returns on the engine's thread."""
         assert self._thread is not None
+        self._check_uninterrupted()
         return self._thread.call(function)
 
     def _wait(self, begin: Callable[[Callable[[Any], None]], None], what: str, timeout_ms: int = ASK_MS) -> Any:
         """What `begin`, run on the engine's thread, gives sooner or later. A `ZrmqError` is raised."""
         assert self._thread is not None
+        self._check_uninterrupted()
         answer = Answer()
         self._thread.post(lambda: begin(answer.give))
         return answer.wait(timeout_ms + ANSWER_MARGIN_MS, what)
+
+    def _check_uninterrupted(self) -> None:
+        if self._engine is not None and self._engine.is_interrupted():
+            raise InvalidArgumentError(
+                "A signal handler interrupted this consumer and may only close it; set a flag there, and ask outside the handler."
+            )
 
     def _ask(self, broker_name: str, kind: type[Request], *fields: object) -> AnyReply:
         """A broker's reply."""
@@ -272,11 +287,13 @@ def check_queues(queues: Iterable[MessageQueue]) -> list[MessageQueue]:
 
 def time_ms(given: When) -> int:
     """Milliseconds since 1970 UTC, or `InvalidArgumentError`. A datetime without a zone is local time."""
-    if isinstance(given, datetime):
-        return round(given.timestamp() * 1000)
-    if isinstance(given, int) and not isinstance(given, bool) and 0 <= given <= OFFSET_MAX:
-        return given
-    raise InvalidArgumentError(f"{given!r} is no time; give a datetime, or milliseconds since 1970-01-01 UTC.")
+    try:
+        time_ms = round(given.timestamp() * 1000) if isinstance(given, datetime) else given
+    except (OSError, OverflowError, ValueError):  # local time has its own bounds, by the platform
+        time_ms = -1
+    if isinstance(time_ms, int) and not isinstance(time_ms, bool) and 0 <= time_ms <= OFFSET_MAX:
+        return time_ms
+    raise InvalidArgumentError(f"{given!r} is no time; give a datetime or milliseconds, not before 1970-01-01 UTC.")
 
 
 def _check_model(given: MessageModel | str) -> MessageModel:

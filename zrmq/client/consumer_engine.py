@@ -35,11 +35,17 @@ class Engine:
         self.loop = loop
         self.started = threading.Event()
         self.settle: Callable[[], None] = lambda: None
-        self.inbox = Inbox(ThreadQueue(), threading.Lock(), loop.clock, self._wake, in_order=in_order)
+        self._inbox_lock: Any = threading.RLock()
+        self.inbox = Inbox(ThreadQueue(), self._inbox_lock, loop.clock, self._wake, in_order=in_order)
         self.instance = ClientInstance(loop, nameservers, identity, rng)
         self.core = ConsumerCore(
             loop, config, self.inbox, self.instance, rng, settle=lambda: self.settle(), on_started=self.started.set
         )
+
+    def is_interrupted(self) -> bool:
+        """Whether the calling thread is within the inbox: then this is a signal handler. It must not wait for the engine's
+        thread, which may be waiting for the inbox."""
+        return bool(self._inbox_lock._is_owned())
 
     def put_back_later(self, unit: Unit, delay_ms: float) -> None:
         """Hand a failed unit out again after a while. From any thread."""
