@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 Buffer = bytes | bytearray | memoryview
 FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk, or this user's part of it, has no room
+NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)  # clients' connections may have taken them all
 
 IOV_MAX = 1024  # buffers the kernel takes in one pwritev; Linux and macOS agree
 ZEROS = bytes(1 << 20)

@@ -298,6 +298,25 @@ def test_a_full_disk_heals_by_itself() -> None:
     assert bench.bodies(queue)
 
 
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE])
+def test_a_log_that_may_open_no_file_heals_by_itself(number: int) -> None:
+    """Connections count as open files, and they end."""
+    bench = StoreBench(free_refuse_bytes=0)
+    (queue, _) = bench.topic()
+    bench.append(queue)
+    bench.files.fail("open", number, times=3)
+    refused = 0
+    for _ in range(100):
+        try:
+            bench.append(queue, size=700)
+        except DiskFullError as error:
+            assert "may open no more files" in error.message
+            refused += 1
+    assert refused == 3
+    bench.flush()
+    assert len(bench.bodies(queue)) == 98
+
+
 def test_a_disk_that_does_not_tell_its_room_has_failed() -> None:
     bench = full_bench(3)
     queue = bench.queue()

@@ -24,7 +24,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from zrmq.errors import DiskFullError, FolderUnusableError
-from zrmq.files import FULL, Buffer, Files, OpenFile, fill_zeros, read_fully, write_fully
+from zrmq.files import FULL, NO_DESCRIPTOR, Buffer, Files, OpenFile, fill_zeros, read_fully, write_fully
 from zrmq.logs import get_logger
 from zrmq.protocol.batch import KIND_SEGMENT_END, encode_entry
 from zrmq.store.job import Job
@@ -206,7 +206,8 @@ class CommitLog:
     def roll(self, now_ms: int, reserve_bytes: int) -> None:
         """Go on in a new segment; `reserve_bytes` have to stay free when a file must be made for it.
 
-        Raises `DiskFullError` before anything changed. `OSError` from writing the end of the old segment.
+        Raises `DiskFullError` before anything changed, also when no file can be opened. `OSError` from writing the end of the old
+        segment.
         """
         old = self.active
         segment = self._make_segment(self.appended_position if old is None else old.end, reserve_bytes)
@@ -248,6 +249,12 @@ class CommitLog:
         except OSError as error:
             if error.errno in FULL:
                 raise self._full(0, reserve_bytes) from error
+            if error.errno in NO_DESCRIPTOR:
+                raise DiskFullError(
+                    f"This process may open no more files, and the log in {self.folder} needs one. Raise its limit (ulimit -n)"
+                    " or let fewer clients connect; sending works again by itself.",
+                    folder=str(self.folder),
+                ) from error
             raise
         self.spares.pop()
         segment = Segment(path, start, start + self.segment_bytes)
