@@ -22,7 +22,7 @@ from zrmq.client.producing import ProducerCore
 from zrmq.errors import Code, RequestRefusedError
 from zrmq.message import ConsumeFrom, FlushMode, MessageQueue
 from zrmq.protocol.events import BrokerStarted, GroupSubscribed, LeaseGranted, OffsetsCommitted, TopicPut
-from zrmq.protocol.requests import Hello, Leased, Offsets
+from zrmq.protocol.requests import Committed, Hello, Leased, Offsets
 from zrmq.serving.context import Context
 from zrmq.serving.core import BrokerCore
 from zrmq.serving.groups import GroupDesk
@@ -315,6 +315,13 @@ def finish_what_is_being_given(patch: Patch) -> None:
     patch.setattr(Cursor, "settle", Cursor.finish_given)
 
 
+def go_on_where_it_was_after_a_seek_back(patch: Patch) -> None:
+    begin_anew = reading.Reader.begin_anew
+    patch.setattr(reading.Reader, "begin_anew", lambda self, old, offset: (
+        begin_anew(self, old, max(offset, old.process_queue.position))
+    ))
+
+
 def settle_what_a_poll_took(patch: Patch) -> None:
     take_rest = Cursor.take_rest
 
@@ -324,6 +331,16 @@ def settle_what_a_poll_took(patch: Patch) -> None:
         return taken
 
     patch.setattr(Cursor, "take_rest", hasty)
+
+
+def say_that_a_commit_is_done_before_its_flush(patch: Patch) -> None:
+    def hasty(self: Context, session: Any, reply: Any) -> None:
+        if isinstance(reply, Committed):
+            self.outbox.now(session.peer, reply)
+        else:
+            self.outbox.after_flush(self.store.appended_position, session.peer, reply)
+
+    patch.setattr(Context, "reply_when_safe", hasty)
 
 
 def say_at_once_that_a_commit_is_done(patch: Patch) -> None:
@@ -840,7 +857,11 @@ VARIANTS = [
     Variant("do not tell that a seek goes back", do_not_tell_that_a_seek_goes_back, {"commit"}, PULLING),
     Variant("always reset", always_reset, {"commit"}, PULLING),
     Variant("finish what is being given", finish_what_is_being_given, {"commit"}, ITERATING),
+    Variant("go on where it was after a seek back", go_on_where_it_was_after_a_seek_back, {"missed"}, PULLING),
     Variant("settle what a poll took", settle_what_a_poll_took, {"commit"}, PULLING),
+    Variant("say that a commit is done before its flush", say_that_a_commit_is_done_before_its_flush, {"commit", "again"}, {
+        "faults": {"broker_power_cut": 700.0}, "flush_ms": (1.0, 40.0),
+    }),
     Variant("say at once that a commit is done", say_at_once_that_a_commit_is_done, {"commit"}, PULLING),
     Variant("do not commit assigned queues at close", do_not_commit_assigned_queues_at_close, {"commit"}, {"work": readers()}),
     Variant("go on behind what was got", go_on_behind_what_was_got, {"missed", "commit"}, {"work": readers()} | AWAY),

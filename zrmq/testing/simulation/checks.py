@@ -186,6 +186,7 @@ def check_accounts(world: World) -> None:
         if not world.brokers[name].damage.hurt:  # views may have what is damaged in the log
             check_relocated(name, world.brokers[name].store, check, is_refused=bool(world.trace.counts["state_not_relocated"]))
     _check_topics(world)
+    _check_commits(world)
     _check_acknowledged(world, checks)
     _check_copies(world, checks)
     for group in world.plan.groups:
@@ -208,6 +209,19 @@ def _check_topics(world: World) -> None:
         known = world.brokers[broker_name].store.tables.topics[topic].config
         if known != config:
             raise BrokenPromise("topics", f"{broker_name} said that a topic is {config}, and it is {known}.")
+
+
+def _check_commits(world: World) -> None:
+    """Groups stand where their members were told that they do, or behind."""
+    for (group, instance_name, queue), topic_id, offset in world.promises.all_told():
+        tables = world.brokers[queue.broker_name].store.tables
+        topic = tables.topics_by_id.get(topic_id)
+        if topic is None:
+            continue  # deleted since
+        known = tables.groups[group].start_offset(topic, queue.queue_id, instance_name) if group in tables.groups else None
+        if max(known or 0, topic.queues[queue.queue_id].min_offset) < offset:
+            what = f"{offset} of {spell(queue)} is committed; in the end {known} is"
+            raise BrokenPromise("commit", f"{group} {instance_name} was told that {what}.")
 
 
 def _check_acknowledged(world: World, checks: dict[str, LogCheck]) -> None:

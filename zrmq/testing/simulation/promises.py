@@ -6,7 +6,7 @@ each group have got through. Both are what a user can see, taken at the public e
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from math import inf
 from typing import Any, NamedTuple
 
@@ -289,6 +289,12 @@ class Promises:
         """A consumer knows that this is committed: what lies before does not come again, unless somebody seeks."""
         if not self.is_beyond_end(place):  # else the broker has committed less than it was told
             self._told[place, topic_id] = max(offset, self._told.get((place, topic_id), 0))
+
+    def all_told(self) -> Iterator[tuple[Place, int, int]]:
+        """What consumers know to be committed: place, topic id, offset. Not where their broker may have lost it."""
+        for (place, topic_id), offset in self._told.items():
+            if not (self.is_place_lost(place) or place[2] in self._went_back):
+                yield place, topic_id, offset
 
     def may_come(self, place: Place, topic_id: int, offset: int) -> bool:
         """Whether a message may still be given to the group."""

@@ -26,6 +26,7 @@ from zrmq.testing.simulation.consumers import CLOSE_MS, ReadyLine, VirtualConsum
 from zrmq.testing.simulation.plan import GroupPlan
 from zrmq.testing.simulation.trace import spell
 from zrmq.testing.simulation.work import PullPlan
+from zrmq.transport.options import fork_count
 
 if TYPE_CHECKING:
     from zrmq.testing.simulation.world import World
@@ -56,6 +57,7 @@ class Door(PullConsumer):
     def __init__(self, consumer: VirtualPuller) -> None:
         self.group = consumer.group.name
         self.cursor = Cursor(consumer.inbox)
+        self._forks = fork_count()
         self._auto_commit = consumer.finishes_by_itself
         self._consumer = consumer
 
@@ -73,6 +75,7 @@ class VirtualPuller(VirtualConsumer):
         self.pulls = pulls
         self._work_rng = Random(f"{world.plan.seed} {group.name}-{slot}#{life} work")
         self._given: list[Message] = []
+        self._sought: dict[ProcessQueue, int] = {}  # where it goes on that has given nothing since
         self._is_busy = False
         self._mix_rng = Random(f"{world.plan.seed} {group.name}-{slot}#{life} mix")
         self._poll_share = self._mix_rng.choice((0.0, 0.0, 0.3)) if pulls.iterates else 1.0
@@ -159,6 +162,8 @@ class VirtualPuller(VirtualConsumer):
 
     def _take_unit(self, unit: Unit) -> None:
         self.in_flight[unit] = self._world.brokers[unit.process_queue.queue.broker_name].life
+        sought = self._sought.pop(unit.process_queue, unit.offset)
+        self._world.passed_over(self, unit.process_queue, sought, unit.messages[0].queue_offset)
         self._world.handed_out(self, unit)
 
     def _finish_given(self) -> None:
@@ -245,6 +250,9 @@ class VirtualPuller(VirtualConsumer):
         for unit in [unit for unit in self.in_flight if unit.process_queue is reading.process_queue]:
             del self.in_flight[unit]
         self.door.seek(queue, offset)
+        anew = self.core.reader.readings.get(queue)
+        if anew is not None:
+            self._sought[anew.process_queue] = offset
 
     def _pause_some(self) -> None:
         queues = self.core.queues()

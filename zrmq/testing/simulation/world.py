@@ -6,7 +6,7 @@ from collections.abc import Callable
 from random import Random
 
 from zrmq.client.batch import OneWay
-from zrmq.client.process_queue import Unit
+from zrmq.client.process_queue import ProcessQueue, Unit
 from zrmq.errors import Code, ZrmqError
 from zrmq.message import FlushMode, Message, MessageQueue, SendReceipt
 from zrmq.protocol.events import PERMISSION_WRITE, TopicConfig, TopicPut
@@ -216,6 +216,22 @@ class World:
         self._check_topic(consumer, queue, topic_id)
         for message in unit.messages:
             self._check_message(consumer, message, topic_id)
+
+    def passed_over(self, consumer: VirtualConsumer, process_queue: ProcessQueue, start: int, end: int) -> None:
+        """A consumer that goes on from `start` is given what is at `end` first: nothing in between is for it."""
+        queue, topic_id = process_queue.queue, consumer.topic_id(process_queue)
+        broker, promises = self.brokers[queue.broker_name], self.promises
+        if broker.check is None or broker.machine is None or topic_id != promises.topic_ids.get((broker.name, queue.topic)):
+            return
+        contents = broker.contents(queue)
+        for offset in range(start, end):
+            placed = contents.get(offset)
+            if placed is None or promises.is_damaged(placed.body) or promises.is_deleted(broker.name, placed.end):
+                continue
+            if promises.is_wanted(consumer.group.name, placed.body):
+                posting = promises.postings[placed.body]
+                what = f"{posting}, at {offset} of {spell(queue)}"
+                raise BrokenPromise("missed", f"{consumer.who} sought {start} and never got {what}.")
 
     def _check_topic(self, consumer: VirtualConsumer, queue: MessageQueue, topic_id: int) -> None:
         """Who has got messages of a topic gets none any more of a former one of the name. What was read before its flush may
