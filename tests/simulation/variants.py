@@ -912,8 +912,8 @@ VARIANTS = [
     Variant("go on in a topic made anew", go_on_in_a_topic_made_anew, {"missed", "phantom"}, RENEWING | {
         "faults": {"broker_restart": 1_500.0},
     }),
-    Variant("inherit offsets", inherit_offsets, {"commit", "missed"}, REMAKING),
-    Variant("inherit leases", inherit_leases, {"phantom", "commit", "missed", "lease"}, REMAKING),
+    Variant("inherit offsets", inherit_offsets, {"again", "commit", "missed"}, REMAKING),
+    Variant("inherit leases", inherit_leases, {"again", "phantom", "commit", "missed", "lease"}, REMAKING),
     Variant("keep queue files by name", keep_queue_files_by_name, {"views"}, REMAKING | {
         "checkpoint_ms": 3_000, "batch_records_max": 1, "burst_max": 30,
     }),
