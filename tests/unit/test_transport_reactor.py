@@ -205,6 +205,31 @@ def test_a_signal_handler_may_call(reactor: Reactor) -> None:
         signal.signal(signal.SIGUSR1, before)
 
 
+@pytest.mark.skipif(not hasattr(os, "eventfd"), reason="it rings otherwise here")
+def test_a_signal_handler_that_interrupted_a_ring_may_wait_for_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that closes a producer does: the loop ends meanwhile, and its descriptor only when the ring is over."""
+    reactor = Reactor()
+    thread = threading.Thread(target=lambda: (reactor.run(), reactor.close()))
+    interrupted: list[bool] = []
+
+    def write(descriptor: int, value: int) -> None:
+        real_write(descriptor, value)
+        if threading.current_thread() is not thread and not interrupted:
+            interrupted.append(True)
+            reactor.stop()
+            thread.join(DEADLINE_S)
+            assert not thread.is_alive()
+            real_write(descriptor, value)  # still ours: no OSError
+
+    real_write = reactor_module.os.eventfd_write
+    monkeypatch.setattr(reactor_module.os, "eventfd_write", write)
+    thread.start()
+    while not interrupted:
+        reactor.call_soon_threadsafe(lambda: None)
+    with pytest.raises(ClosedError):
+        reactor.call_soon_threadsafe(lambda: None)
+
+
 def test_it_wakes_by_a_pair_of_sockets_where_there_is_no_eventfd(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(reactor_module.os, "eventfd", raising=False)
     reactor = Reactor()

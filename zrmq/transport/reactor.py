@@ -89,7 +89,7 @@ class Reactor:
         self._is_stopping = False
         self._has_ended = False
         self._is_asleep = False
-        self._bell = _Bell()
+        self._bell: _Bell | None = _Bell()
         self.watch(self._bell.descriptor, self._bell.silence)
 
     # --- Loop -------------------------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ class Reactor:
             self._take_back(callback)
         elif self._is_asleep:
             self._is_asleep = False  # one ring is enough, whoever else calls meanwhile
-            self._bell.ring()
+            self._ring()
 
     def before_sleep(self, callback: Callback) -> None:
         self._hooks.append(callback)
@@ -146,7 +146,7 @@ class Reactor:
     def stop(self) -> None:
         """End `run` after the turn it is in; from any thread, any number of times."""
         self._is_stopping = True
-        self._bell.ring()
+        self._ring()
 
     def close(self) -> None:
         """Close what is still open, and the context if it is ours, within a few seconds. `run` has ended, or never began."""
@@ -154,7 +154,9 @@ class Reactor:
         for closable in list(self._closables):
             closable.close()
         self._timers.clear()
-        self._bell.close()
+        if self._bell is not None:
+            self.unwatch(self._bell.descriptor)
+            self._bell = None
         if self._owns_context and not self.context.closed:
             end_context(self.context)
 
@@ -190,6 +192,11 @@ class Reactor:
             self._cancelled_count = 0
 
     # --- a turn -----------------------------------------------------------------------------------------------------
+
+    def _ring(self) -> None:
+        bell = self._bell
+        if bell is not None:
+            bell.ring()
 
     def _turn(self) -> None:
         self._is_asleep = True  # before the look at the calls: who appends after that look sees us asleep
@@ -260,10 +267,15 @@ class Reactor:
 
 
 class _Bell:
-    """Wakes the poller from another thread: an eventfd where there is one, a pair of sockets elsewhere."""
+    """Wakes the poller from another thread: an eventfd where there is one, a pair of sockets elsewhere.
+
+    It ends with the last reference to it, and whoever rings has one: a closed descriptor's number may be somebody else's file by
+    the time a late ring writes to it. No lock, which a signal handler could have interrupted and then wait for the loop's end.
+    """
 
     def __init__(self) -> None:
         self._pair: tuple[socket.socket, socket.socket] | None = None
+        self.descriptor = -1
         if hasattr(os, "eventfd"):
             self.descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         else:
@@ -271,21 +283,14 @@ class _Bell:
             for end in self._pair:
                 end.setblocking(False)
             self.descriptor = self._pair[0].fileno()
-        # Reentrant, because a signal handler may ring in the thread that rings. Held, because a closed descriptor's number may be
-        # somebody else's file by the time a late ring writes to it.
-        self._lock = threading.RLock()
-        self._is_closed = False
 
     def ring(self) -> None:
-        """Make the descriptor readable; from any thread. Does nothing once closed."""
-        with self._lock:
-            if self._is_closed:
-                return
-            if self._pair is None:
-                os.eventfd_write(self.descriptor, 1)
-            else:
-                with suppress(BlockingIOError):  # full: it has been rung often enough
-                    self._pair[1].send(b"!")
+        """Make the descriptor readable; from any thread."""
+        if self._pair is None:
+            os.eventfd_write(self.descriptor, 1)
+        else:
+            with suppress(BlockingIOError):  # full: it has been rung often enough
+                self._pair[1].send(b"!")
 
     def silence(self) -> None:
         """Make it unreadable until the next ring. It is readable now."""
@@ -294,14 +299,8 @@ class _Bell:
         else:
             self._pair[0].recv(4096)
 
-    def close(self) -> None:
-        """Let go of the descriptors."""
-        with self._lock:
-            if self._is_closed:
-                return
-            self._is_closed = True
-            if self._pair is None:
-                os.close(self.descriptor)
-            else:
-                for end in self._pair:
-                    end.close()
+    def __del__(self) -> None:
+        for end in self._pair or ():
+            end.close()
+        if self._pair is None and self.descriptor >= 0:
+            os.close(self.descriptor)
