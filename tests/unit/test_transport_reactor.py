@@ -344,6 +344,18 @@ def test_the_end_of_the_context_ends_the_loop() -> None:
     assert context.closed
 
 
+def test_the_end_of_the_context_costs_no_call_that_was_asked_for(reactor: Reactor) -> None:
+    done: list[int] = []
+
+    def fail_so() -> None:
+        raise zmq.ContextTerminated
+
+    for call in (fail_so, fail_so, lambda: done.append(1), fail_so, lambda: done.append(2)):
+        reactor.call_soon_threadsafe(call)
+    run_bounded(reactor)
+    assert done == [1, 2]
+
+
 def test_a_loop_is_run_once(reactor: Reactor) -> None:
     reactor.call_soon_threadsafe(reactor.stop)
     reactor.run()

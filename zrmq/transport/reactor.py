@@ -141,7 +141,8 @@ class Reactor:
         finally:
             self._has_ended = True
             while self._calls:
-                self._guard(self._make_calls)
+                with suppress(zmq.ContextTerminated):  # one that fails so costs the others nothing: somebody may wait for them
+                    self._guard(self._make_calls)
 
     def stop(self) -> None:
         """End `run` after the turn it is in; from any thread, any number of times."""
