@@ -214,6 +214,18 @@ def test_one_that_is_collected_unclosed_warns_and_its_thread_ends() -> None:
     assert not worker.is_alive()
 
 
+def test_its_thread_ends_even_if_the_warning_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
+    thread = ClientThread("zrmq-test")
+    worker = thread._engine._thread
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        del thread
+        gc.collect()
+    worker.join(30)
+    assert not worker.is_alive()
+
+
 def test_a_closed_one_is_collected_silently() -> None:
     thread = ClientThread("zrmq-test")
     thread.close()

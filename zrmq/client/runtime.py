@@ -85,9 +85,9 @@ class ClientThread:
     def __del__(self) -> None:
         engine: _Engine | None = getattr(self, "_engine", None)
         if engine is not None and not engine.is_closing and not engine.is_elsewhere():
-            message = f"{engine.name} was never closed; call close() or use `with`."
-            warnings.warn(message, ResourceWarning, stacklevel=2, source=self)
             engine.begin_close()  # without waiting: the collector runs in any thread, perhaps in this very one
+            message = f"{engine.name} was never closed; call close() or use `with`."
+            warnings.warn(message, ResourceWarning, stacklevel=2, source=self)  # last: it may be told to raise
 
 
 class _Engine:
