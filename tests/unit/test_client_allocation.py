@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from random import Random
 from typing import Any
@@ -217,6 +218,7 @@ def raising(*_: Any) -> Any:
     [
         (raising, "raising failed with ZeroDivisionError('of mine')"),
         (lambda *_: None, "failed with TypeError"),
+        (lambda *_: sys.exit(3), "failed with SystemExit(3)"),
         (lambda group, client_id: [], "failed with TypeError"),
         (AllocateAveragely, "AllocateAveragely failed with TypeError"),
         (lambda *_: [MessageQueue("meters", "ghost", 0)], "returned MessageQueue(topic='meters', broker_name='ghost'"),

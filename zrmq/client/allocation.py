@@ -37,7 +37,7 @@ def allocate(
     try:
         chosen = list(strategy(group, client_id, list(known), list(everybody)))
         wrong = [queue for queue in chosen if queue not in available]
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # the latter would end the I/O thread, and say less
         raise InvalidArgumentError(
             f"The allocation strategy {name} failed with {error!r}; it is called with (group, client_id, queues, members) and "
             "has to return some of the queues.",
