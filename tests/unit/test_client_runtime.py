@@ -185,6 +185,23 @@ def test_a_hook_that_raises_ends_the_thread_and_later_calls_are_refused(
     assert "the disk is gone" in capsys.readouterr().err
 
 
+def test_one_that_ends_by_itself_says_so_and_takes_its_last_steps(
+    thread: ClientThread, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A callback's sys.exit() counts: of that a thread would say nothing."""
+    taken: list[str] = []
+    thread.at_close(lambda done: sys.exit(4))
+    thread.at_close(lambda done: taken.append(threading.current_thread().name))
+    thread.post(lambda: sys.exit(3))
+    thread._engine._thread.join(30)
+    assert taken == ["zrmq-test"]
+    logged = capsys.readouterr().err
+    assert "client_thread_failed" in logged and "SystemExit: 3" in logged
+    assert "last_step_failed" in logged and "SystemExit: 4" in logged
+    with pytest.raises(ClosedError):
+        thread.call(lambda: None)
+
+
 def test_an_instance_says_goodbye_when_its_thread_is_closed() -> None:
     with NameServer(nameserver_port=0, start_grace_ms=0) as nameserver:
         thread = ClientThread("zrmq-test")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,43 @@ def test_closing_closes_what_was_made_and_ends_it(tmp_path: Path) -> None:
         producer.send("meters", b"late")
     with pytest.raises(ClosedError, match="make a new one"):
         fabric.producer()
+
+
+def test_clients_that_wait_hear_of_it_when_what_they_are_embedded_in_ends(tmp_path: Path) -> None:
+    fabric = zrmq.embedded(tmp_path)
+    fabric.producer().send_async("meters", b"21.5").result()
+    raised: dict[str, BaseException] = {}
+
+    def wait(name: str, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except ClosedError as error:
+            raised[name] = error
+
+    messages = iter(fabric.pull_consumer(None, "meters", consume_from="earliest"))
+    assert next(messages).body == b"21.5"
+    polled = fabric.pull_consumer(None, "meters")
+    polled.start()
+    listening = fabric.consume("alarms", "meters", lambda message: None)
+    admin = fabric.admin()
+    admin.cluster()
+    waiters = [
+        threading.Thread(target=wait, args=each) for each in {
+            "iteration": lambda: next(messages), "poll": lambda: polled.poll(timeout_ms=3_600_000), "run": listening.run,
+            "admin": lambda: admin._wait(lambda finish: admin._instance.await_route(finish, 3_600_000, "never")),
+        }.items()
+    ]
+    for waiter in waiters:
+        waiter.start()
+    assert fabric._host is not None
+    fabric._host.stop()  # as when it fails
+    for waiter in waiters:
+        waiter.join(20)
+    assert sorted(raised) == ["admin", "iteration", "poll", "run"]
+    assert isinstance(polled.failure, ClosedError) and "Make a new consumer" in str(raised["run"])
+    with pytest.raises(ClosedError):
+        polled.poll()
+    fabric.close()
 
 
 def test_connected_clients_reach_a_running_cluster(tmp_path: Path) -> None:

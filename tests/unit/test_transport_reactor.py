@@ -344,6 +344,14 @@ def test_the_end_of_the_context_ends_the_loop() -> None:
     assert context.closed
 
 
+def test_the_end_of_the_context_ends_a_loop_that_has_no_socket_open() -> None:
+    context = make_context()
+    reactor = Reactor(context)
+    reactor.call_later(0, lambda: threading.Thread(target=context.term).start())
+    run_bounded(reactor)
+    reactor.close()
+
+
 def test_the_end_of_the_context_costs_no_call_that_was_asked_for(reactor: Reactor) -> None:
     done: list[int] = []
 

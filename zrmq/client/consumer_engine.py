@@ -53,7 +53,14 @@ class Engine:
             self.loop.call_soon_threadsafe(lambda: self._put_back_later(unit, delay_ms))
 
     def leave(self, on_done: Callable[[], None]) -> None:
-        """The thread's last step: commit, and say goodbye."""
+        """The thread's last step: commit, and say goodbye; or tell those who wait for messages that the loop ended by itself."""
+        try:
+            self.loop.call_soon_threadsafe(lambda: None)
+        except ClosedError:
+            if not self.inbox.is_closed:
+                self.inbox.close(ClosedError("The consumer's I/O thread has ended; the log says why. Make a new consumer."))
+            self.started.set()
+            return
         self.core.close(lambda: self.instance.close(on_done), LAST_COMMIT_MS)
 
     def _put_back_later(self, unit: Unit, delay_ms: float) -> None:

@@ -71,6 +71,9 @@ class ClientThread:
     def at_close(self, step: LastStep) -> None:
         """Let `step` run on the thread when it is closed. It is given a function to call, within a second, when it is done.
 
+        It runs as well when the thread ends by itself (its context has ended, a callback called `sys.exit`), so that those who
+        wait for something hear of it; then the loop has ended, nothing can be sent any more, and nobody waits for the step.
+
         It must not refer to this object, or an unclosed one is never collected.
         """
         self._engine.last_steps.append(step)
@@ -135,13 +138,17 @@ class _Engine:
     def _run(self) -> None:
         try:
             self.reactor.run()
-        except Exception:
+        except BaseException:  # a callback's sys.exit() too, of which a thread says nothing by itself
             log.exception("client_thread_failed", name=self.name)
-        finally:
-            self.is_closing = True
-            _running.discard(self)
+        self.is_closing = True
+        _running.discard(self)
+        try:
             if not _exit.is_set():  # a thread that starts threads, as this does, may not any more; and nothing is left to free
                 self.reactor.close()
+        finally:
+            if not self._is_leaving:
+                for step in self.last_steps:
+                    self._take(step, lambda: None)
 
     def _leave(self) -> None:
         """Take the last steps together; stop when all are done, or time is up."""
@@ -164,7 +171,7 @@ class _Engine:
     def _take(self, step: LastStep, count: Callable[[], None]) -> None:
         try:
             step(count)
-        except Exception:
+        except BaseException:  # as in `_run`: it calls what users gave it
             log.exception("last_step_failed", name=self.name)
             count()
 

@@ -28,7 +28,7 @@ from zrmq.logs import get_logger
 from zrmq.transport.address import parse_address, parse_connect_address
 from zrmq.transport.client import connect, connect_push
 from zrmq.transport.interface import Connection, ConnectionListener, RequestHandler
-from zrmq.transport.options import Context, Socket, check_fork, end_context, fork_count, make_context
+from zrmq.transport.options import Context, Socket, check_fork, end_context, fork_count, make_context, open_socket
 from zrmq.transport.server import SocketEndpoint
 
 SLEEP_MS_MAX = 1_000  # a loop with nothing to do looks around that often
@@ -134,6 +134,8 @@ class Reactor:
         """Work until `stop`, in this thread. Then make the calls that were asked for before that; later ones are refused."""
         self._check_usable()
         try:
+            if not self._owns_context:  # with no socket open, as while no server is there, nothing else would tell us of its end
+                self.watch(self._opened(open_socket(self.context, zmq.PAIR)), lambda: None)
             while not self._is_stopping:
                 self._turn()
         except zmq.ContextTerminated:
