@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -32,7 +33,7 @@ class Fabric:
         self.nameservers = tuple(nameservers)
         self._context = context
         self._host = host
-        self._clients: list[Any] = []
+        self._clients: dict[Any, None] = {}  # in the order made
         self._closed = False
 
     def producer(self, group: str = "DEFAULT_PRODUCER", **options: Any) -> Producer:
@@ -70,14 +71,16 @@ class Fabric:
         return self._made(Admin(**self._where()))
 
     def close(self) -> None:
-        """Close what was made here, newest first, and the embedded broker last. Closing twice does nothing."""
-        if self._closed:
-            return
+        """Close what was made here, newest first, and the embedded broker last, also when an exception (Ctrl-C, say) ends a step.
+
+        Closing twice does nothing, or goes on where an exception ended the first time.
+        """
         self._closed = True
-        for client in reversed(self._clients):
-            client.close()
-        if self._host is not None:
-            self._host.stop()
+        with ExitStack() as steps:
+            if self._host is not None:
+                steps.callback(self._host.stop)
+            for client in list(self._clients):
+                steps.callback(client.close)
 
     def __enter__(self) -> Self:
         return self
@@ -91,7 +94,10 @@ class Fabric:
         return {"nameservers": self.nameservers, "context": self._context}
 
     def _made(self, client: Client) -> Client:
-        self._clients.append(client)
+        for each in list(self._clients):
+            if each._thread is not None and each._thread.has_ended:  # closed: we need not close it
+                self._clients.pop(each, None)
+        self._clients[client] = None
         return client
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,40 @@ def test_closing_closes_what_was_made_and_ends_it(tmp_path: Path) -> None:
         producer.send("meters", b"late")
     with pytest.raises(ClosedError, match="make a new one"):
         fabric.producer()
+
+
+def test_an_exception_during_the_close_keeps_nothing_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fabric = zrmq.embedded(tmp_path)
+    before, interrupted = fabric.producer(), fabric.producer()
+    close = interrupted.close
+
+    def interrupt() -> None:
+        monkeypatch.setattr(interrupted, "close", close)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(interrupted, "close", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fabric.close()
+    with pytest.raises(ClosedError):
+        before.send("meters", b"late")
+    with zrmq.embedded(tmp_path):
+        fabric.close()
+    with pytest.raises(ClosedError):
+        interrupted.send("meters", b"late")
+
+
+def test_what_was_closed_before_is_forgotten(tmp_path: Path) -> None:
+    with zrmq.embedded(tmp_path) as fabric:
+        fabric.producer().send("meters", b"1")
+        collected = []
+        for make in (fabric.producer, fabric.admin, lambda: fabric.pull_consumer(None, "meters"), fabric.producer):
+            with make() as client:
+                if isinstance(client, zrmq.PullConsumer):
+                    client.start()
+                collected.append(weakref.ref(client))
+        del client
+        gc.collect()
+        assert [each() is None for each in collected] == [True, True, True, False], "the last one goes when the next is made"
 
 
 def test_clients_that_wait_hear_of_it_when_what_they_are_embedded_in_ends(tmp_path: Path) -> None:

@@ -45,6 +45,11 @@ class ClientThread:
         return self._engine.reactor
 
     @property
+    def has_ended(self) -> bool:
+        """Whether the thread is through with everything, after `close` or by itself."""
+        return not self._engine.is_alive()
+
+    @property
     def context(self) -> Context:
         """For lanes, which are used beside the thread."""
         return self._engine.reactor.context
@@ -111,6 +116,10 @@ class _Engine:
 
     def is_current(self) -> bool:
         return threading.current_thread() is self._thread
+
+    def is_alive(self) -> bool:
+        """Whether the thread still runs."""
+        return self._thread.is_alive()
 
     def is_elsewhere(self) -> bool:
         """Whether the thread stayed with the parent of a fork."""
