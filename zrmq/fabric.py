@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from zrmq.config import BrokerConfig, NameServerConfig, find_nameservers, load
 from zrmq.errors import ClosedError
+from zrmq.transport.options import check_fork, fork_count
 
 if TYPE_CHECKING:
     import zmq
@@ -26,13 +27,14 @@ Client = TypeVar("Client")
 class Fabric:
     """Makes producers and consumers that know where to go. Closing it closes those it made, then, if it is embedded, the broker.
 
-    Any thread may use it. Made by `embedded` and `connect`.
+    Any thread may use it. Made by `embedded` and `connect`. In a forked child an embedded one makes nothing: `ForkedClientError`.
     """
 
     def __init__(self, nameservers: Sequence[str], *, context: zmq.Context[Any] | None = None, host: Host | None = None) -> None:
         self.nameservers = tuple(nameservers)
         self._context = context
         self._host = host
+        self._forks = fork_count()
         self._clients: dict[Any, None] = {}  # in the order made
         self._closed = False
 
@@ -91,6 +93,8 @@ class Fabric:
     def _where(self) -> dict[str, Any]:
         if self._closed:
             raise ClosedError("The fabric was closed; make a new one with zrmq.embedded() or zrmq.connect().")
+        if self._context is not None:  # without it the fabric is some addresses, which are good in a child too
+            check_fork(self._forks)
         return {"nameservers": self.nameservers, "context": self._context}
 
     def _made(self, client: Client) -> Client:

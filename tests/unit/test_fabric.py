@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import pytest
 
 import zrmq
 from tests.unit.real_cluster import running_cluster
-from zrmq.errors import ClosedError, ConfigError, FolderLockedError, UnreachableError
+from zrmq.errors import ClosedError, ConfigError, FolderLockedError, ForkedClientError, UnreachableError
 
 
 def test_embedded_sends_and_reads_and_opens_no_port(tmp_path: Path) -> None:
@@ -133,6 +134,26 @@ def test_clients_that_wait_hear_of_it_when_what_they_are_embedded_in_ends(tmp_pa
     with pytest.raises(ClosedError):
         polled.poll()
     fabric.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_forked_child_makes_no_client_of_an_embedded_broker(tmp_path: Path) -> None:
+    with zrmq.embedded(tmp_path) as fabric, zrmq.connect("tcp://127.0.0.1:1") as connected:
+        child = os.fork()
+        if child == 0:
+            told = 0
+            try:
+                for make in (fabric.producer, fabric.admin, fabric.pull_consumer):
+                    with pytest.raises(ForkedClientError):
+                        make()
+                    told += 1
+                connected.producer().close()
+                fabric.close()
+                told += 1
+            finally:
+                os._exit(told)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 4
+        assert fabric.producer().send("meters", b"21.5").broker_name == "broker-a"
 
 
 def test_connected_clients_reach_a_running_cluster(tmp_path: Path) -> None:
