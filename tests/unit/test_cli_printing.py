@@ -40,6 +40,16 @@ def test_json_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(out) == {"text": "a\nb", "mode": "sync", "none": None}
 
 
+def test_an_output_that_is_not_utf_8_gets_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1"))
+    print_table(("body",), [(escape_bytes("grün → x\n".encode()),)])
+    print_json({"body": "grün → 😀"})
+    first, second, third = written.getvalue().splitlines()
+    assert (first, second) == (b"body", "grün \\u2192 x\\n".encode("latin-1"))
+    assert json.loads(third) == {"body": "grün → 😀"}, "JSON is UTF-8 everywhere"
+
+
 def test_tables_are_plain_where_nobody_looks(capsys: pytest.CaptureFixture[str]) -> None:
     print_table(("topic", "messages"), [("meters", 5), ("a\x1b[2J", 1_000)])
     assert capsys.readouterr().out == "topic     messages\nmeters    5\na\\x1b[2J  1000\n"

@@ -12,8 +12,8 @@ Row = Sequence[object]
 
 
 def print_json(value: object) -> None:
-    """One object, on one line."""
-    click.echo(msgspec.json.encode(value).decode())
+    """One object, on one line. JSON is UTF-8, whatever the output's encoding is."""
+    click.echo(msgspec.json.encode(value))
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Row]) -> None:
@@ -39,10 +39,14 @@ def _draw_table(columns: Sequence[str], cells: Iterable[Sequence[str]]) -> None:
 
 
 def escape(text: str) -> str:
-    """The text with control characters spelled out: what a peer sent must not move the cursor or clear the screen."""
-    if text.isprintable():
+    """The text with control characters spelled out, and those that the output's encoding lacks: what a peer sent must not move
+    the cursor, clear the screen or end the command."""
+    if not text.isprintable():
+        text = "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+    if text.isascii():
         return text
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def escape_bytes(body: bytes) -> str:
