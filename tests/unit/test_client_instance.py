@@ -315,6 +315,12 @@ def test_nameservers_that_answer_nothing_are_named_with_what_to_do(cluster: Clus
     assert error.facts["addresses"] == ("tcp://x:1", "tcp://y:2")
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_an_address_that_cannot_be_one_is_refused_whichever_is_drawn(cluster: Cluster, seed: int) -> None:
+    with pytest.raises(InvalidArgumentError, match="Nobody can connect to"):
+        Client(cluster, seed=seed, nameservers=["tcp://x:1", "tcp://*:9876"])
+
+
 def test_what_a_nameserver_refuses_a_session_for_is_told(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zrmq.client.link.PROTOCOL_VERSION", 99)
     client = Client(cluster)

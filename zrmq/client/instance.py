@@ -104,7 +104,7 @@ class ClientInstance:
         rng: Random,
         listener: InstanceListener | None = None,
     ) -> None:
-        """Begins to connect. Raises `InvalidArgumentError` for an address that cannot be one.
+        """Begins to connect. Raises `InvalidArgumentError` if one of the addresses cannot be one.
 
         `listener` may also be set afterwards, in the same turn.
         """

@@ -18,6 +18,7 @@ from zrmq.client.link import Identity, Link
 from zrmq.errors import InvalidFrameError, NotReadyError, RequestTimeoutError, UnreachableError, ZrmqError
 from zrmq.logs import get_logger
 from zrmq.protocol.requests import ROUTE_OF_OTHERS, AnyReply, QueryRoute, Route
+from zrmq.transport.address import parse_connect_address
 from zrmq.transport.interface import Loop, Timer
 
 QUERY_TIMEOUT_MS = 3_000
@@ -48,7 +49,9 @@ class RouteWatch:
         rng: Random,
         on_answer: Callable[[Route, bool], None],
     ) -> None:
-        """Begins to connect. Raises `InvalidArgumentError` for an address that cannot be one."""
+        """Begins to connect. Raises `InvalidArgumentError` if one of the addresses cannot be one."""
+        for address in nameservers:  # all, not only the one that is drawn: the others' turn comes when nobody looks
+            parse_connect_address(address)
         self.trouble: ZrmqError | None = None
         self._loop = loop
         self._nameservers = tuple(nameservers)
