@@ -955,6 +955,12 @@ def test_a_result_can_be_waited_for_in_other_threads() -> None:
     assert offsets == [100, 100, 100]
 
 
+@pytest.mark.parametrize("timeout_ms", ["x", float("nan"), b"1"])
+def test_what_cannot_be_waited_is_refused(timeout_ms: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match="give a number of milliseconds"):
+        Setup().append().result(timeout_ms)
+
+
 def test_waiting_too_short_is_not_the_end() -> None:
     setup = Setup()
     handle = setup.append()

@@ -120,6 +120,7 @@ def test_a_deleted_topic_is_gone(admin: Admin) -> None:
 
 IMPOSSIBLE: list[dict[str, Any]] = [
     {"queue_count": -1}, {"queue_count": "4"}, {"flush_mode": "never"}, {"retention_ms": 1.5}, {"colour": 1}, {"topic": "x"},
+    {"queue_count": object()}, {"flush_mode": object()},
 ]
 
 

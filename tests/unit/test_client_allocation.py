@@ -153,13 +153,22 @@ GOLDEN = {
 }
 
 
-@pytest.mark.parametrize("points", [0, -1, 1_001])
-def test_the_number_of_points_is_bounded(points: int) -> None:
-    with pytest.raises(InvalidArgumentError, match="use 1 to 1000"):
+@pytest.mark.parametrize("points", [0, -1, 1_001, "10"])
+def test_the_number_of_points_is_bounded(points: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match="give a whole number from 1 to 1000"):
         AllocateConsistentHash(points)
 
 
 # --- by config, nearby ----------------------------------------------------------------------------------------------
+
+
+A_QUEUE = MessageQueue("meters", "a", 0)
+
+
+@pytest.mark.parametrize("queues", [5, "meters", A_QUEUE, [A_QUEUE, ("meters", "a", 1)], [[A_QUEUE]]])
+def test_by_config_takes_queues_only(queues: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match="is no list of message queues; give those"):
+        AllocateByConfig(queues)
 
 
 def test_by_config_takes_what_is_named_and_exists() -> None:

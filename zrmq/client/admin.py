@@ -305,7 +305,7 @@ def _configure(config: TopicConfig, settings: dict[str, Any]) -> TopicConfig:
             f"A topic has no setting {min(unknown)!r}; it has {', '.join(names[1:])}.", setting=min(unknown)
         )
     try:
-        return msgspec.convert(msgspec.to_builtins(msgspec.structs.replace(config, **settings)), TopicConfig)
+        return msgspec.convert(msgspec.structs.astuple(msgspec.structs.replace(config, **settings)), TopicConfig)
     except msgspec.ValidationError as error:
         name = names[int(str(error).rpartition("$[")[2].rstrip("]`"))]  # msgspec ends with where: at `$[3]`
         what = str(error).partition(" - at")[0].replace("Expected", "give", 1).partition(", got")[0]

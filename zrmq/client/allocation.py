@@ -16,6 +16,7 @@ from hashlib import blake2b
 
 from zrmq.errors import InvalidArgumentError
 from zrmq.message import MessageQueue
+from zrmq.protocol.limits import check_number
 
 Strategy = Callable[[str, str, Sequence[MessageQueue], Sequence[str]], Iterable[MessageQueue]]
 
@@ -81,9 +82,7 @@ class AllocateConsistentHash:
 
     def __init__(self, points: int = POINTS_PER_MEMBER) -> None:
         """Raises `InvalidArgumentError` unless `points` is from 1 to 1,000."""
-        if not 1 <= points <= 1_000:
-            raise InvalidArgumentError(f"points is {points}; use 1 to 1000.", points=points)
-        self._points = points
+        self._points = check_number("points", points, 1, 1_000)
 
     def __call__(
         self, group: str, client_id: str, queues: Sequence[MessageQueue], members: Sequence[str]
@@ -102,7 +101,11 @@ class AllocateByConfig:
     """The queues named for this member, as far as they exist. Every queue has to be named for exactly one member."""
 
     def __init__(self, queues: Iterable[MessageQueue]) -> None:
-        self._queues = frozenset(queues)
+        """Raises `InvalidArgumentError` for what are no message queues."""
+        chosen = list(queues) if isinstance(queues, Iterable) else None
+        if chosen is None or not all(isinstance(queue, MessageQueue) for queue in chosen):
+            raise InvalidArgumentError(f"{queues!r} is no list of message queues; give those that this member is to have.")
+        self._queues = frozenset(chosen)
 
     def __call__(
         self, group: str, client_id: str, queues: Sequence[MessageQueue], members: Sequence[str]

@@ -274,6 +274,8 @@ class SendHandle(msgspec.Struct, frozen=True, eq=False, gc=False):
         Raises what the message failed with, or `RequestTimeoutError` when it is still on its way; ask again later then. Must
         not wait inside a callback (`InvalidArgumentError`): the thread that it runs on is the one that would answer.
         """
+        if timeout_ms is not None and (not isinstance(timeout_ms, int | float) or timeout_ms != timeout_ms):  # nan
+            raise InvalidArgumentError(f"timeout_ms is {timeout_ms!r}; give a number of milliseconds, or None.")
         batch = self.batch
         if not batch.wait(timeout_ms):
             raise RequestTimeoutError(
