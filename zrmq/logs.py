@@ -67,7 +67,7 @@ class Logger:
         import structlog
 
         target = structlog.get_logger() if structlog.is_configured() else structlog.wrap_logger(
-            structlog.WriteLogger(_stderr),  # type: ignore[arg-type]
+            _lines,
             processors=_processors(pretty=True),
             wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
         )
@@ -107,7 +107,7 @@ def configure_logging(log_format: LogFormat = "auto", level: LogLevel = "info") 
     structlog.configure(
         processors=_processors(pretty),
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
-        logger_factory=structlog.WriteLoggerFactory(_stderr),  # type: ignore[arg-type]
+        logger_factory=lambda: _lines,
         cache_logger_on_first_use=False,
     )
 
@@ -138,18 +138,21 @@ def _is_configured() -> bool:
     return is_configured is not None and bool(is_configured())
 
 
-class _Stderr:
-    """sys.stderr as it is at each line. A line that cannot be written is lost: a closed terminal must not end a broker."""
+class _Lines:
+    """Writes to sys.stderr as it is at each line. One that cannot be written is lost: a closed terminal must not end a broker.
 
-    def write(self, text: str) -> None:
-        with suppress(OSError, ValueError):
-            if sys.stderr is not None:
-                sys.stderr.write(text)
+    structlog's own writer holds a lock meanwhile. A signal handler that logs waits for it for ever when it has interrupted a line
+    of its thread, and so does a forked child when another thread was writing. Lines are whole without it, as each is one `write`;
+    Python refuses the handler's (RuntimeError) while it is in the middle of another.
+    """
 
-    def flush(self) -> None:
-        with suppress(OSError, ValueError):
+    def debug(self, line: str) -> None:
+        with suppress(OSError, ValueError, RuntimeError):
             if sys.stderr is not None:
+                sys.stderr.write(line + "\n")
                 sys.stderr.flush()
 
+    info = warning = error = debug
 
-_stderr = _Stderr()
+
+_lines = _Lines()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -164,3 +166,67 @@ def test_a_stderr_that_is_gone_ends_nobody(monkeypatch: pytest.MonkeyPatch, stde
     if configured:
         configure_logging()
     get_logger("store").error("disk_failed")
+
+
+# --- a line in the middle of a line ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("configured", [False, True])
+def test_a_signal_handler_may_log_whatever_its_thread_is_writing(monkeypatch: pytest.MonkeyPatch, configured: bool) -> None:
+    class Interrupted(io.StringIO):
+        def write(self, text: str) -> int:
+            if "disk_failed" in text:
+                signal.raise_signal(signal.SIGUSR1)
+            return super().write(text)
+
+    told = Interrupted()
+    monkeypatch.setattr(sys, "stderr", told)
+    if configured:
+        configure_logging("json")
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: get_logger("host").error("signal_received"))
+    try:
+        get_logger("store").error("disk_failed")
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    first, second = told.getvalue().splitlines()
+    assert "signal_received" in first
+    assert "disk_failed" in second
+
+
+def test_a_line_that_python_refuses_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own stderr does that to a signal handler that came in the middle of a write of its buffer."""
+
+    class Busy(io.StringIO):
+        def write(self, text: str) -> int:
+            raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
+
+    monkeypatch.setattr(sys, "stderr", Busy())
+    get_logger("host").error("signal_received")
+
+
+def test_a_forked_child_may_log_whatever_threads_of_its_parent_were_writing() -> None:
+    program = (
+        "import os, signal, sys, threading\n"
+        "from zrmq.logs import get_logger\n"
+        "writing, may_end = threading.Event(), threading.Event()\n"
+        "class Slow:\n"
+        "    def write(self, text):\n"
+        "        if 'parents' in text:\n"
+        "            writing.set(); may_end.wait(20)\n"
+        "        else:\n"
+        "            print(text, end='')\n"
+        "    def flush(self): sys.stdout.flush()\n"
+        "    def isatty(self): return False\n"
+        "sys.stderr, log = Slow(), get_logger('client')\n"
+        "thread = threading.Thread(target=log.warning, args=('parents',))\n"
+        "thread.start(); writing.wait(20)\n"
+        "pid = os.fork()\n"
+        "if not pid:\n"
+        "    signal.alarm(20)\n"
+        "    log.warning('childs'); os._exit(0)\n"
+        "code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])\n"
+        "may_end.set(); thread.join(); sys.exit(code)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0
+    assert "childs" in done.stdout
