@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
-from zrmq.transport.host import Host
+from zrmq.transport.host import STOP_SIGNALS, Host
 from zrmq.transport.interface import Loop
 from zrmq.transport.reactor import Reactor
 
@@ -98,3 +100,91 @@ def test_a_loop_that_ends_by_a_fault_is_logged(capsys: pytest.CaptureFixture[str
     told = capsys.readouterr().err
     assert "host_failed" in told
     assert "ValueError: a fault" in told
+
+
+# --- signals ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def meanings() -> Iterator[dict[signal.Signals, Any]]:
+    """What the signals mean before a test, and after it."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield before
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+class Acting(Slow):
+    """Does something when it is opened, and when it is stopped."""
+
+    def __init__(
+        self, story: list[str], on_open: Callable[[], None] = lambda: None, on_stop: Callable[[], None] = lambda: None
+    ) -> None:
+        super().__init__("a", story)
+        self.on_open, self.on_stop = on_open, on_stop
+
+    def open(self, loop: Loop) -> None:
+        super().open(loop)
+        self.on_open()
+
+    def stop(self, on_stopped: Callable[[], None]) -> None:
+        self.on_stop()
+        super().stop(on_stopped)
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_is_logged_where_its_thread_is_not_in_the_middle_of_anything(
+    monkeypatch: pytest.MonkeyPatch, meanings: dict[signal.Signals, Any], number: signal.Signals
+) -> None:
+    """A program's own logs may have a lock, which the handler would wait for in the very thread that has it."""
+    story: list[str] = []
+
+    def interrupted() -> None:
+        signal.raise_signal(number)
+        story.append("goes on")
+
+    class Log:
+        def info(self, event: str, **facts: object) -> None:
+            story.append(f"{event} {facts}")
+
+    monkeypatch.setattr("zrmq.transport.host.log", Log())
+    Host(Acting(story, interrupted)).run()
+    assert story == ["a opened", "goes on", f"signal_received {{'signal': '{number.name}'}}", "a stopped"]
+    assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == meanings
+
+
+def test_a_second_signal_ends_what_does_not_stop(meanings: dict[signal.Signals, Any]) -> None:
+    def never_stops() -> None:
+        assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == meanings
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        Host(Acting([], lambda: signal.raise_signal(signal.SIGTERM), never_stops)).run()
+
+
+def test_a_signal_that_comes_when_the_loop_has_ended_is_nothing(
+    monkeypatch: pytest.MonkeyPatch, meanings: dict[signal.Signals, Any]
+) -> None:
+    close = Reactor.close
+
+    def late(reactor: Reactor) -> None:
+        close(reactor)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Reactor, "close", late)
+    host = Host(Slow("a", []))
+    host.run(on_open=lambda: host.reactor.call_soon_threadsafe(host._stop_roles))
+
+
+def test_a_handler_that_python_cannot_put_back_is_followed_by_the_default(
+    monkeypatch: pytest.MonkeyPatch, meanings: dict[signal.Signals, Any]
+) -> None:
+    set_handler = signal.signal
+
+    def of_an_embedding_program(number: signal.Signals, handler: Any) -> None:
+        set_handler(number, handler)
+
+    monkeypatch.setattr(signal, "signal", of_an_embedding_program)
+    Host(Acting([], lambda: signal.raise_signal(signal.SIGTERM))).run()
+    monkeypatch.undo()
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == [signal.SIG_DFL] * 2

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from types import FrameType, TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from zrmq.errors import ClosedError, RequestTimeoutError
 from zrmq.logs import get_logger
@@ -18,6 +18,7 @@ from zrmq.transport.reactor import Reactor
 log = get_logger("host")
 
 STOP_TIMEOUT_MS = 30_000  # a last flush and checkpoint on a slow card
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Role(Protocol):
@@ -42,6 +43,7 @@ class Host:
         self._error: BaseException | None = None
         self._stopping = False
         self._running: list[Role] = []
+        self._handlers: dict[signal.Signals, Any] = {}  # what the signals meant before `run`
 
     @property
     def reactor(self) -> Reactor:
@@ -71,14 +73,17 @@ class Host:
             raise RequestTimeoutError(f"{self._name} did not stop within {timeout_ms} ms; see its log.", timeout_ms=timeout_ms)
 
     def run(self, on_open: Callable[[], None] = lambda: None) -> None:
-        """Run in the calling thread, which must be the main one, until SIGINT or SIGTERM; call `on_open` when all is open."""
+        """Run in the calling thread, which must be the main one, until SIGINT or SIGTERM; call `on_open` when all is open.
+
+        From the first signal on they mean what they meant before, so that a second one ends what does not stop.
+        """
         self._make_reactor()
-        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
+            for number in STOP_SIGNALS:
+                self._handlers[number] = signal.signal(number, self._on_signal)
             self._main(on_open)
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            self._restore_signals()
         if self._error is not None:
             raise self._error
 
@@ -96,8 +101,19 @@ class Host:
         self._reactor = Reactor()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        log.info("signal_received", signal=signal.Signals(number).name)
-        self.reactor.call_soon_threadsafe(self._stop_roles)
+        """Hands it over and no more: the loop's thread is in the middle of anything, such as a log line."""
+        self._restore_signals()
+        with suppress(ClosedError):  # it has just ended by itself
+            self.reactor.call_soon_threadsafe(partial(self._signalled, signal.Signals(number).name))
+
+    def _signalled(self, name: str) -> None:
+        log.info("signal_received", signal=name)
+        self._stop_roles()
+
+    def _restore_signals(self) -> None:
+        while self._handlers:
+            number, handler = self._handlers.popitem()
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: C code's, which Python cannot put back
 
     def _main(self, on_open: Callable[[], None] = lambda: None) -> None:
         try:
