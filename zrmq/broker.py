@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +108,16 @@ class BrokerRole:
         if self._router is None:
             on_stopped()
             return
+        self._loop.call_later(LAST_WORDS_MS, lambda: self._close(on_stopped))  # first: it comes, whatever the others raise
         self.core.stop()
         self._registration.close()
-        self._loop.call_later(LAST_WORDS_MS, lambda: self._close(on_stopped))
+
+    def abandon(self) -> None:
+        """Let go of the folder. What was not flushed is as after a crash: nobody was told that it is stored."""
+        self._is_closed = True
+        if self.store.failure is None:
+            self.store.failure = StoreFailedError("The broker has ended by a fault; its log says which.")
+        _do_all(self._upkeep.close, self._flusher.close, self.store.close)
 
     # --- a turn -------------------------------------------------------------------------------------------------------
 
@@ -172,16 +180,24 @@ class BrokerRole:
         self._registration.topics_changed()
 
     def _close(self, on_stopped: Callable[[], None]) -> None:
-        self._upkeep.close()
-        self._flusher.close()
-        self.core.after_commit()
+        assert self._router is not None
         self._is_closed = True
-        self._ingest.close()
-        if self._router is not None:
-            self._router.close()
-        self.store.close()
-        log.info("broker_stopped", broker_name=self._config.broker_name)
-        on_stopped()
+        _do_all(
+            self._upkeep.close, self._flusher.close, self.core.after_commit, self._ingest.close, self._router.close,
+            self.store.close, partial(log.info, "broker_stopped", broker_name=self._config.broker_name), on_stopped,
+        )
+
+
+def _do_all(*steps: Callable[[], None]) -> None:
+    """Each, whatever those before it raise, or a server would not end and its folder stay locked. Raises all that was raised."""
+    errors = []
+    for step in steps:
+        try:
+            step()
+        except Exception as error:  # noqa: BLE001 - raised below
+            errors.append(error)
+    if errors:
+        raise ExceptionGroup("The broker could not be closed as it should", errors)
 
 
 class Broker(Host):

@@ -48,10 +48,15 @@ class NameServerRole:
 
     def stop(self, on_stopped: Callable[[], None]) -> None:
         """Stop listening; clients and brokers move on to another NameServer."""
-        if self._core is not None:
-            self._core.close()
-            log.info("nameserver_stopped", address=self._core.address)
-        on_stopped()
+        try:
+            if self._core is not None:
+                self._core.close()
+                log.info("nameserver_stopped", address=self._core.address)
+        finally:
+            on_stopped()
+
+    def abandon(self) -> None:
+        """It has sockets and nothing else, and those end with the loop."""
 
 
 class NameServer(Host):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,47 @@ def test_a_taken_port_is_named_and_the_folder_let_go(tmp_path: Path, nameserver:
             make(tmp_path / "two", nameserver, broker_port=port, broker_name="broker-b").start()
     with make(tmp_path / "two", nameserver, broker_name="broker-b"):
         pass
+
+
+def fail() -> None:
+    raise ZeroDivisionError("a fault of ours")
+
+
+def test_a_broker_that_ends_by_a_fault_lets_its_folder_go_and_says_so(tmp_path: Path, nameserver: str) -> None:
+    """The process that embeds it lives on, and may open the folder again."""
+    with pytest.raises(ZeroDivisionError), make(tmp_path / "data", nameserver) as broker:
+        await_brokers(nameserver, 1)
+        with zrmq.Producer(nameservers=nameserver) as producer:
+            producer.send("meters", b"21.5")
+        broker.reactor.before_sleep(fail)
+        assert broker._thread is not None
+        broker._thread.join()
+    with make(tmp_path / "data", nameserver) as broker:
+        assert broker._role.store.tables.topics["meters"].queues
+        assert broker._role.store.recovery.is_clean is False
+
+
+@pytest.mark.parametrize("part", ["core.stop", "_registration.close", "_flusher.close", "_router.close"])
+def test_whatever_goes_wrong_while_it_stops_it_stops_and_lets_its_folder_go(
+    tmp_path: Path, nameserver: str, part: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broker = make(tmp_path / "data", nameserver)
+    broker.start()
+    owner, _, name = part.rpartition(".")
+    place = attrgetter(owner)(broker._role) if owner else broker._role
+    call = getattr(place, name)
+
+    def unsure() -> None:
+        call()
+        if broker._stopping:
+            raise ZeroDivisionError("a fault of ours")
+
+    monkeypatch.setattr(place, name, unsure)
+    with suppress(ZeroDivisionError):
+        broker.stop()
+    assert "ZeroDivisionError: a fault of ours" in capsys.readouterr().err
+    with make(tmp_path / "data", nameserver) as broker:
+        assert broker._role.store.recovery.is_clean
 
 
 def test_it_is_started_once_and_stopped_any_number_of_times(tmp_path: Path, nameserver: str) -> None:

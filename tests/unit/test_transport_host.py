@@ -29,6 +29,9 @@ class Slow:
     def stop(self, on_stopped: Callable[[], None]) -> None:
         self.loop.call_later(1, lambda: self._stopped(on_stopped))
 
+    def abandon(self) -> None:
+        self.story.append(f"{self.name} abandoned")
+
     def _stopped(self, on_stopped: Callable[[], None]) -> None:
         self.story.append(f"{self.name} stopped")
         on_stopped()
@@ -84,22 +87,75 @@ def test_stop_may_be_called_while_another_stop_is_under_way(monkeypatch: pytest.
     second.join()
 
 
-def test_a_loop_that_ends_by_a_fault_is_logged(capsys: pytest.CaptureFixture[str]) -> None:
-    """Who embeds it may not call it for days."""
+def fail() -> None:
+    raise ValueError("a fault")
 
-    def fail() -> None:
-        raise ValueError("a fault")
 
-    host = Host(Slow("a", []))
+def end_by_a_fault(host: Host) -> None:
     host.start()
     host.reactor.before_sleep(fail)
     host.reactor.call_soon_threadsafe(lambda: None)
     assert host._thread is not None
     host._thread.join()
-    host.stop()
+
+
+def test_a_loop_that_ends_by_a_fault_is_logged(capsys: pytest.CaptureFixture[str]) -> None:
+    """Who embeds it may not call it for days."""
+    end_by_a_fault(Host(Slow("a", [])))
     told = capsys.readouterr().err
     assert "host_failed" in told
     assert "ValueError: a fault" in told
+
+
+def test_roles_of_a_loop_that_ended_by_a_fault_are_abandoned_and_the_fault_is_told_once() -> None:
+    story: list[str] = []
+    host = Host(Slow("a", story), Slow("b", story))
+    end_by_a_fault(host)
+    assert story[2:] == ["a abandoned", "b abandoned"]
+    with pytest.raises(ValueError, match="a fault"):
+        host.stop()
+    host.stop()
+
+
+def test_what_cannot_be_abandoned_or_closed_keeps_nobody_and_hides_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Stubborn(Slow):
+        def abandon(self) -> None:
+            super().abandon()
+            raise OSError("cannot be abandoned")
+
+    close = Reactor.close
+
+    def unsure(reactor: Reactor) -> None:
+        close(reactor)
+        raise OSError("cannot be closed")
+
+    monkeypatch.setattr(Reactor, "close", unsure)
+    story: list[str] = []
+    host = Host(Stubborn("a", story), Slow("b", story))
+    end_by_a_fault(host)
+    with pytest.raises(ValueError, match="a fault"):
+        host.stop()
+    assert story[2:] == ["a abandoned", "b abandoned"]
+    told = capsys.readouterr().err
+    assert "OSError: cannot be abandoned" in told
+    assert "OSError: cannot be closed" in told
+
+
+def test_a_role_whose_stop_raises_keeps_no_other_from_stopping() -> None:
+    story: list[str] = []
+
+    class Unsure(Slow):
+        def stop(self, on_stopped: Callable[[], None]) -> None:
+            super().stop(on_stopped)
+            raise OSError("not as it should")
+
+    host = Host(Slow("a", story), Unsure("b", story))
+    host.start()
+    with pytest.raises(OSError, match="not as it should"):
+        host.stop()
+    assert story[2:] == ["b stopped", "a stopped"]
 
 
 # --- signals ------------------------------------------------------------------------------------------------------------

@@ -105,6 +105,10 @@ class Box:
         """The broker first: it unregisters."""
         self.broker.stop(lambda: self.nameserver.stop(on_stopped))
 
+    def abandon(self) -> None:
+        """The broker's folder; the NameServer has none."""
+        self.broker.abandon()
+
 
 def _load(kind: type[Config], file: str | None, flags: dict[str, Any]) -> Config:
     """The role's options from file, environment and flags; and the process made ready to be a server."""

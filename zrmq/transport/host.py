@@ -22,13 +22,16 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Role(Protocol):
-    """What a host runs. Both are called on the reactor's thread."""
+    """What a host runs. All are called on the reactor's thread."""
 
     def open(self, loop: Loop) -> None:
         """Take up work: open files, listen. What it raises is raised by `Host.start` or `Host.run`."""
 
     def stop(self, on_stopped: Callable[[], None]) -> None:
-        """Finish what was taken, let go of files and sockets, then call `on_stopped` once, now or later."""
+        """Finish what was taken, let go of files and sockets, then call `on_stopped` once, now or later, whatever goes wrong."""
+
+    def abandon(self) -> None:
+        """Let go of files and locks here and now, and promise nothing more: the loop has ended before a stop did."""
 
 
 class Host:
@@ -60,17 +63,21 @@ class Host:
         self._opened.wait()
         if self._error is not None:
             self._thread.join()
-            raise self._error
+        self._raise_error()
 
     def stop(self, timeout_ms: int = STOP_TIMEOUT_MS) -> None:
-        """Stop the roles and wait for that; from any thread but the reactor's, any number of times."""
-        if self._thread is None or not self._thread.is_alive():
+        """Stop the roles and wait for that; from any thread but the reactor's, any number of times.
+
+        Raises, once, the error by which they have ended before.
+        """
+        if self._thread is None:
             return
-        with suppress(ClosedError):  # somebody else has stopped it, and waits as we do
+        with suppress(ClosedError):  # it has ended; or somebody else has stopped it, and waits as we do
             self.reactor.call_soon_threadsafe(self._stop_roles)
         self._thread.join(timeout_ms / 1000)
         if self._thread.is_alive():
             raise RequestTimeoutError(f"{self._name} did not stop within {timeout_ms} ms; see its log.", timeout_ms=timeout_ms)
+        self._raise_error()
 
     def run(self, on_open: Callable[[], None] = lambda: None) -> None:
         """Run in the calling thread, which must be the main one, until SIGINT or SIGTERM; call `on_open` when all is open.
@@ -84,8 +91,7 @@ class Host:
             self._main(on_open)
         finally:
             self._restore_signals()
-        if self._error is not None:
-            raise self._error
+        self._raise_error()
 
     def __enter__(self) -> Self:
         self.start()
@@ -125,8 +131,23 @@ class Host:
             if self._opened.is_set():  # nobody waits for it
                 log.exception("host_failed", name=self._name)
         finally:
-            self.reactor.close()
+            for step in (*[role.abandon for role in self._running], self.reactor.close):
+                self._try(step)
             self._opened.set()
+
+    def _try(self, step: Callable[[], None]) -> None:
+        """Do it, whatever it raises: others come after it, and the first error is the one to know of."""
+        try:
+            step()
+        except Exception as error:
+            log.exception("host_not_closed", name=self._name)
+            self._error = self._error or error
+
+    def _raise_error(self) -> None:
+        """Once: who cleans up afterwards has been told."""
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
 
     def _open_roles(self, on_open: Callable[[], None]) -> None:
         """Open all; when one cannot, stop those before it, which takes turns of the reactor: they let go of files and locks."""
@@ -146,7 +167,7 @@ class Host:
         if not self._running:
             self.reactor.stop()
         for role in reversed(self._running[:]):
-            role.stop(partial(self._role_stopped, role))
+            self._try(partial(role.stop, partial(self._role_stopped, role)))
 
     def _role_stopped(self, role: Role) -> None:
         self._running.remove(role)
