@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from random import Random
 
@@ -33,6 +35,23 @@ def reactor() -> Iterator[Reactor]:
 def folder(tmp_path: Path) -> Path:
     tmp_path.chmod(0o700)
     return tmp_path
+
+
+@contextmanager
+def no_descriptor_left() -> Iterator[None]:
+    """In here nothing more can be opened."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1, hard))
+    taken = []
+    with suppress(OSError):
+        while True:
+            taken.append(os.dup(0))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for descriptor in taken:
+            os.close(descriptor)
 
 
 def ignore(peer: bytes, frames: list[bytes]) -> None:
@@ -89,6 +108,14 @@ def test_a_closed_port_can_be_used_at_once(reactor: Reactor) -> None:
         endpoint = reactor.listen(address, ignore)
         address = endpoint.address
         endpoint.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="tells by /proc what is open")
+def test_a_server_without_a_free_descriptor_can_be_closed(reactor: Reactor) -> None:
+    endpoint = reactor.listen("tcp://127.0.0.1:0", ignore)
+    with no_descriptor_left():
+        endpoint.close()
+    assert not endpoint.send(b"nobody", [b"x"])
 
 
 # --- ipc ----------------------------------------------------------------------------------------------------------------

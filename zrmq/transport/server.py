@@ -125,8 +125,10 @@ def unbind(context: Context, sock: Socket) -> None:
     file of an ipc path stays: removing it now could remove that of the next server.
     """
     endpoint: bytes = sock.get(zmq.LAST_ENDPOINT)  # type: ignore[assignment]
-    is_inproc = endpoint.startswith(b"inproc")  # has no listener: it is gone at once
-    monitor = None if is_inproc else Monitor(context, sock, zmq.EVENT_CLOSED)
+    monitor = None
+    if not endpoint.startswith(b"inproc"):  # has no listener: it is gone at once
+        with suppress(zmq.ZMQError):  # no descriptor is left: it is not waited for
+            monitor = Monitor(context, sock, zmq.EVENT_CLOSED)
     sock.unbind(endpoint.rstrip(b"\0").decode())
     if monitor is not None:
         monitor.socket.poll(UNBIND_TIMEOUT_MS)
