@@ -13,6 +13,7 @@ from random import Random
 
 import pytest
 import zmq
+from zmq.utils import garbage
 
 from zrmq.errors import AddressInUseError, InvalidArgumentError
 from zrmq.protocol.limits import FRAME_COUNT_MAX, MESSAGE_BYTES_MAX
@@ -221,6 +222,41 @@ def test_sends_to_peers_that_are_gone_are_counted(reactor: Reactor) -> None:
     assert not endpoint.send(b"nobody", [b"x"])
     assert not endpoint.send(b"", [b"x", b"y"])
     assert (endpoint.unreachable_count, endpoint.full_count) == (2, 0)
+
+
+def answer(reactor: Reactor, give: Callable[[SocketEndpoint, bytes], bool]) -> bool:
+    """Let a client ask, and the server's end give its answer; whether that was sent."""
+    heard: list[bytes] = []
+    endpoint = reactor.listen("inproc://x", lambda peer, frames: heard.append(peer))
+    dealer = reactor.context.socket(zmq.DEALER)
+    dealer.connect(endpoint.address)
+    dealer.send(b"hello")
+    run_until(reactor, lambda: bool(heard))
+    was_sent = give(endpoint, heard[0])
+    dealer.close(0)
+    return was_sent
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="tells by /proc what is open")
+def test_the_first_large_answer_needs_no_descriptor(reactor: Reactor) -> None:
+    garbage.gc.stop()  # as in a process that has not sent anything yet
+
+    def give(endpoint: SocketEndpoint, peer: bytes) -> bool:
+        with no_descriptor_left():
+            return endpoint.send(peer, [b"header", bytes(1_000_000)])
+
+    assert answer(reactor, give)
+
+
+def test_whatever_goes_wrong_with_an_answer_is_one_peers(
+    reactor: Reactor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("no room for it")
+
+    monkeypatch.setattr("zrmq.transport.server.send_message", fail)
+    assert not answer(reactor, lambda endpoint, peer: endpoint.send(peer, [b"x"]))
+    assert "OSError: no room for it" in capsys.readouterr().err
 
 
 def test_a_peer_that_reads_nothing_is_full_and_others_are_served(reactor: Reactor) -> None:

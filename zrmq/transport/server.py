@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import zmq
 
 from zrmq.errors import AddressInUseError, InvalidArgumentError
+from zrmq.logs import get_logger
 from zrmq.protocol.limits import ROOMLESS_BYTES_MAX, UNREAD_BYTES_MAX
 from zrmq.transport.address import Address
 from zrmq.transport.backlog import Backlog
@@ -22,10 +23,12 @@ from zrmq.transport.inproc import directory_of
 from zrmq.transport.interface import Frames, RequestHandler
 from zrmq.transport.monitor import Monitor
 from zrmq.transport.options import LINGER_MS, Context, Socket, open_socket
-from zrmq.transport.wire import is_readable, receive_message, send_message
+from zrmq.transport.wire import is_readable, prepare_references, receive_message, send_message
 
 if TYPE_CHECKING:
     from zrmq.transport.reactor import Reactor
+
+log = get_logger("transport")
 
 BURST_MESSAGES_MAX = 256  # read in one turn from one socket, so that timers and other sockets have theirs
 UNBIND_TIMEOUT_MS = 1_000
@@ -47,6 +50,8 @@ class SocketEndpoint:
         self._is_router = kind == zmq.ROUTER
         self._is_closed = False
         self._backlog = Backlog()
+        if self._is_router:
+            prepare_references()
         self._socket = open_socket(reactor.context, kind)
         try:
             self._bound = bind(self._socket, address)
@@ -65,17 +70,14 @@ class SocketEndpoint:
         assert self._reactor.is_owner(), "an endpoint is used from the loop's thread"
         if self._is_closed:
             return False
-        if len(frames) > 1 or len(frames[0]) > ROOMLESS_BYTES_MAX:
-            frames = self._backlog.count(peer, frames)
         try:
+            if len(frames) > 1 or len(frames[0]) > ROOMLESS_BYTES_MAX:
+                frames = self._backlog.count(peer, frames)
             send_message(self._socket, (peer, *frames))
-        except zmq.ZMQError as error:
-            if error.errno == zmq.EHOSTUNREACH:
-                self.unreachable_count += 1
-            elif error.errno == zmq.EAGAIN:
-                self.full_count += 1
-            else:
-                raise
+        except zmq.ContextTerminated:
+            raise
+        except Exception as error:  # noqa: BLE001 - counted or logged
+            self._count_failure(error)
             return False
         return True
 
@@ -93,6 +95,16 @@ class SocketEndpoint:
         with suppress(zmq.ContextTerminated):  # whoever ended the context under us: nothing listens any more
             unbind(self._reactor.context, self._socket)
         self._socket.close(self._linger_ms)
+
+    def _count_failure(self, error: Exception) -> None:
+        """Whatever it is, it is one peer's. The caller may be in the middle of other peers' answers, or of group commit."""
+        number = getattr(error, "errno", None)
+        if number == zmq.EHOSTUNREACH:
+            self.unreachable_count += 1
+        elif number == zmq.EAGAIN:
+            self.full_count += 1
+        else:
+            log.exception("answer_not_sent", address=self.address)
 
     def _read(self) -> None:
         bytes_left = BURST_BYTES_MAX

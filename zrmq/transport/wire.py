@@ -41,6 +41,12 @@ def send_message(socket: Socket, frames: Frames) -> None:
         raise
 
 
+def prepare_references() -> None:
+    """Have pyzmq ready to send frames by reference. For that it opens files and sockets and starts a thread, once in a process:
+    otherwise in the middle of the first large answer, when there may be no room for any."""
+    zmq.Frame(b"", copy=False)
+
+
 def _end_message(socket: Socket) -> None:
     """Left in the middle of a message, libzmq drops frames up to a last one, which must not be the next message's."""
     try:
