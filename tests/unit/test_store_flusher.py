@@ -188,6 +188,24 @@ def test_without_threads_all_is_inline(loop: Loop, clock: ManualClock, story: li
     flusher.close()
 
 
+def test_without_a_thread_the_loop_does_it_until_there_is_one(
+    loop: Loop, clock: ManualClock, story: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    flusher = Flusher(loop.post, clock, NEVER_INLINE_MS)
+    with monkeypatch.context() as refused:
+        refused.setattr(threading.Thread, "start", refuse)
+        for name in ("one", "two"):
+            flusher.start(Work(story, name), lambda: story.append("told"))
+    assert story == ["one runs", "one finishes", "told", "two runs", "two finishes", "told"]
+    assert capsys.readouterr().err.count("thread_refused") == 1
+    flusher.start(Work(story, "three"), lambda: None)
+    flusher.close()
+    assert (flusher.inline_count, flusher.thread_count) == (2, 1)
+
+
 def test_what_goes_wrong_waits_for_the_loop(flusher: Flusher, loop: Loop) -> None:
     class Broken(Job):
         def work(self) -> None:

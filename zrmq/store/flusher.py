@@ -14,7 +14,10 @@ from queue import SimpleQueue
 
 from zrmq.clock import Clock
 from zrmq.errors import ClosedError
+from zrmq.logs import get_logger
 from zrmq.store.job import Job
+
+log = get_logger("store")
 
 INLINE_BELOW_MS = 0.4  # flushes of a disk that takes less on average run in the loop
 ALWAYS_INLINE_MS = float("inf")  # for simulations, which have no threads
@@ -41,6 +44,7 @@ class Flusher:
         self._inline_below_ms = inline_below_ms
         self._queue: SimpleQueue[Job | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._is_thread_refused = False
         self._started: deque[tuple[Job, Call]] = deque()  # handed to the thread, not finished
 
     @property
@@ -50,7 +54,7 @@ class Flusher:
 
     def start(self, job: Job, on_finished: Call) -> None:
         """Run the job, finish it, then call `on_finished`: all before this returns, or later on the loop's thread."""
-        if not self._started and self.average_ms < self._inline_below_ms:
+        if not self._started and (self.average_ms < self._inline_below_ms or not self._has_thread()):
             self.inline_count += 1
             self._run(job)
             job.finish()
@@ -58,10 +62,6 @@ class Flusher:
             return
         self.thread_count += 1
         self._started.append((job, on_finished))
-        if self._thread is None:
-            name = "zrmq-flusher" if self._inline_below_ms else "zrmq-upkeep"
-            self._thread = threading.Thread(target=self._work, name=name, daemon=True)
-            self._thread.start()
         self._queue.put(job)
 
     def close(self) -> None:
@@ -72,6 +72,21 @@ class Flusher:
             self._thread = None
         while self._started:
             self._finish_first()
+
+    def _has_thread(self) -> bool:
+        """Whether the thread runs, now if not before. Where the system gives no more, a loop held up is better than none."""
+        if self._thread is None:
+            name = "zrmq-flusher" if self._inline_below_ms else "zrmq-upkeep"
+            thread = threading.Thread(target=self._work, name=name, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                if not self._is_thread_refused:
+                    log.warning("thread_refused", name=name, reason=str(error), next="its work holds up the loop")
+                self._is_thread_refused = True
+                return False
+            self._thread, self._is_thread_refused = thread, False
+        return True
 
     def _run(self, job: Job) -> None:
         began_ms = self._clock.monotonic_ms()
