@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from zrmq.errors import DamageError
+from zrmq.errors import DamageError, FolderUnusableError
 from zrmq.files import DiskFiles, Files, replace_file
 from zrmq.message import FlushMode
 from zrmq.protocol.events import TopicConfig
@@ -204,6 +204,33 @@ def test_what_cannot_be_read_is_damage_and_can_be_wiped(place: tuple[Files, Path
     database.save(full())
     assert database.load() is not None
     database.close()
+
+
+def test_what_another_program_has_locked_is_not_damage(tmp_path: Path) -> None:
+    class Impatient(DiskFiles):
+        def connect(self, path: Path) -> sqlite3.Connection:
+            connection = super().connect(path)
+            connection.execute("pragma busy_timeout = 0")
+            return connection
+
+    database = ViewsDb(Impatient(), tmp_path / "views.db")
+    database.wipe()
+    database.save(full())
+    database.close()
+    shell = sqlite3.connect(tmp_path / "views.db", isolation_level=None)
+    shell.execute("pragma locking_mode = exclusive")
+    shell.execute("begin exclusive")
+    with pytest.raises(FolderUnusableError, match="sqlite3 shell or a backup"):
+        database.load()
+    shell.close()
+    assert database.load() is not None
+    database.close()
+
+
+def test_what_cannot_be_opened_is_not_damage(tmp_path: Path) -> None:
+    (tmp_path / "views.db").mkdir()
+    with pytest.raises(sqlite3.OperationalError, match="unable to open"):
+        ViewsDb(DiskFiles(), tmp_path / "views.db").load()
 
 
 def test_a_group_is_copied_for_the_other_thread() -> None:

@@ -25,7 +25,7 @@ from typing import Any
 
 import msgspec
 
-from zrmq.errors import DamageError
+from zrmq.errors import DamageError, FolderUnusableError
 from zrmq.files import Files
 from zrmq.protocol.events import TopicConfig
 from zrmq.protocol.limits import QUEUES_PER_TOPIC_MAX, Natural
@@ -107,7 +107,8 @@ class ViewsDb:
     def load(self) -> Saved | None:
         """Everything that was saved; None if nothing was: then `wipe` before saving.
 
-        Raises `DamageError` when something is there that cannot be read, be it damaged or of another format version; `OSError`.
+        Raises `DamageError` when something is there that cannot be read, be it damaged or of another format version;
+        `FolderUnusableError` while another program has it locked; `OSError`, `sqlite3.Error` when it cannot be opened.
         """
         try:
             self._files.size(self._path)
@@ -120,8 +121,21 @@ class ViewsDb:
                 return _load(connection)
             reason = f"its format version is {version}, this zrmq reads {VIEWS_FORMAT_VERSION}"
         except (sqlite3.Error, msgspec.MsgspecError, TypeError, ValueError) as error:
+            self._require_reach(error)
             reason = str(error)
         raise DamageError(f"{self._path} cannot be read: {reason}.", path=str(self._path), reason=reason)
+
+    def _require_reach(self, error: Exception) -> None:
+        """Raise for an error that says nothing of what is in the file: it must not be taken for damage, and the file removed."""
+        number = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the rest are details
+        if number in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            raise FolderUnusableError(
+                f"{self._path} is locked by another program, such as an sqlite3 shell or a backup: {error}. End that, then start"
+                " the broker again.",
+                path=str(self._path), reason=str(error),
+            ) from error
+        if number == sqlite3.SQLITE_CANTOPEN:
+            raise error
 
     def wipe(self) -> None:
         """Begin with an empty database. Raises `OSError` too."""
