@@ -157,6 +157,18 @@ def test_a_fault_of_ours_leaves_a_report(failing: Any, tmp_path: Path, monkeypat
         assert json.loads(result.stderr)["error"]["report"] == str(report)
 
 
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_report_that_cannot_be_written_is_told(
+    failing: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_json: bool
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+    result = failing(ZeroDivisionError("one by zero"))(*["--json"] * as_json)
+    assert result.exit_code == EXIT_FAILED
+    told = "".join(json.loads(result.stderr)["error"].values()) if as_json else result.stderr
+    assert "nobody thought of (ZeroDivisionError: one by zero)." in told
+    assert "Traceback" in told
+
+
 def test_ctrl_c_is_not_done(failing: Any) -> None:
     result = failing(KeyboardInterrupt())()
     assert (result.exit_code, result.stderr.strip()) == (EXIT_FAILED, "Error: Interrupted.")

@@ -80,12 +80,16 @@ def _drop_output() -> int:
 
 def _report(error: Exception, invocation: Invocation) -> None:
     """A fault of ours: the traceback goes into a file, so that it can be sent to somebody."""
-    handle, path = tempfile.mkstemp(prefix="zrmq-report-", suffix=".txt")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(f"zrmq {' '.join(sys.argv[1:])}\nPython {sys.version}\n\n")
-        traceback.print_exception(error, file=file)
-    sentence = f"zrmq failed in a way nobody thought of ({type(error).__name__}: {error}). {path} has the details."
-    _tell({"message": sentence, "report": path}, invocation)
+    sentence = f"zrmq failed in a way nobody thought of ({type(error).__name__}: {error})."
+    trace = "".join(traceback.format_exception(error))
+    try:
+        handle, path = tempfile.mkstemp(prefix="zrmq-report-", suffix=".txt")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(f"zrmq {' '.join(sys.argv[1:])}\nPython {sys.version}\n\n{trace}")
+    except OSError:  # no folder, no room, no descriptor for it
+        _tell({"message": sentence, "trace": trace} if invocation.as_json else {"message": f"{sentence}\n{trace}"}, invocation)
+    else:
+        _tell({"message": f"{sentence} {path} has the details.", "report": path}, invocation)
 
 
 def _tell(facts: dict[str, Any], invocation: Invocation) -> None:
