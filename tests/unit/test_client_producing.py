@@ -446,6 +446,25 @@ def test_a_refusal_says_nothing_about_what_was_sent_since() -> None:
     assert handle.batch.avoid == {"a"}, "it never goes back there"
 
 
+def test_a_refusal_says_nothing_about_what_was_sent_before_the_broker_left() -> None:
+    """The same, and its broker has left the route by then: nothing of the batch is under way any more."""
+    desk = two()
+    a, b = desk.cluster["a"], desk.cluster["b"]
+    b.crash()
+    desk.network.run_until(lambda: desk.core.reachable == {"a"})
+    a.refuse = lambda request: DiskFullError("full")
+    handle = desk.send(timeout_ms=60_000)
+    desk.network.run_until(lambda: bool(a.sends))
+    a.refuse, a.loses_answers = lambda request: None, True
+    desk.network.run_until(lambda: bool(a.bodies))
+    a.crash()
+    desk.network.run_until(lambda: desk.core.route is not None and "a" not in desk.core.route.brokers)
+    b.start()
+    desk.finish(handle)
+    assert handle.result().broker_name == "b"
+    assert handle.batch.avoid == {"a"}
+
+
 def test_trouble_that_passes_is_waited_for_and_order_is_kept() -> None:
     desk = one()
     broker = desk.cluster["a"]

@@ -172,7 +172,7 @@ class ProducerCore:
         if isinstance(batch.target, str):
             self._topics[batch.target].placed += 1
         if isinstance(error, RequestRefusedError):
-            batch.attempts, batch.refusal = 1, error
+            batch.attempts, batch.refusal, batch.is_turned_away = 1, error, error.code is Code.DISK_FULL
             line.resume_ms = now_ms + PAUSE_MS_MIN
             if error.code is Code.TOPIC_NOT_FOUND:
                 self._create_again(queue.topic)
@@ -386,7 +386,7 @@ class ProducerCore:
                 Send, line.queue.topic, line.queue.queue_id, follows,
                 payload=(frame,), timeout_ms=timeout_ms, on_reply=partial(self._answered, line, batch),
             )
-            batch.sent_ms = now_ms
+            batch.sent_ms, batch.is_turned_away = now_ms, False
             batch.forget = partial(link.cancel, number)
 
     def _send_one_way(self, topic: _Topic) -> None:
@@ -447,7 +447,7 @@ class ProducerCore:
 
     def _refused(self, line: _Line, batch: Batch, error: ZrmqError, now_ms: float) -> None:
         batch.attempts += 1
-        batch.refusal = error
+        batch.refusal, batch.is_turned_away = error, error.code is Code.DISK_FULL
         if error.code not in BROKERS_TROUBLE or batch.attempts > self._config.retries:
             self._end(line, batch, error)
             return
@@ -477,10 +477,8 @@ class ProducerCore:
         )
 
     def _leave(self, line: _Line, batch: Batch) -> None:
-        """Back to the ready ones. Its broker may have stored it, now or before; only a full disk says for certain that not, as
-        long as the batch has not been sent there again since."""
-        is_unstored = batch.refusal is not None and batch.refusal.code is Code.DISK_FULL and batch not in line.unanswered
-        if not is_unstored:
+        """Back to the ready ones. Its broker may have stored it, now or before; only a full disk says for certain that not."""
+        if not batch.is_turned_away:
             batch.avoid |= {line.queue.broker_name}
         line.remove(batch)
         self._drop_if_empty(line)

@@ -81,8 +81,8 @@ def _troubles(world: World) -> Iterator[str]:
             yield f"{broker.name} has no topics {missing}."
             return
     for producer in world.producers:
-        if not producer.machine.is_closed and producer.open_count:
-            yield f"{producer.who} has {producer.open_count} messages without an answer."
+        if not producer.machine.is_closed and (producer.open_count or not producer.is_ready):
+            yield f"{producer.who} has {producer.open_count} messages without an answer, or does not know all topics yet."
     for group in world.plan.groups:
         yield from _group_troubles(world, group)
     for group, _ in world.readers.values():

@@ -95,7 +95,7 @@ class VirtualProducer:
     def _prepared(self, topic: str, error: ZrmqError | None) -> None:
         if error is None:
             self._ready.append(topic)
-        elif self.is_working:
+        else:
             self.machine.call_later(500.0, partial(self._prepare, topic))
 
     def _send_later(self) -> None:
@@ -108,6 +108,11 @@ class VirtualProducer:
         if self._ready:
             for _ in range(self._rng.randint(1, self._world.plan.burst_max)):
                 self._send(self._rng.choice(self._ready))
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it may send to every topic."""
+        return len(self._ready) == len(self._world.plan.topics)
 
     def probe(self, queue: MessageQueue) -> Posting:
         """Send one message to this queue, which every filter of the plan lets through."""

@@ -55,6 +55,7 @@ def _run(world: World) -> float:
     world.is_working = False
     for producer in world.producers:
         producer.is_working = False
+    world.start_prober()
     healed_ms = _heal(world, faults, HEALTHY_MS_MAX)
     world.note("checks", "healthy", f"after {healed_ms:.0f} ms")
     world.probe()

@@ -128,12 +128,17 @@ class World:
 
     def probe(self) -> None:
         """Everything is well: each producer sends to each queue that takes messages, and is to get an answer to all."""
-        working = [producer for producer in self.producers if not producer.machine.is_closed]
-        if not working:
-            working = [VirtualProducer(self, "prober", 1)]
-            self.producers += working
+        working = self._live_producers()
         queues = [queue for topic in self.plan.topics for queue in self.present_queues(topic.name) if self._takes_messages(queue)]
         self.probes = [producer.probe(queue) for producer in working for queue in queues]
+
+    def start_prober(self) -> None:
+        """Somebody has to be there for that."""
+        if not self._live_producers():
+            self.producers.append(VirtualProducer(self, "prober", 1))
+
+    def _live_producers(self) -> list[VirtualProducer]:
+        return [producer for producer in self.producers if not producer.machine.is_closed]
 
     def _takes_messages(self, queue: MessageQueue) -> bool:
         topic = self.brokers[queue.broker_name].store.tables.topics[queue.topic]
