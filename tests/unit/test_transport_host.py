@@ -209,6 +209,17 @@ def test_a_signal_is_logged_where_its_thread_is_not_in_the_middle_of_anything(
     assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == meanings
 
 
+def test_ctrl_c_while_it_starts_leaves_nothing_that_nobody_could_stop() -> None:
+    story: list[str] = []
+    main = threading.get_ident()
+    host = Host(Acting(story, lambda: signal.pthread_kill(main, signal.SIGINT)))
+    with pytest.raises(KeyboardInterrupt):
+        host.start()
+    assert host._thread is not None
+    host._thread.join(10)
+    assert story == ["a opened", "a stopped"]
+
+
 def test_a_second_signal_ends_what_does_not_stop(meanings: dict[signal.Signals, Any]) -> None:
     def never_stops() -> None:
         assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == meanings

@@ -59,8 +59,12 @@ class Host:
         """Open the roles in a new thread and return when all are open. Raises what the first that cannot open raises."""
         self._make_reactor()
         self._thread = threading.Thread(target=self._main, name=self._name, daemon=True)
-        self._thread.start()
-        self._opened.wait()
+        try:
+            self._thread.start()
+            self._opened.wait()
+        except BaseException:  # Ctrl-C: nobody gets what it could be stopped by
+            self._ask_to_stop()
+            raise
         if self._error is not None:
             self._thread.join()
         self._raise_error()
@@ -72,8 +76,7 @@ class Host:
         """
         if self._thread is None:
             return
-        with suppress(ClosedError):  # it has ended; or somebody else has stopped it, and waits as we do
-            self.reactor.call_soon_threadsafe(self._stop_roles)
+        self._ask_to_stop()
         self._thread.join(timeout_ms / 1000)
         if self._thread.is_alive():
             raise RequestTimeoutError(f"{self._name} did not stop within {timeout_ms} ms; see its log.", timeout_ms=timeout_ms)
@@ -105,6 +108,10 @@ class Host:
         if self._reactor is not None:
             raise ClosedError(f"{self._name} was started already; make a new one to start again.")
         self._reactor = Reactor()
+
+    def _ask_to_stop(self) -> None:
+        with suppress(ClosedError):  # it has ended; or somebody else has stopped it, and waits as we may
+            self.reactor.call_soon_threadsafe(self._stop_roles)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         """Hands it over and no more: the loop's thread is in the middle of anything, such as a log line."""
