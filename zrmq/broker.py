@@ -113,7 +113,7 @@ class BrokerRole:
         self._registration.close()
 
     def abandon(self) -> None:
-        """Let go of the folder. What was not flushed is as after a crash: nobody was told that it is stored."""
+        """Let go of the folder, as a crash would: what was written stays, and nobody was told that anything else is stored."""
         self._is_closed = True
         if self.store.failure is None:
             self.store.failure = StoreFailedError("The broker has ended by a fault; its log says which.")
