@@ -22,14 +22,12 @@ finished comes again, here or at another member of the group.
 from __future__ import annotations
 
 import inspect
-import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, Self, overload
+from typing import TYPE_CHECKING, Self, overload
 
 from zrmq.client.allocation import AllocateAveragely, Strategy
 from zrmq.client.consumer_base import (
@@ -56,9 +54,10 @@ from zrmq.protocol.limits import OFFSET_MAX, check_flag, check_group, check_numb
 from zrmq.protocol.requests import OFFSET_EARLIEST, OFFSET_LATEST, Offsets, QueryCommitted
 from zrmq.protocol.tags import canonical_expression
 from zrmq.transport.options import check_fork
+from zrmq.transport.signals import until_signal
 
 if TYPE_CHECKING:
-    from types import FrameType, TracebackType
+    from types import TracebackType
 
     from zrmq.transport.options import Context
 
@@ -167,7 +166,7 @@ class PushConsumer(Consumer):
         as `start`, also when the group refuses this consumer later; and what a listener ended the program with.
         """
         check_fork(self._forks)
-        with _until_signal(partial(self._ended.put, None)):
+        with until_signal(lambda number: self._ended.put(None)):
             if self._engine is None:
                 self._await_end(self._begin())  # a signal must not have to wait for the start
             else:
@@ -287,34 +286,6 @@ class PushConsumer(Consumer):
         left = sum(worker.is_alive() for worker in self._workers)
         if left:
             log.warning("listeners_left", group=self.group, listeners=left)
-
-
-@contextmanager
-def _until_signal(on_signal: Callable[[], None]) -> Iterator[None]:
-    """Call `on_signal` at the first SIGINT or SIGTERM; from then on, and afterwards, they mean what they meant before.
-
-    Only the main thread can do that; in others nothing changes.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before: dict[signal.Signals, Any] = {}
-
-    def restore() -> None:
-        while before:
-            number, handler = before.popitem()
-            signal.signal(number, handler)
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        restore()
-        on_signal()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, handle)
-    try:
-        yield
-    finally:
-        restore()
 
 
 # --- messages are asked for ----------------------------------------------------------------------------------------------

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from zrmq.transport.host import STOP_SIGNALS, Host
+from zrmq.transport.host import Host
 from zrmq.transport.interface import Loop
 from zrmq.transport.reactor import Reactor
+from zrmq.transport.signals import STOP_SIGNALS
 
 
 class Slow:

@@ -7,18 +7,18 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from types import FrameType, TracebackType
-from typing import Any, Protocol, Self
+from types import TracebackType
+from typing import Protocol, Self
 
 from zrmq.errors import ClosedError, RequestTimeoutError
 from zrmq.logs import get_logger
 from zrmq.transport.interface import Loop
 from zrmq.transport.reactor import Reactor
+from zrmq.transport.signals import until_signal
 
 log = get_logger("host")
 
 STOP_TIMEOUT_MS = 30_000  # a last flush and checkpoint on a slow card
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Role(Protocol):
@@ -46,7 +46,6 @@ class Host:
         self._error: BaseException | None = None
         self._stopping = False
         self._running: list[Role] = []
-        self._handlers: dict[signal.Signals, Any] = {}  # what the signals meant before `run`
 
     @property
     def reactor(self) -> Reactor:
@@ -88,12 +87,8 @@ class Host:
         From the first signal on they mean what they meant before, so that a second one ends what does not stop.
         """
         self._make_reactor()
-        try:
-            for number in STOP_SIGNALS:
-                self._handlers[number] = signal.signal(number, self._on_signal)
+        with until_signal(self._on_signal):
             self._main(on_open)
-        finally:
-            self._restore_signals()
         self._raise_error()
 
     def __enter__(self) -> Self:
@@ -113,20 +108,13 @@ class Host:
         with suppress(ClosedError):  # it has ended; or somebody else has stopped it, and waits as we may
             self.reactor.call_soon_threadsafe(self._stop_roles)
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        """Hands it over and no more: the loop's thread is in the middle of anything, such as a log line."""
-        self._restore_signals()
+    def _on_signal(self, number: signal.Signals) -> None:
         with suppress(ClosedError):  # it has just ended by itself
-            self.reactor.call_soon_threadsafe(partial(self._signalled, signal.Signals(number).name))
+            self.reactor.call_soon_threadsafe(partial(self._signalled, number.name))
 
     def _signalled(self, name: str) -> None:
         log.info("signal_received", signal=name)
         self._stop_roles()
-
-    def _restore_signals(self) -> None:
-        while self._handlers:
-            number, handler = self._handlers.popitem()
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: C code's, which Python cannot put back
 
     def _main(self, on_open: Callable[[], None] = lambda: None) -> None:
         try:
