@@ -10,7 +10,7 @@ from functools import partial
 from types import TracebackType
 from typing import Protocol, Self
 
-from zrmq.errors import ClosedError, RequestTimeoutError
+from zrmq.errors import ClosedError, ForkedClientError, RequestTimeoutError
 from zrmq.logs import get_logger
 from zrmq.transport.interface import Loop
 from zrmq.transport.reactor import Reactor
@@ -105,7 +105,7 @@ class Host:
         self._reactor = Reactor()
 
     def _ask_to_stop(self) -> None:
-        with suppress(ClosedError):  # it has ended; or somebody else has stopped it, and waits as we may
+        with suppress(ClosedError, ForkedClientError):  # it has ended, or never was in this child; or is stopped already
             self.reactor.call_soon_threadsafe(self._stop_roles)
 
     def _on_signal(self, number: signal.Signals) -> None:
