@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from zrmq.message import ConsumeFrom, MessageQueue
 from zrmq.protocol.events import GroupSubscribed, LeaseGranted, LeaseReleased, OffsetsCommitted, TopicDeleted, TopicPut
 from zrmq.store.tables import Lease, Queue, Subscribed, Tables
-from zrmq.testing.simulation.log_watch import Entry, LogWatch, Placed
+from zrmq.testing.simulation.log_watch import Entry, LogWatch, Placed, between
 from zrmq.testing.simulation.promises import Place, Promises
 from zrmq.testing.simulation.trace import BrokenPromise, spell
 
@@ -286,12 +286,8 @@ class LogCheck:
             if since is None:
                 self._fail("commit", f"group {event.group} went back on {spell(queue)} from {before} to {offset}; nobody sought.")
             before = since
-        end = max(self.contents(queue), default=-1) + 1  # behind it is what a damaged stretch may have held
-        for at in range(before, min(offset, end)):
-            placed = self.placed(queue, at)
-            if placed is None or self._promises.is_damaged(placed.body):
-                continue
-            if self._promises.is_deleted(self._broker_name, placed.end):
+        for at, placed in between(self.contents(queue), before, offset):
+            if self._promises.is_damaged(placed.body) or self._promises.is_deleted(self._broker_name, placed.end):
                 continue
             if not self._promises.is_finished(event.group, event.instance_name, queue, at, placed.body):
                 self._fail(

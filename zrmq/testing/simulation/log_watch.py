@@ -60,6 +60,14 @@ class Placed(NamedTuple):
     store_timestamp_ms: int
 
 
+def between(contents: dict[int, Placed], start: int, end: int) -> Iterator[tuple[int, Placed]]:
+    """What a queue has from `start` on and before `end`, in order. Behind damage offsets are far apart."""
+    if end - start > len(contents):
+        yield from ((offset, placed) for offset, placed in contents.items() if start <= offset < end)
+    else:
+        yield from ((offset, contents[offset]) for offset in range(start, end) if offset in contents)
+
+
 class State(Enum):
     """What the disk has of an entry."""
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from zrmq.message import ConsumeFrom, Message, MessageQueue
 from zrmq.store.tables import Queue
+from zrmq.testing.simulation.log_watch import between
 from zrmq.testing.simulation.plan import GroupPlan
 from zrmq.testing.simulation.promises import Place
 from zrmq.testing.simulation.servers import VirtualBroker
@@ -189,9 +190,8 @@ class ReadCheck:
             self._put_off.append(gap)
             return
         contents = broker.contents(queue) if self._find(queue, topic_id) is not None else {}
-        for offset in range(start, end):
-            placed = contents.get(offset)
-            if placed is None or promises.is_damaged(placed.body) or promises.is_deleted(queue.broker_name, placed.end):
+        for offset, placed in between(contents, start, end):
+            if promises.is_damaged(placed.body) or promises.is_deleted(queue.broker_name, placed.end):
                 continue
             posting = promises.postings[placed.body]
             what = f"{posting}, at {offset} of {spell(queue)}, and goes on at {end}"

@@ -13,6 +13,7 @@ from zrmq.protocol.events import PERMISSION_WRITE, TopicConfig, TopicPut
 from zrmq.testing.simulation.admins import VirtualAdmin
 from zrmq.testing.simulation.consumers import VirtualConsumer
 from zrmq.testing.simulation.log_check import LogCheck
+from zrmq.testing.simulation.log_watch import between
 from zrmq.testing.simulation.network import MachineNetwork
 from zrmq.testing.simulation.plan import FAULTS, OF_CLIENTS, GroupPlan, Plan, reader_groups
 from zrmq.testing.simulation.producers import VirtualProducer
@@ -228,10 +229,8 @@ class World:
         broker, promises = self.brokers[queue.broker_name], self.promises
         if broker.check is None or broker.machine is None or topic_id != promises.topic_ids.get((broker.name, queue.topic)):
             return
-        contents = broker.contents(queue)
-        for offset in range(start, end):
-            placed = contents.get(offset)
-            if placed is None or promises.is_damaged(placed.body) or promises.is_deleted(broker.name, placed.end):
+        for offset, placed in between(broker.contents(queue), start, end):
+            if promises.is_damaged(placed.body) or promises.is_deleted(broker.name, placed.end):
                 continue
             if promises.is_wanted(consumer.group.name, placed.body):
                 posting = promises.postings[placed.body]
