@@ -117,6 +117,8 @@ class BrokerConfig(RoleConfig, Generic[Section], frozen=True, kw_only=True):
                 "machine's name or address as clients see it.",
                 host=self.host,
             )
+        if "\0" in self.data:
+            raise ConfigError(f"data is {self.data!r}, and no folder's name may have a NUL in it; give another one.")
         if self.broker_port == self.ingest_port != 0:
             raise ConfigError(
                 f"broker_port and ingest_port are both {self.broker_port}; give each a port of its own.", port=self.broker_port

@@ -602,8 +602,9 @@ def _size(messages_max: int, queue: object) -> int:
 
 
 def _asked(where: ConsumeFrom | datetime) -> int:
-    if where is ConsumeFrom.EARLIEST:
-        return OFFSET_EARLIEST
-    if where is ConsumeFrom.LATEST:
-        return OFFSET_LATEST
-    return time_ms(where)  # type: ignore[arg-type]  # what is no time is refused there
+    if isinstance(where, datetime):
+        return time_ms(where)
+    places = {ConsumeFrom.EARLIEST: OFFSET_EARLIEST, ConsumeFrom.LATEST: OFFSET_LATEST}
+    if isinstance(where, str) and where in places:
+        return places[ConsumeFrom(where)]
+    raise InvalidArgumentError(f"{where!r} is no place; give an offset, 'earliest', 'latest', or a datetime.")

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from zrmq.config import BrokerConfig, NameServerConfig, find_nameservers, load
-from zrmq.errors import ClosedError
+from zrmq.errors import ClosedError, ConfigError, InvalidArgumentError
 from zrmq.transport.options import check_fork, fork_count
 
 if TYPE_CHECKING:
@@ -61,6 +61,8 @@ class Fabric:
 
     def consume(self, group: str, topic: str, listener: Listener, expression: str = "*", **options: Any) -> PushConsumer:
         """A started `PushConsumer` that calls `listener` for each message of `topic`."""
+        if not callable(listener):
+            raise InvalidArgumentError(f"The listener {listener!r} cannot be called; give a function that takes a message.")
         consumer = self.push_consumer(group, **options)
         consumer.subscribe(topic, expression, listener)
         consumer.start()
@@ -126,6 +128,8 @@ def embedded(data: str | Path = "./data", **options: Any) -> Fabric:
     from zrmq.store.config import StoreConfig
     from zrmq.transport.host import Host
 
+    if "nameservers" in options:
+        raise ConfigError("An embedded broker has a NameServer of its own; leave nameservers out, or start a Broker.")
     name = f"{random.SystemRandom().getrandbits(64):016x}"
     nameserver = f"inproc://zrmq-{name}-nameserver"
     flags: Mapping[str, Any] = {"data": data, "nameservers": nameserver, **options}

@@ -83,7 +83,7 @@ def test_a_byte_order_mark_and_blank_lines_do_no_harm(tmp_path: Path) -> None:
         ("a", "the value '' is not a number"),
         ("a,nan", "the value 'nan' is not finite"),
         ("a,1e999", "the value '1e999' is not finite"),
-        (",1", "A sensor name must be text and not blank"),
+        (",1", "The sensor name must be text and not blank"),
         ("a\x07b,1", "contains a control character"),
         ("x" * 65 + ",1", "the sensor's name has more than 64 bytes"),
         ("a,1,yesterday", "the time 'yesterday' is neither"),

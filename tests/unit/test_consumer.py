@@ -1125,7 +1125,7 @@ QUEUE = MessageQueue("meters", "broker-a", 0)
     (zrmq.PullConsumer, lambda it, x: it.assign([x]), NO_QUEUE, "is no message queue"),
     (zrmq.PullConsumer, lambda it, x: it.seek(x, 0), NO_QUEUE, "is no message queue"),
     (zrmq.PullConsumer, lambda it, x: it.seek(x, EARLIEST), NO_QUEUE, "is no message queue"),
-    (zrmq.PullConsumer, lambda it, x: it.seek(QUEUE, x), ["0", None, 1.5, [0]], "is no time"),
+    (zrmq.PullConsumer, lambda it, x: it.seek(QUEUE, x), ["0", None, 1.5, [0], "timestamp"], "is no place"),
     (zrmq.PullConsumer, lambda it, x: it.seek(QUEUE, x), [-1, True, 2**63], "where is .*; give a whole number"),
     (zrmq.PullConsumer, lambda it, x: it.seek_to_earliest(x), NO_QUEUE, "is no message queue"),
     (zrmq.PullConsumer, lambda it, x: it.seek_to_latest(x), NO_QUEUE, "is no message queue"),

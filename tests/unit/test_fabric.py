@@ -14,7 +14,7 @@ import pytest
 
 import zrmq
 from tests.unit.real_cluster import running_cluster
-from zrmq.errors import ClosedError, ConfigError, FolderLockedError, ForkedClientError, UnreachableError
+from zrmq.errors import ClosedError, ConfigError, FolderLockedError, ForkedClientError, InvalidArgumentError, UnreachableError
 
 
 def test_embedded_sends_and_reads_and_opens_no_port(tmp_path: Path) -> None:
@@ -39,11 +39,11 @@ def test_a_folder_is_embedded_once(tmp_path: Path) -> None:
         zrmq.embedded(tmp_path)
 
 
-@pytest.mark.parametrize("data", [0, b"data", True, ""])
+@pytest.mark.parametrize("data", [0, b"data", True, "", "a\0b"])
 def test_what_is_no_path_makes_no_folder(data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for make in (zrmq.embedded, zrmq.Broker):
-        with pytest.raises(ConfigError, match="it has to be text, not empty"):
+        with pytest.raises(ConfigError, match="it has to be text, not empty|may have a NUL"):
             make(data)
     assert list(tmp_path.iterdir()) == []
 
@@ -154,6 +154,16 @@ def test_a_forked_child_makes_no_client_of_an_embedded_broker(tmp_path: Path) ->
                 os._exit(told)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 4
         assert fabric.producer().send("meters", b"21.5").broker_name == "broker-a"
+
+
+def test_what_an_embedded_fabric_is_told_in_vain_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has a NameServer of its own"):
+        zrmq.embedded(tmp_path, nameservers="tcp://127.0.0.1:1")
+    listener: Any = None
+    with zrmq.embedded(tmp_path) as fabric, pytest.raises(InvalidArgumentError, match="The listener None cannot be called"):
+        fabric.consume("readers", "meters", listener)
+    with pytest.raises(InvalidArgumentError, match="context is 5"):
+        zrmq.Producer(context=listener or 5)
 
 
 def test_connected_clients_reach_a_running_cluster(tmp_path: Path) -> None:

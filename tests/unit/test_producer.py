@@ -301,7 +301,7 @@ def test_a_list_that_is_changed_meanwhile_is_sent_as_it_was(producer: Producer, 
     [
         (5, {}, "int"), ({"a": 1}, {}, "dict"), ([], {"message_group": 7}, "message group"),
         ([b"x"], {"selector": 3}, "selector"),
-        ([b"x", 5, b"y"], {}, "Record 1 of 3"), ([b"x"], {"timeout_ms": 2_000.0}, "whole number"),
+        ([b"x", 5, b"y"], {}, "Record 2 of 3"), ([b"x"], {"timeout_ms": 2_000.0}, "whole number"),
         ([Record(b"x", message_group="")], {}, "message group"),
     ],
 )

@@ -96,7 +96,7 @@ def outgoing_records(
         try:
             body, size_bytes, extras = _outgoing_record(record, message_group)
         except ZrmqError as error:
-            error.message = f"Record {index} of {len(records)}: {error.message}"
+            error.message = f"Record {index + 1} of {len(records)}: {error.message}"
             error.facts["index"] = index
             raise
         bodies.append(body)

@@ -96,7 +96,7 @@ def check_text(text: str, what: str, code: Code) -> None:
     if not isinstance(text, str):
         _wrong_type(text, what, code)
     if not text.strip():
-        raise InvalidArgumentError(f"A {what} must be text and not blank; leave it out instead.", code=code)
+        raise InvalidArgumentError(f"The {what} must be text and not blank; leave it out instead.", code=code)
     if _CONTROL.search(text) or _SURROGATE.search(text):
         raise InvalidArgumentError(
             f"The {what} {text[:40]!r} contains a control character or half of a surrogate pair; remove it.", code=code

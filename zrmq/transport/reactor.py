@@ -23,7 +23,7 @@ from typing import Protocol, TypeVar
 import zmq
 
 from zrmq.clock import Clock, SystemClock
-from zrmq.errors import ClosedError
+from zrmq.errors import ClosedError, InvalidArgumentError
 from zrmq.logs import get_logger
 from zrmq.transport.address import parse_address, parse_connect_address
 from zrmq.transport.client import connect, connect_push
@@ -72,6 +72,8 @@ class Reactor:
     """
 
     def __init__(self, context: Context | None = None, clock: Clock | None = None) -> None:
+        if not isinstance(context, zmq.Context | None):
+            raise InvalidArgumentError(f"context is {context!r}; leave it out, or take that of an embedded broker's fabric.")
         self.clock: Clock = clock or SystemClock()
         self.context = context or make_context()
         self.failed_count = 0  # callbacks that raised
