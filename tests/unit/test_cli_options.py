@@ -114,7 +114,7 @@ def test_times(text: str, value: int) -> None:
     assert parse_time(text) == value
 
 
-@pytest.mark.parametrize("text", ["", "yesterday", "-5", "2026-13-01", "1e9", "٣"])
+@pytest.mark.parametrize("text", ["", "yesterday", "-5", "2026-13-01", "1e9", "٣", "1960-01-01"])
 def test_what_is_no_time(text: str) -> None:
     with pytest.raises(ConfigError, match="is no time"):
         parse_time(text)

@@ -26,9 +26,12 @@ def parse_time(text: str) -> int:
     if text.isascii() and text.isdecimal():
         return int(text)
     try:
-        return round(datetime.fromisoformat(text).astimezone().timestamp() * 1000)
+        time_ms = round(datetime.fromisoformat(text).astimezone().timestamp() * 1000)
     except (ValueError, OverflowError) as error:
         raise ConfigError(f"{text!r} is no time; write 2026-11-23T08:30, with +01:00 or Z behind it for another zone.") from error
+    if time_ms < 0:
+        raise ConfigError(f"{text!r} is no time that a message can have; write one from 1970 on.")
+    return time_ms
 
 
 def parse_timeout(text: str) -> int:
@@ -62,7 +65,7 @@ def client_options(command: F) -> F:
     """`--nameservers`, `--timeout` (as `timeout_ms`) and `--json`, for commands that are clients of a cluster."""
     timeout = click.option(
         "--timeout", "timeout_ms", type=parse_timeout, metavar="TIME", default="5s", show_default=True,
-        help="How long to wait for an answer.",
+        help="How long to wait for an answer; a number alone is milliseconds.",
     )
     nameservers = click.option(
         "--nameservers", metavar="ADDRESS[,ADDRESS]", help="NameServers to ask.  [default: ZRMQ_NAMESERVERS, else this machine's]"

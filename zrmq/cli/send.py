@@ -34,6 +34,7 @@ def parse_property(text: str) -> tuple[str, str]:
 @click.command(epilog=examples(
     "zrmq send meters 21.5 --tag kitchen --key dev-7",
     "zrmq send meters 21.5 --property unit=C --message-group house-1",
+    "zrmq send meters -- -5",
     "journalctl -f | zrmq send logs - --json",
 ))
 @click.argument("topic")
@@ -76,7 +77,7 @@ def send_stdin(producer: Producer, topic: str, parts: dict[str, Any], as_json: b
             count += 1
         raise
     finally:
-        click.echo(f"stored {count} messages in {topic}", err=as_json)
+        click.echo(f"stored {count} message{'s' if count != 1 else ''} in {topic}", err=as_json)
 
 
 def send_lines(producer: Producer, topic: str, lines: Iterable[bytes], parts: dict[str, Any]) -> Iterator[SendReceipt]:

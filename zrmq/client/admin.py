@@ -132,7 +132,8 @@ class Admin:
         return found
 
     def create_topic(self, name: str, **settings: Any) -> None:
-        """Create the topic at every live master, with `settings` as in `TopicConfig`; return when the route shows it.
+        """Create the topic at every live master; return when the route shows it. `settings`: `queue_count`, `permission` (the sum
+        of 4, read, and 2, write), `flush_mode`, `retention_ms` and `retention_bytes` (None: as the broker is told).
 
         Waits for the first broker, as one that has just been started is not registered yet. Brokers that have the topic are left
         as they are. Raises `RequestRefusedError` where one has it with another of the settings given, `InvalidArgumentError` for
