@@ -143,7 +143,7 @@ def test_a_line_that_cannot_be_sent_is_told_with_what_was_stored(run: Run, topic
     assert told["name"] == "MESSAGE_BODY_TOO_LARGE"
     assert told["message"].startswith("Line 2: The body has 5242880 bytes")
     assert told["facts"]["line"] == 2
-    assert result.stderr.splitlines()[0] == f"stored 1 messages in {topic}"
+    assert result.stderr.splitlines()[0] == f"stored 1 message in {topic}"
     [receipt] = result.stdout.splitlines()
     [message] = everything(run, topic)
     assert (message["body"], message["message_id"]) == ("one", json.loads(receipt)["message_id"])

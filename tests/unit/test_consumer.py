@@ -1072,7 +1072,7 @@ def test_only_queues_that_are_ours_are_sought(consumers: Callable[..., Any], nam
             call()
     with pytest.raises(InvalidArgumentError, match="where is -1; give a whole number from 0 to"):
         consumer.seek(consumer.assigned()[0], -1)
-    with pytest.raises(InvalidArgumentError, match="is no time"):
+    with pytest.raises(InvalidArgumentError, match="is no place"):
         consumer.seek(consumer.assigned()[0], ConsumeFrom.TIMESTAMP)
 
 

@@ -50,6 +50,7 @@ class VirtualAdmin:
 
     def __init__(self, world: World) -> None:
         self.settled: dict[tuple[str, str], TopicConfig] = {}
+        self._open_count = 0  # changes without an answer
         self._asked: dict[tuple[str, str], TopicConfig] = {}  # the last one, whatever has become of it
         self._world = world
         self._rng = Random(f"{world.plan.seed} {NAME}")
@@ -63,6 +64,11 @@ class VirtualAdmin:
         self._again(self._rng, world.plan.work.change_topics_every_ms, self._changed)
         self._again(self._flush_rng, world.plan.work.change_flush_every_ms, _flushed_otherwise)
         self._again(self._remake_rng, world.plan.work.remake_topics_every_ms, None)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether something that it has begun may still change topics."""
+        return bool(self._open_count or self._remaking)
 
     def _again(self, rng: Random, every_ms: float, change: Change) -> None:
         if every_ms:
@@ -95,7 +101,12 @@ class VirtualAdmin:
         self.settled.pop((broker_name, config.topic), None)
         self._asked[broker_name, config.topic] = config
         self._world.promises.flush_asked(broker_name, config.topic, config.flush_mode)
-        link.request(PutTopic, config, timeout_ms=ASK_MS, on_reply=on_reply)
+        self._open_count += 1
+        link.request(PutTopic, config, timeout_ms=ASK_MS, on_reply=partial(self._answered, on_reply))
+
+    def _answered(self, on_reply: OnReply, reply: AnyReply | ZrmqError, frames: list[bytes]) -> None:
+        self._open_count -= 1
+        on_reply(reply, frames)
 
     # --- deleted and made again ---------------------------------------------------------------------------------------
 

@@ -80,6 +80,8 @@ def _troubles(world: World) -> Iterator[str]:
         if missing:
             yield f"{broker.name} has no topics {missing}."
             return
+    if world.admin is not None and world.admin.is_busy:
+        yield "The administrator is not through with what it has begun."
     for producer in world.producers:
         if not producer.machine.is_closed and (producer.open_count or not producer.is_ready):
             yield f"{producer.who} has {producer.open_count} messages without an answer, or does not know all topics yet."
