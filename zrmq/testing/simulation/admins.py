@@ -11,7 +11,7 @@ import msgspec
 
 from zrmq.client.instance import ClientInstance
 from zrmq.client.link import Identity, Link, OnReply
-from zrmq.errors import InvalidArgumentError, ZrmqError
+from zrmq.errors import Code, ZrmqError
 from zrmq.message import FlushMode
 from zrmq.protocol.events import PERMISSION_READ, PERMISSION_WRITE, TopicConfig
 from zrmq.protocol.requests import AnyReply, DeleteTopic, DescribeTopics, Done, PutTopic, Topics
@@ -141,7 +141,7 @@ class VirtualAdmin:
             self._remaking.discard((broker_name, config.topic))
             self._put(broker_name, config, reply, frames)
             return
-        if isinstance(reply, InvalidArgumentError):  # it is there, created by use, with more queues
+        if isinstance(reply, ZrmqError) and reply.code is Code.BAD_REQUEST:  # it is there, with more queues
             config = msgspec.structs.replace(config, queue_count=config.queue_count + 1)
         self._machine.call_later(AGAIN_MS, partial(self._make_anew, broker_name, config))
 
