@@ -400,6 +400,8 @@ class PullConsumer(Consumer):
         rest = cursor.take_rest(max_messages)
         if rest:
             return rest
+        if self._auto_commit:
+            cursor.finish()  # of a unit whose queue goes to another member, which must not have to wait as long as this may
         units: list[Unit] = []
         try:
             messages = self._take(engine, units, max_messages, float(timeout_ms))

@@ -195,6 +195,18 @@ def test_an_iteration_that_goes_on_gives_nothing_again_that_a_poll_took() -> Non
         assert [message.queue_offset for message in got if message.queue.queue_id == queue_id] == list(range(6))
 
 
+def test_a_poll_lets_a_queue_go_that_an_iteration_was_in() -> None:
+    """At once: the next one may be a while."""
+    reader = InterruptedReader(Desk())
+    reader.turn()
+    queue = next(iter(reader.consumer)).queue
+    for each in reader.queues:
+        reader.desk.inbox.drain(each)
+    assert reader.consumer.poll(timeout_ms=0) == []
+    assert [each.in_flight for each in reader.queues] == [0, 0]
+    assert [each.commit_offset for each in reader.queues] == [int(each.queue == queue) for each in reader.queues]
+
+
 def test_an_iteration_goes_on_behind_such_a_poll(desk: Desk) -> None:
     _, cursor, _ = begin(desk)
     iterate(cursor, 1)
