@@ -134,7 +134,7 @@ class VirtualPuller(VirtualConsumer):
         if self.finishes_by_itself:
             self._finish_given()
         is_polling = self._mix_rng.random() < self._poll_share
-        messages = self.door.poll(self._work_rng.randint(1, 20), 0) if is_polling else self._iterate()
+        messages = self._poll() if is_polling else self._iterate()
         self._got(messages)
         if not self.finishes_by_itself and self._given and (not messages or self._work_rng.random() < 0.3):
             self._commit()
@@ -146,6 +146,15 @@ class VirtualPuller(VirtualConsumer):
     def _got(self, messages: list[Message]) -> None:
         """The door gave these."""
         self._given += messages
+
+    def _poll(self) -> list[Message]:
+        begun = self.door.cursor.queue
+        messages = self.door.poll(self._work_rng.randint(1, 20), 0)
+        is_left = begun is not None and self.door.cursor.queue is None and all(each.queue != begun.queue for each in messages)
+        if is_left and self.finishes_by_itself:  # what an iteration has given of a queue that goes to another member
+            for unit in [unit for unit in self.in_flight if unit.process_queue is begun]:
+                del self.in_flight[unit]
+        return messages
 
     def _iterate(self) -> list[Message]:
         """The next message of an iteration; where a real one waits for the next, this one ends, and another goes on behind it."""
