@@ -52,7 +52,6 @@ DRAWN_FAILURES = {  # as they are drawn now
     20101942: "a late message prolongs the session of an instance that has left, and the next one of its name gives up",
     4228: "a broker appears while the only other one still refuses an instance whose former life was killed",
     51000100: "one-way messages for a topic that takes none wait until their time is over",
-    60105319: "a member polls that was iterating, and does not let a queue go that another one is to have",
     60100155: "a full disk refuses a batch, and its broker stores it after all and is gone before it answers",
 }
 WORK_FAILURES: dict[int, tuple[str, WorkPlan]] = {  # with the work that was given to them
@@ -68,6 +67,9 @@ WORK_FAILURES: dict[int, tuple[str, WorkPlan]] = {  # with the work that was giv
 }
 ASKED_TOO_MUCH = {  # by the checks, once
     20105343: "a reader is closed while a broker is away, which is back before the others have answered the last commit",
+    60105319: "a member polls that was iterating, and by that lets a queue go which another one is to have",
+    60002750: "topics are made read-only when all else is well",
+    60100227: "a producer is started when nothing more is sent, and has not prepared its topics yet",
     20104067: "a subscription is damaged, and a commit behind it that was written, but not seen before the power went",
     20000686: "a group is told to a broker whose clock stepped back, with messages that were stored there just before",
 }
