@@ -52,6 +52,7 @@ DRAWN_FAILURES = {  # as they are drawn now
     20101942: "a late message prolongs the session of an instance that has left, and the next one of its name gives up",
     4228: "a broker appears while the only other one still refuses an instance whose former life was killed",
     51000100: "one-way messages for a topic that takes none wait until their time is over",
+    60006378: "the power takes one of several new segments before they are flushed, and again while the views are made anew",
     60100155: "a full disk refuses a batch, and its broker stores it after all and is gone before it answers",
 }
 WORK_FAILURES: dict[int, tuple[str, WorkPlan]] = {  # with the work that was given to them

@@ -532,6 +532,28 @@ def test_a_missing_segment_in_the_middle(bench: StoreBench) -> None:
     assert 0 < kept < total
 
 
+@pytest.mark.parametrize("has_file", [True, False])
+def test_a_segment_that_the_power_took_of_what_was_not_flushed(bench: StoreBench, has_file: bool) -> None:
+    """The log ends before it, also when a later one is there, and the views are to be made from it."""
+    (queue, _) = bench.topic()
+    bench.fill_segments(queue, 2)
+    bench.flush()
+    total, segments = queue.next_offset, len(bench.segments())
+    while len(bench.segments()) < segments + 3:
+        bench.append(queue, size=500)
+    bench.store.write()
+    bench.files.kill()
+    bench.files.unlink(LOG / segment_name(bench.segments()[-2]))
+    bench.files.fsync_dir(LOG)
+    bench.files.unlink(FOLDER / "views.db")
+    if has_file:
+        replace_file(bench.files, FOLDER / "views.db", b"")
+    bench.open()
+    assert bench.store.recovery.is_complete
+    assert bench.store.recovery.damage == []
+    assert len(bodies_of(bench)) >= total
+
+
 def test_a_missing_segment_under_intact_views(bench: StoreBench) -> None:
     (queue, _) = bench.topic()
     bench.fill_segments(queue, 3)

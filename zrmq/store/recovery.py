@@ -234,11 +234,10 @@ class WholeLog:
     def __init__(self, commit_log: CommitLog) -> None:
         self.topics: dict[int, TopicPut] = {}  # as the log first speaks of them
         self._log = commit_log
-        self._start = commit_log.start  # behind it nothing is missing
-        for earlier, later in pairwise(commit_log.segments):
-            if earlier.end != later.start:  # a file is lost, or a power cut brought back only one of those deleted
-                self._start = later.start
-        self.is_complete = self._start == 0
+        self._gaps = [
+            (earlier.end, later.start) for earlier, later in pairwise(commit_log.segments) if earlier.end != later.start
+        ]
+        self.is_complete = commit_log.start == 0 and not self._gaps
 
     def look_through(self) -> None:
         """Read its events, unless nothing is missing anyway."""
@@ -256,12 +255,22 @@ class WholeLog:
                 event = _decode(found)
                 if isinstance(event, TopicPut):
                     self.topics.setdefault(event.topic_id, event)
-                elif isinstance(event, StateRelocated) and event.position >= self._start:
+                elif isinstance(event, StateRelocated):
                     relocated.append((event.position, found.position))
+        start = self._start(flushed)
+        if start == 0:
+            self.topics.clear()
+            self.is_complete = True
+            return
         end = next((position for position in doubtful if position >= flushed), inf)  # see `Replay.run`
         self.is_complete = any(
-            to < end and not any(position <= doubt < to for doubt in doubtful) for position, to in relocated
+            position >= start and to < end and not any(position <= doubt < to for doubt in doubtful) for position, to in relocated
         )
+
+    def _start(self, flushed: int) -> int:
+        """Behind it nothing is missing. A gap before what was flushed is a file that is lost, or a power cut has brought back one
+        of those deleted and not the next; behind that the power has taken one of those that were new, and the log ends there."""
+        return max([self._log.start, *(later_start for end, later_start in self._gaps if end < flushed)])
 
 
 def _decode(found: Found) -> AnyEvent:
