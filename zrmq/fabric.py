@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from zrmq.config import BrokerConfig, NameServerConfig, find_nameservers, load
-from zrmq.errors import ClosedError, ConfigError, InvalidArgumentError
+from zrmq.errors import ClosedError, ConfigError
 from zrmq.transport.options import check_fork, fork_count
 
 if TYPE_CHECKING:
@@ -61,10 +61,8 @@ class Fabric:
 
     def consume(self, group: str, topic: str, listener: Listener, expression: str = "*", **options: Any) -> PushConsumer:
         """A started `PushConsumer` that calls `listener` for each message of `topic`."""
-        if not callable(listener):
-            raise InvalidArgumentError(f"The listener {listener!r} cannot be called; give a function that takes a message.")
         consumer = self.push_consumer(group, **options)
-        consumer.subscribe(topic, expression, listener)
+        consumer.subscribe(topic, expression)(listener)  # so that None is a listener that cannot be called
         consumer.start()
         return consumer
 

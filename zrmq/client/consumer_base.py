@@ -288,11 +288,11 @@ def check_queues(queues: Iterable[MessageQueue]) -> list[MessageQueue]:
 def time_ms(given: When) -> int:
     """Milliseconds since 1970 UTC, or `InvalidArgumentError`. A datetime without a zone is local time."""
     try:
-        time_ms = round(given.timestamp() * 1000) if isinstance(given, datetime) else given
+        at_ms = round(given.timestamp() * 1000) if isinstance(given, datetime) else given
     except (OSError, OverflowError, ValueError):  # local time has its own bounds, by the platform
-        time_ms = -1
-    if isinstance(time_ms, int) and not isinstance(time_ms, bool) and 0 <= time_ms <= OFFSET_MAX:
-        return time_ms
+        at_ms = -1
+    if isinstance(at_ms, int) and not isinstance(at_ms, bool) and 0 <= at_ms <= OFFSET_MAX:
+        return at_ms
     raise InvalidArgumentError(f"{given!r} is no time; give a datetime or milliseconds, not before 1970-01-01 UTC.")
 
 

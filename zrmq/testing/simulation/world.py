@@ -262,10 +262,9 @@ class World:
         broker, posting = self.brokers[message.queue.broker_name], self.promises.postings[message.body]
         assert broker.check is not None
         is_cut = self.promises.is_cut(broker.name, message.topic)
-        is_lost = is_cut or self.promises.may_have_lost(broker.name, message.body) or self.promises.is_damaged(message.body)
-        placed = broker.check.placed(message.queue, message.queue_offset, topic_id)
-        if is_lost:
+        if is_cut or self.promises.may_have_lost(broker.name, message.body) or self.promises.is_damaged(message.body):
             return
+        placed = broker.check.placed(message.queue, message.queue_offset, topic_id)
         is_expired = broker.check.is_expired(message.queue, message.queue_offset)
         is_former = self.promises.is_former(broker.name, topic_id)
         if placed is None and (is_expired or is_former or self.promises.is_gone(broker.name, message.body)):
