@@ -7,7 +7,6 @@ import logging
 import resource
 import signal
 import traceback
-import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Sequence
 from math import ceil
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple, Self
 import structlog
 
 from tests.fuzz.mutation import Make
+from tests.memory import peak_bytes
 from zrmq.clock import SystemClock
 from zrmq.errors import Code, ZrmqError
 from zrmq.protocol.requests import Failed, decode_reply, encode, failed
@@ -106,16 +106,11 @@ class Probe:
         self._trace(target, data)
 
     def _trace(self, target: Target, data: bytes) -> None:
-        tracemalloc.start()
-        try:
-            self._give(target, data)
-            took = tracemalloc.get_traced_memory()[1]
-        finally:
-            tracemalloc.stop()
+        limit = BASE_BYTES_MAX + MULTIPLE_MAX * len(data)
+        took = peak_bytes(lambda: self._give(target, data), limit)
         self.traced[target.name] += 1
-        if took > self.peak_bytes[target.name]:
-            self.peak_bytes[target.name] = took
-        if took > BASE_BYTES_MAX + MULTIPLE_MAX * len(data) and took > BASE_BYTES_MAX + MULTIPLE_MAX * target.size(data):
+        self.peak_bytes[target.name] = max(took, self.peak_bytes[target.name])
+        if took > limit and took > BASE_BYTES_MAX + MULTIPLE_MAX * target.size(data):
             self._note(target, data, f"{took} bytes of memory", None)
 
     def _give(self, target: Target, data: bytes) -> None:

@@ -14,7 +14,7 @@ import pytest
 from tests.corpus.samples import EVENTS
 from tests.fuzz import cores, decoders, files
 from tests.fuzz.ports import run_ports
-from tests.fuzz.probe import GROWTH_BYTES_MAX, KEPT, Probe, Target, run_targets
+from tests.fuzz.probe import BASE_BYTES_MAX, GROWTH_BYTES_MAX, KEPT, Probe, Target, run_targets
 from zrmq.protocol import batch
 from zrmq.protocol.events import AnyEvent, Event, encode_event
 from zrmq.store import segment
@@ -120,6 +120,15 @@ def test_memory_is_noticed_where_it_is_not_traced() -> None:
         probe.run(frugal, Random(1), 1)
         probe.run(frugal._replace(take=lambda data: len(b"x" * size)), Random(1), 1)
     assert [finding.what.split(" ", 1)[1] for finding in probe.findings.values()] == ["bytes of memory"]
+
+
+@pytest.mark.parametrize("times, found", [(1, 0), (2, 1)])
+def test_memory_that_only_the_process_took_is_no_finding(times: int, found: int) -> None:
+    sizes = [2 * BASE_BYTES_MAX] * times
+    greedy = Target("greedy", lambda data: bytes(sizes.pop()) if sizes else b"", [b"x"], lambda rng, seeds: b"x")
+    with Probe() as probe:
+        probe.feed(greedy, b"x")
+    assert len(probe.findings) == found
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tracemalloc
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.corpus.samples import BATCHES, EVENTS, REPLIES, REQUESTS
+from tests.memory import peak_bytes
 from tests.unit.test_protocol_batch import with_records
 from tests.unit.test_protocol_corpus import stored
 from zrmq.errors import InvalidFrameError
@@ -130,16 +130,6 @@ def test_huge_lengths(name: str, start: bytes) -> None:
 
 
 # --- memory -------------------------------------------------------------------------------------------------------------
-
-
-def peak_bytes(work: Callable[[], object]) -> int:
-    """Most bytes that were taken at once while `work` ran."""
-    tracemalloc.start()
-    try:
-        work()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
 
 
 def test_a_zip_bomb_ends_at_the_limit() -> None:
