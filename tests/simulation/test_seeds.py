@@ -67,6 +67,7 @@ WORK_FAILURES: dict[int, tuple[str, WorkPlan]] = {  # with the work that was giv
     )),
 }
 ASKED_TOO_MUCH = {  # by the checks, once
+    70000280: "the broker that was told first of a group, and alone, loses that to its disk",
     20105343: "a reader is closed while a broker is away, which is back before the others have answered the last commit",
     60105319: "a member polls that was iterating, and by that lets a queue go which another one is to have",
     60002750: "topics are made read-only when all else is well",

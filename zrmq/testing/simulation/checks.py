@@ -272,7 +272,8 @@ def _check_consumed(world: World, group: GroupPlan, checks: dict[str, LogCheck])
                 continue
             contents = checks[queue.broker_name].contents(queue)
             for known, instance_name in world.ready_ms:
-                if known == group.name and not world.promises.is_start_lost((group.name, instance_name, queue)):
+                is_lost = world.promises.is_start_lost(queue.broker_name, group.name, instance_name, topic)
+                if known == group.name and not is_lost:
                     owed_ms = _owed_ms(world, group, instance_name, queue, checks)
                     subscribed = _subscribed(checks[queue.broker_name], group, instance_name, topic)
                     start = subscribed.starts.get(queue.queue_id, 0) if subscribed is not None else 0
@@ -318,9 +319,10 @@ def _owed_ms(
         return ready_ms
     subscribed = {name: _subscribed(check, group, instance_name, queue.topic) for name, check in checks.items()}
     found = {name: each.since_ms for name, each in subscribed.items() if each is not None}
+    who = (group.name, instance_name, queue.topic)
     first, first_ms = next(
-        (broker_name, since_ms) for broker_name, since_ms in world.promises.subscriptions[group.name, instance_name, queue.topic]
-        if found.get(broker_name) == since_ms
+        (broker_name, since_ms) for broker_name, since_ms in world.promises.subscriptions[who]
+        if found.get(broker_name) == since_ms or world.promises.is_start_lost(broker_name, *who)  # that one said so, and forgot
     )
     is_comparable = first == queue.broker_name or all(map(world.network.is_clock_right, (first, queue.broker_name)))
     return ready_ms if found.get(queue.broker_name) == first_ms and is_comparable else inf

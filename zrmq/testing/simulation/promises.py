@@ -236,10 +236,9 @@ class Promises:
         elif isinstance(event, SessionTimeoutChanged):
             self._lost_timeouts.add(broker_name)
 
-    def is_start_lost(self, place: Place) -> bool:
-        """Whether the broker has lost where the group began in the topic of this queue."""
-        group, instance_name, queue = place
-        return (queue.broker_name, group, instance_name, queue.topic) in self._lost_starts
+    def is_start_lost(self, broker_name: str, group: str, instance_name: str, topic: str) -> bool:
+        """Whether a broker has lost where the group began in this topic."""
+        return (broker_name, group, instance_name, topic) in self._lost_starts
 
     def is_commit_lost(self, place: Place) -> bool:
         """Whether the broker has lost that the group committed in this queue."""
@@ -248,7 +247,8 @@ class Promises:
 
     def is_place_lost(self, place: Place) -> bool:
         """Whether the broker may have lost where the group stands in this queue."""
-        return self.is_start_lost(place) or self.is_commit_lost(place)
+        group, instance_name, queue = place
+        return self.is_start_lost(queue.broker_name, group, instance_name, queue.topic) or self.is_commit_lost(place)
 
     def is_lease_lost(self, kind: type[LeaseGranted | LeaseReleased], broker_name: str, lease_epoch: int) -> bool:
         """Whether the broker has lost that this lease was granted, or has ended."""
