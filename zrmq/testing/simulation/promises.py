@@ -134,8 +134,8 @@ class Promises:
             raise BrokenPromise("bound", f"{posting} for {spell(posting.queue)} was stored in {spell(outcome.queue)}.")
         queue = self.acknowledged.setdefault(outcome.queue, {})
         other = queue.get(outcome.queue_offset)
-        if other is not None and self.is_gone(outcome.broker_name, posting.body):
-            return  # of a former topic, and told late
+        if other is not None and (self.is_gone(outcome.broker_name, posting.body) or self.may_be_lost(posting)):
+            return  # of a former topic, or of before the power went, and told late
         is_excused = other is None or self.is_gone(outcome.broker_name, other.body)
         if other is not None and not (is_excused or self.may_be_lost(other) or self.is_damaged(other.body)):
             place = f"{outcome.queue_offset} of {spell(outcome.queue)}"

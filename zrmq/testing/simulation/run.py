@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from zrmq.routing.core import START_GRACE_MS
+from zrmq.routing.route_table import GONE_AFTER_MS
 from zrmq.testing.simulation.checks import check_accounts, check_bounds, check_probes, find_trouble
 from zrmq.testing.simulation.faults import FaultMaker
 from zrmq.testing.simulation.log_lines import captured_logs
@@ -15,6 +17,7 @@ BOUNDS_MS = 250.0  # between two looks at the bounds
 HEALTH_MS = 250.0
 HEALTHY_MS_MAX = 90_000.0  # from the last fault until everything is well
 PROBED_MS_MAX = 10_000.0  # and from there until everybody has got one message more of each queue: before a pull that waits ends
+ROUTED_MS_MAX = START_GRACE_MS + GONE_AFTER_MS + 1_000.0  # until a NameServer that has just started tells the others' clients
 SILENT = frozenset({"half_open", "cut", "pause", "slow_network", "late_delivery"})  # a connection may be dead for longer
 
 
@@ -59,7 +62,7 @@ def _run(world: World) -> float:
     healed_ms = _heal(world, faults, HEALTHY_MS_MAX)
     world.note("checks", "healthy", f"after {healed_ms:.0f} ms")
     world.probe()
-    _heal(world, faults, HEALTHY_MS_MAX if SILENT & world.plan.faults.keys() else PROBED_MS_MAX)
+    _heal(world, faults, _probed_ms_max(world.plan))
     check_probes(world)
     check_accounts(world)
     return healed_ms
@@ -77,6 +80,12 @@ def _heal(world: World, faults: FaultMaker, healthy_ms_max: float) -> float:
             return world.network.now_ms - began_ms
         if world.network.now_ms - began_ms > healthy_ms_max:
             raise BrokenPromise("health", f"{healthy_ms_max:.0f} ms after the last fault: {trouble}")
+
+
+def _probed_ms_max(plan: Plan) -> float:
+    if SILENT & plan.faults.keys():
+        return HEALTHY_MS_MAX
+    return ROUTED_MS_MAX if "nameserver_crash" in plan.faults else PROBED_MS_MAX
 
 
 def _advance(world: World, duration_ms: float) -> None:
