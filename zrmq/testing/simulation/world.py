@@ -315,6 +315,8 @@ class World:
             topic, reading = broker.store.tables.topics.get(queue.topic), consumer.core.reader.readings[queue]
             if topic is None or consumer.topic_id(reading.process_queue) not in (0, topic.topic_id):
                 continue  # deleted since
+            if consumer.is_lease_lost(reading.process_queue):
+                continue  # another member may have it too, and commit
             group = broker.store.tables.groups.get(consumer.group.name)
             known = group.start_offset(topic, queue.queue_id, consumer.instance_name) if group is not None else None
             if self.promises.is_beyond((consumer.group.name, consumer.instance_name, queue), offset, known):
