@@ -182,19 +182,18 @@ class LogCheck:
             self._fail("log", f"there is no queue {batch.queue_id} of topic {batch.topic_id} for the batch at {entry.position}.")
         next_offset = topic.queues[batch.queue_id].next_offset
         queue = MessageQueue(topic.config.topic, self._broker_name, batch.queue_id)
-        if batch.base_offset != next_offset and not self._may_go_on_behind(entry, next_offset):
+        is_behind_lost = batch.base_offset > next_offset and self._has_lost_end(batch.topic_id, batch.queue_id)
+        if batch.base_offset != next_offset and not is_behind_lost:
             self._fail("dense", f"{spell(queue)} goes on at {batch.base_offset} after {next_offset}.")
         if batch.record_count != len(entry.bodies):
             self._fail("log", f"the batch at {entry.position} has {len(entry.bodies)} records and says {batch.record_count}.")
         for index, body in enumerate(entry.bodies):
             self._check_message(queue, batch.base_offset + index, batch.producer_id, batch.first_sequence + index, body)
 
-    def _may_go_on_behind(self, entry: Entry, next_offset: int) -> bool:
-        """Whether a batch that the last life wrote, and nobody saw, follows something of its queue that is lost since."""
-        batch = entry.batch
-        assert batch is not None
-        is_recovered = entry.position < self._recovered_position and batch.base_offset > next_offset
-        return is_recovered and self.watch.has_lost_offsets(batch.topic_id, batch.queue_id, entry.position)
+    def _has_lost_end(self, topic_id: int, queue_id: int) -> bool:
+        """Whether the entry at hand, which the last life wrote and nobody saw, may know of a later end of the queue: what said so
+        is lost since."""
+        return self.watch.end < self._recovered_position and self.watch.has_lost_offsets(topic_id, queue_id, self.watch.end)
 
     def _check_message(self, queue: MessageQueue, offset: int, producer_id: int, sequence: int, body: bytes) -> None:
         if (producer_id, sequence) in self._sequences:
@@ -266,7 +265,7 @@ class LogCheck:
             if topic is None or queue_id >= len(topic.queues):
                 self._fail("commit", f"{event} is for a queue that does not exist.")
             queue = MessageQueue(topic.config.topic, self._broker_name, queue_id)
-            if offset > topic.queues[queue_id].next_offset:
+            if offset > topic.queues[queue_id].next_offset and not self._has_lost_end(topic_id, queue_id):
                 self._fail("commit", f"{event} commits beyond the end of {spell(queue)}, {topic.queues[queue_id].next_offset}.")
             before = group.start_offset(topic, queue_id, event.instance_name) if group is not None else None
             if before is None:
