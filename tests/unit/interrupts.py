@@ -49,6 +49,7 @@ class Interrupt(BaseException):
             if self.came or frame.f_code.co_filename not in self._files:
                 return None
             frame.f_trace_opcodes, frame.f_trace_lines = True, False
+            self._last[frame] = "RESUME"  # which some versions do not tell
         elif event == "opcode" and not self.came:
             if self._last.get(frame) in LOOKS_AFTER:
                 if self._left == 0:
@@ -64,4 +65,7 @@ class Interrupt(BaseException):
         code = frame.f_code
         if code not in self._operations:
             self._operations[code] = {each.offset: each.opname for each in dis.get_instructions(code)}
-        return self._operations[code][frame.f_lasti]
+        names, at = self._operations[code], frame.f_lasti
+        while names[at] == "EXTENDED_ARG":  # what it belongs to is not told
+            at += 2
+        return names[at]

@@ -323,8 +323,13 @@ class Accumulator:
             raise self._refusal()
         if not self._has_room(size_bytes):
             return None
-        batch = self._open.get(target) or self._open_batch(target, timeout_ms)
-        self._grant(batch, size_bytes)
+        batch = self._open.get(target)
+        if batch is None:
+            return self._open_batch(target, size_bytes, timeout_ms)
+        granted_bytes = self._grant_bytes(batch, size_bytes)
+        self._buffered_bytes += granted_bytes
+        batch.size_bytes += granted_bytes
+        batch.room_bytes += granted_bytes
         return batch
 
     def _can_take(self, batch: Batch, size_bytes: int) -> bool:
@@ -332,13 +337,16 @@ class Accumulator:
         used_bytes = batch.size_bytes - batch.room_bytes
         return len(batch.bodies) < self._batch_records_max and used_bytes + size_bytes <= self._batch_bytes_max
 
-    def _open_batch(self, target: Target, timeout_ms: int) -> Batch:
+    def _open_batch(self, target: Target, size_bytes: int, timeout_ms: int) -> Batch:
         batch = Batch(self, target, self.config.producer_id, self._next_sequence, timeout_ms)
         unfinished = self._unfinished.setdefault(batch.topic, {})
+        granted_bytes = self._grant_bytes(batch, size_bytes)
         # Without a call in between, so without a signal handler that raises: here and there, or nowhere.
         self._next_sequence += self.config.batch_records_max  # ids are known at once, so a batch reserves what it may need
         self._open[target] = batch
         unfinished[batch] = None
+        self._buffered_bytes += granted_bytes
+        batch.size_bytes = batch.room_bytes = granted_bytes
         self._has_news = True
         return batch
 
@@ -371,16 +379,13 @@ class Accumulator:
                 self._return(batch)
         return not self._buffered_bytes or self._buffered_bytes + size_bytes <= self.config.buffer_bytes
 
-    def _grant(self, batch: Batch, size_bytes: int) -> None:
-        """Give the batch room for a record, and for all it can take while there is plenty."""
+    def _grant_bytes(self, batch: Batch, size_bytes: int) -> int:
+        """What a batch is to get of the buffer for a record of that size: while there is plenty, for all that it can take."""
         used_bytes = batch.size_bytes - batch.room_bytes
         plenty_bytes = ROOMY_BATCHES * self._batch_bytes_max
         if self._buffered_bytes + plenty_bytes <= self.config.buffer_bytes:
             size_bytes = max(size_bytes, self._batch_bytes_max - used_bytes)
-        granted_bytes = size_bytes - batch.room_bytes
-        batch.size_bytes += granted_bytes
-        batch.room_bytes = size_bytes
-        self._buffered_bytes += granted_bytes
+        return size_bytes - batch.room_bytes
 
     def _return(self, batch: Batch) -> None:
         """Take back what it was granted and does not use."""
