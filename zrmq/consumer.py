@@ -433,18 +433,16 @@ class PullConsumer(Consumer):
         """
         engine, cursor = self._ready()
         while True:
-            queue, rest, is_whole = cursor.queue, cursor.rest, True
-            for cursor.index, message in rest:
-                if cursor.rest is not rest:  # a poll took some
-                    break
-                if queue is None or queue.is_draining or queue.is_dropped:  # without a call: no Ctrl-C before it is given
-                    is_whole = False
-                    break
-                yield message
-            if cursor.rest is not rest:
+            queue, rest = cursor.queue, cursor.rest
+            if queue is not None and not cursor.is_void():
+                for cursor.index, message in rest:  # no call until it is given: Ctrl-C cannot keep from the caller what was taken
+                    yield message
+                    if cursor.rest is not rest or queue.is_draining or queue.is_dropped:
+                        break
+            if cursor.rest is not rest:  # a poll took some, or another iteration went on
                 continue
             check_fork(self._forks)
-            cursor.leave_unit(is_whole=is_whole)
+            cursor.leave_unit()
             if self._auto_commit:
                 cursor.finish()
             unit = None

@@ -327,7 +327,7 @@ def settle_what_a_poll_took(patch: Patch) -> None:
 
     def hasty(self: Cursor, messages_max: int) -> Any:
         taken = take_rest(self, messages_max)
-        self.index = max(self.index, self._polled_end - 1)
+        self.index += max(len(taken) - 1, 0)
         return taken
 
     patch.setattr(Cursor, "take_rest", hasty)

@@ -93,8 +93,29 @@ class InterruptedReader:
                 break
 
 
+    def lose(self) -> None:
+        """The queue that the iteration is in goes to another member."""
+        for message in self.consumer:
+            self.given.append((message.queue.queue_id, message.queue_offset))
+            if len(self.given) == 2:
+                self.desk.inbox.drain(self.queues[message.queue.queue_id])
+            if len(self.given) > 5:
+                break
+
+    def commit(self) -> None:
+        """What is finished was given."""
+        self.cursor.finish_given()
+        for queue in self.queues:
+            given = [offset for queue_id, offset in self.given if queue_id == queue.queue.queue_id]
+            assert queue.commit_offset <= len(given), (queue.commit_offset, given)
+
+
+Step = Callable[[InterruptedReader], None]
+
+
+@pytest.mark.parametrize("is_committed", [False, True])
 @pytest.mark.parametrize("step", [InterruptedReader.poll, InterruptedReader.iterate, InterruptedReader.mix])
-def test_what_an_exception_kept_from_the_caller_comes_again(step: Callable[[InterruptedReader], None]) -> None:
+def test_what_an_exception_kept_from_the_caller_comes_again(step: Step, is_committed: bool) -> None:
     """Ctrl-C at every place where Python may run a handler: what is finished was given, and what is left is not forgotten."""
     places = 0
     while True:
@@ -104,6 +125,8 @@ def test_what_an_exception_kept_from_the_caller_comes_again(step: Callable[[Inte
             reader.turn()
             with interrupt.may_come():
                 step(reader)
+            if is_committed:
+                reader.commit()
         for _ in range(8):
             reader.turn()
             reader.poll()
@@ -116,6 +139,46 @@ def test_what_an_exception_kept_from_the_caller_comes_again(step: Callable[[Inte
             break
         places += 1
     assert places > 50
+
+
+@pytest.mark.parametrize("after", [InterruptedReader.commit, InterruptedReader.poll, InterruptedReader.iterate])
+def test_nothing_is_finished_that_was_kept_from_the_caller_of_a_queue_that_goes(after: Step) -> None:
+    places = 0
+    while True:
+        reader = InterruptedReader(Desk())
+        interrupt = Interrupt(places, consumer_module, cursor_module, inbox_module, process_queue_module)
+        reader.turn()
+        with interrupt.may_come():
+            reader.lose()
+        after(reader)
+        reader.commit()
+        assert min(queue.in_flight for queue in reader.queues) == 0, "the queue that goes is let go"
+        if not interrupt.came:
+            break
+        places += 1
+    assert places > 50
+
+
+def test_an_iteration_that_goes_on_behind_another_one_finishes_nothing_of_its_unit() -> None:
+    """Whatever keeps it from going on, the loop's side may settle at any moment."""
+    places = 0
+    while True:
+        reader = InterruptedReader(Desk())
+        for queue in reader.queues:
+            reader.desk.put(queue, 6)
+        left, other = iter(reader.consumer), iter(reader.consumer)
+        got = [next(left), next(left), *reader.consumer.poll(1, timeout_ms=0), *(next(other) for _ in range(4))]
+        interrupt = Interrupt(places, consumer_module, cursor_module, inbox_module, process_queue_module)
+        with interrupt.may_come():
+            got.append(next(left))
+        reader.cursor.settle()
+        for queue in reader.queues:
+            offsets = [message.queue_offset for message in got if message.queue == queue.queue]
+            assert queue.commit_offset <= max(len(offsets) - (got[-1].queue == queue.queue), 0)
+        if not interrupt.came:
+            break
+        places += 1
+    assert places > 2
 
 
 def test_an_iteration_finishes_what_lies_before_the_last_given(desk: Desk) -> None:
@@ -141,7 +204,7 @@ def test_all_that_was_given_may_be_called_finished(desk: Desk) -> None:
 def test_a_unit_left_behind_is_finished(desk: Desk) -> None:
     queue, cursor, _ = begin(desk)
     iterate(cursor, 9)
-    cursor.leave_unit(is_whole=True)
+    cursor.leave_unit()
     cursor.finish()
     assert (queue.commit_offset, queue.in_flight) == (5, 0)
 
@@ -151,9 +214,9 @@ def test_a_unit_cut_short_is_finished_up_to_there(desk: Desk) -> None:
     iterate(cursor, 3)
     desk.inbox.drain(queue)
     assert cursor.is_void()
-    cursor.leave_unit(is_whole=False)
+    cursor.leave_unit()
     cursor.finish()
-    assert (queue.commit_offset, queue.in_flight, desk.wakes) == (2, 0, 1)
+    assert (queue.commit_offset, queue.in_flight, desk.wakes) == (3, 0, 1)
 
 
 def test_a_poll_takes_what_an_iteration_has_left(desk: Desk) -> None:
@@ -226,7 +289,7 @@ def test_a_poll_takes_nothing_of_a_queue_that_is_gone(desk: Desk) -> None:
 def test_finishing_older_units_leaves_the_present_one_in_flight(desk: Desk) -> None:
     queue, cursor, _ = begin(desk)
     iterate(cursor, 9)
-    cursor.leave_unit(is_whole=True)
+    cursor.leave_unit()
     desk.put(queue, 3)
     cursor.enter_unit(desk.taken())
     iterate(cursor, 1)
@@ -280,7 +343,7 @@ class Caller(RuleBasedStateMachine):
             count -= len(got)
             if not count:
                 return
-            self.cursor.leave_unit(is_whole=True)
+            self.cursor.leave_unit()
             self.cursor.finish()
             self.open = 0
             unit: Any = self.desk.take(4)

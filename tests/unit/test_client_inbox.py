@@ -407,3 +407,22 @@ def test_a_take_waits_for_what_comes() -> None:
     assert unit is not None
     assert offsets(unit) == [0]
     assert inbox.take(1.0, lambda queue: 10) is None
+
+
+def test_a_wake_that_was_kept_from_the_loop_is_made_up_for(desk: Desk) -> None:
+    """Ctrl-C comes when the wake is noted and not posted."""
+    queue = desk.queue()
+    desk.put(queue, 1, 1)
+    unit = desk.taken(1)
+    desk.inbox._wake = interrupted
+    queue.is_draining = True
+    with pytest.raises(KeyboardInterrupt):
+        desk.inbox.done(unit)
+    desk.inbox._wake = desk._wake
+    desk.inbox.recover([])
+    desk.inbox.finish_below(queue, 2, is_all=True)
+    assert desk.wakes == 1
+
+
+def interrupted() -> None:
+    raise KeyboardInterrupt

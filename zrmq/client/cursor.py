@@ -14,8 +14,11 @@ class Cursor:
     """The caller's own thread only, but for `settle`, which may come from another.
 
     A poll gives whole units. An iteration goes through one unit: `rest` are the messages still to give, each with its index, and
-    `index` is the one given last; it keeps both up to date itself, since that costs it least. A poll that takes some of them puts
-    another `rest` in their place, and `index` at the first of those it took: what lies before `index` is done, and nothing else.
+    what was taken of it was given. `index` is the one that the iteration gave last; it notes that itself, which costs it least.
+    A poll that takes some of them puts another `rest` in their place, and `index` at the first of those it took: what lies before
+    `index` is done, and nothing else.
+
+    What belongs together changes without a call in between, so that no signal handler can raise there.
     """
 
     def __init__(self, inbox: Inbox) -> None:
@@ -24,7 +27,6 @@ class Cursor:
         self._inbox = inbox
         self._left: Iterator[int] = iter(())  # the indexes in `rest`
         self._unit: Unit | None = None  # what the iteration goes through
-        self._polled_end = 0  # a poll took the messages of it before this one
         self._given: dict[ProcessQueue, int] = {}  # of other units: below which offset everything was given
 
     # --- giving -------------------------------------------------------------------------------------------------------
@@ -37,8 +39,7 @@ class Cursor:
         """From here on its messages are given one by one."""
         left = iter(range(len(unit.messages)))
         rest = zip(left, unit.messages, strict=False)  # `strict` would ask for one more
-        self.index = self._polled_end = 0  # before the unit: `settle` may look in between, and must see too little
-        self._left, self.rest, self._unit = left, rest, unit
+        self.index, self._left, self.rest, self._unit = 0, left, rest, unit
 
     @property
     def queue(self) -> ProcessQueue | None:
@@ -50,12 +51,13 @@ class Cursor:
         unit = self._unit
         return unit is not None and (unit.process_queue.is_draining or unit.process_queue.is_dropped)
 
-    def leave_unit(self, *, is_whole: bool) -> None:
-        """All messages were given, or (not `is_whole`) those before `index`, and the others will not be."""
-        unit, self._unit = self._unit, None
-        self.rest = iter(())
+    def leave_unit(self) -> None:
+        """What is left of it will not be given."""
+        unit = self._unit
         if unit is not None:
-            self._given[unit.process_queue] = unit.next_offset if is_whole else unit.messages[self.index].queue_offset
+            rest: Iterator[tuple[int, Message]] = iter(())
+            given = self._given | {unit.process_queue: self._offset_of(unit, self._next_index(unit))}
+            self._given, self.rest, self._unit = given, rest, None
 
     def take_rest(self, messages_max: int) -> list[Message]:
         """For a poll: what an iteration has left of its unit, at most so many. Nothing has changed until it returns, where no
@@ -63,18 +65,13 @@ class Cursor:
         unit = self._unit
         if unit is None:
             return []
-        count = len(unit.messages)
-        begin = count - length_hint(self._left)
+        begin, count = self._next_index(unit), len(unit.messages)
         end = begin if self.is_void() else min(begin + messages_max, count)
         is_left = begin < end < count
-        given_offset = unit.next_offset if end == count else unit.messages[end].queue_offset
         left = iter(range(end, count)) if is_left else iter(())
         rest, taken = zip(left, unit.messages[end:], strict=False), unit.messages[begin:end]
-        if is_left:
-            self.index, self._polled_end = begin, end
-        else:
-            self._unit, self._given = None, self._given | {unit.process_queue: given_offset}
-        self._left, self.rest = left, rest
+        given = self._given if is_left else self._given | {unit.process_queue: self._offset_of(unit, end)}
+        self.index, self._left, self.rest, self._given, self._unit = begin, left, rest, given, unit if is_left else None
         return taken
 
     def position(self, queue: ProcessQueue) -> int:
@@ -82,8 +79,14 @@ class Cursor:
         unit = self._unit
         if unit is None or unit.process_queue is not queue:
             return queue.position
-        following = max(self.index + 1, self._polled_end)
-        return unit.messages[following].queue_offset if following < len(unit.messages) else unit.next_offset
+        return self._offset_of(unit, self._next_index(unit))
+
+    def _next_index(self, unit: Unit) -> int:
+        return len(unit.messages) - length_hint(self._left)
+
+    @staticmethod
+    def _offset_of(unit: Unit, index: int) -> int:
+        return unit.messages[index].queue_offset if index < len(unit.messages) else unit.next_offset
 
     # --- finishing ----------------------------------------------------------------------------------------------------
 

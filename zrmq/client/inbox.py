@@ -258,7 +258,11 @@ class Inbox:
     def _wake_if(self, is_wanted: bool) -> None:
         if is_wanted and not self._is_woken:
             self._is_woken = True
-            self._wake()
+            try:
+                self._wake()
+            except BaseException:  # Ctrl-C, perhaps, before it had any effect
+                self._is_woken = False
+                raise
 
     def _report(self, queue: ProcessQueue, opened: Opened) -> None:
         self.damaged_count += 1
