@@ -1692,6 +1692,35 @@ def test_a_paused_queue_can_be_resumed_while_its_broker_is_away(cluster: Reading
     assert [member.reading(queue).is_paused for queue in (Q0, Q1)] == [False, True]
 
 
+@pytest.mark.parametrize("message_model", MessageModel)
+def test_a_subscribed_queue_stays_paused_while_its_broker_is_not_in_the_route(message_model: MessageModel) -> None:
+    cluster = ReadingCluster(brokers=2)
+    cluster.add_topic()
+    member = cluster.started("one", message_model=message_model)
+    cluster.run_until(lambda: len(member.queues) == 4)
+    away = [queue for queue in member.queues if queue.broker_name == "broker-b"]
+    member.core.pause(away, True)
+    cluster.brokers[1].crash()
+    cluster.run_for(12_000)
+    assert {queue.broker_name for queue in member.queues} == {"broker-a"}
+    member.core.pause(away[:1], False)
+    cluster.brokers[1].start()
+    cluster.run_until(lambda: len(member.queues) == 4)
+    assert [queue for queue in member.queues if member.reading(queue).is_paused] == away[1:]
+
+
+def test_a_queue_that_another_member_had_is_not_paused(cluster: ReadingCluster) -> None:
+    first = cluster.started("one")
+    cluster.run_until(lambda: first.queues == [Q0, Q1])
+    first.core.pause([Q0, Q1], True)
+    second = cluster.started("two")
+    cluster.run_until(lambda: len(first.queues) == len(second.queues) == 1)
+    [kept], [gone] = first.queues, second.queues
+    second.close()
+    cluster.run_until(lambda: first.queues == [Q0, Q1])
+    assert [first.reading(queue).is_paused for queue in (kept, gone)] == [True, False]
+
+
 def test_a_pause_ends_when_a_queue_is_not_named_any_more(cluster: ReadingCluster) -> None:
     member = assigned(cluster, "one", Q0, Q1)
     member.core.pause([Q0, Q1], True)

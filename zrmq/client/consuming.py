@@ -97,7 +97,7 @@ class ConsumerCore:
         self._is_started = False
         self._is_closed = False
         self._is_paused = False
-        self._paused: set[MessageQueue] = set()  # of those wanted
+        self._paused: set[MessageQueue] = set()
         self._assigned: frozenset[MessageQueue] = frozenset()
         self._wanted: frozenset[MessageQueue] | None = None  # as of the last rebalance; None: not known yet
         self._unsure: set[Link] = set()  # that have queues of ours to claim, and nothing that says the broker knows we live
@@ -230,7 +230,12 @@ class ConsumerCore:
 
     def _want(self, wanted: frozenset[MessageQueue]) -> None:
         self._wanted = wanted
-        self._paused &= wanted
+        self._paused = {queue for queue in self._paused if queue in wanted or self._is_away(queue)}
+
+    def _is_away(self, queue: MessageQueue) -> bool:
+        """Whether its broker has left the route, so that nobody knows who is to have the queue."""
+        route = self._instance.route
+        return not self._config.is_assigned and route is not None and queue.broker_name not in route.brokers
 
     def _find_wanted(self) -> frozenset[MessageQueue] | None:
         """The queues this consumer should read; None while that cannot be known, so that what is read stays."""
