@@ -3,8 +3,8 @@
 Only this module and `zrmq.store` touch files. What a power cut leaves behind is the interface's contract:
 
 - what was written is on disk once `fdatasync` of the same file returned, the room made by `allocate` too;
-- a file's name (after `open(create=True)`, `rename`, `unlink`) is on disk once `fsync_dir` of its folder returned; a folder's is
-  when `mkdir` has;
+- a file's name (after `open(create=True)`, `rename`, `unlink`) is on disk once its folder was synced; a folder's is when `mkdir`
+  has;
 - after a failed `fdatasync` nobody knows what is on disk: the system may have dropped the writes and call the next one good.
 
 The same suite (tests/contract/test_files_contract.py) runs over both.
@@ -17,6 +17,7 @@ import fcntl
 import os
 import socket
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -54,6 +55,16 @@ class OpenFile(Protocol):
         """Give the descriptor back. What was not synced may be lost at a power cut, not at the end of the process."""
 
 
+class OpenFolder(Protocol):
+    """A folder kept open, to be synced while no more files may be opened. Any thread may call `fsync`; `close` comes last."""
+
+    def fsync(self) -> None:
+        """Bring the names in the folder to the disk."""
+
+    def close(self) -> None:
+        """Give the descriptor back."""
+
+
 class FolderLock(Protocol):
     """The right to a folder; ends by `release` or with the process."""
 
@@ -85,8 +96,11 @@ class Files(Protocol):
     def rmdir(self, folder: Path) -> None:
         """Remove an empty folder; nothing happens if there is none."""
 
+    def open_folder(self, folder: Path) -> OpenFolder:
+        """Open a folder that is there."""
+
     def fsync_dir(self, folder: Path) -> None:
-        """Bring the names in the folder to the disk."""
+        """Open the folder, bring the names in it to the disk, and close it."""
 
     def free_bytes(self, folder: Path) -> int:
         """Room left for an unprivileged process on the folder's file system."""
@@ -207,12 +221,12 @@ class DiskFiles:
         if folder.exists():
             os.rmdir(folder)
 
+    def open_folder(self, folder: Path) -> OpenFolder:
+        return _DiskFolder(os.open(folder, os.O_RDONLY | os.O_DIRECTORY))
+
     def fsync_dir(self, folder: Path) -> None:
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        with closing(self.open_folder(folder)) as opened:
+            opened.fsync()
 
     def free_bytes(self, folder: Path) -> int:
         facts = os.statvfs(folder)
@@ -267,6 +281,19 @@ class _DiskFile:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
                 raise
             fill_zeros(self, os.fstat(self._fd).st_size, size)  # the file system cannot promise room but by writing
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class _DiskFolder:
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def fsync(self) -> None:
+        os.fsync(self._fd)
 
     def close(self) -> None:
         if self._fd >= 0:

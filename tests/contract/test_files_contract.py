@@ -185,6 +185,22 @@ def test_fsync_dir_needs_a_folder(files: Files, folder: Path) -> None:
         files.fsync_dir(folder / "nowhere")
 
 
+def test_an_open_folder_is_synced_as_often_as_wanted(files: Files, folder: Path) -> None:
+    with closing(files.open_folder(folder)) as opened:
+        opened.fsync()
+        files.open(folder / "a", create=True).close()
+        opened.fsync()
+    opened.close()
+
+
+def test_only_a_folder_that_is_there_can_be_opened(files: Files, folder: Path) -> None:
+    files.open(folder / "a", create=True).close()
+    with pytest.raises(NotADirectoryError):
+        files.open_folder(folder / "a")
+    with pytest.raises(FileNotFoundError):
+        files.open_folder(folder / "nowhere")
+
+
 def test_there_is_room(files: Files, folder: Path) -> None:
     assert files.free_bytes(folder) > 0
 

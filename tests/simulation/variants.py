@@ -210,8 +210,8 @@ def flush_no_folder(patch: Patch) -> None:
 def flush_the_newest_segment_only(patch: Patch) -> None:
     start = LogFlush.__init__
 
-    def lazy(self: LogFlush, owner: CommitLog, position: int, segments: Any, *parts: Any) -> None:
-        start(self, owner, position, segments, *parts)
+    def lazy(self: LogFlush, *parts: Any) -> None:
+        start(self, *parts)
         self._files = self._files[-1:]
 
     patch.setattr(LogFlush, "__init__", lazy)

@@ -317,6 +317,22 @@ def test_a_log_that_may_open_no_file_heals_by_itself(number: int) -> None:
     assert len(bench.bodies(queue)) == 98
 
 
+def test_a_flush_behind_a_roll_opens_no_file(bench: StoreBench) -> None:
+    """The roll may have taken the last descriptor, and a flush that failed would be the end of storing."""
+    (queue, _) = bench.topic()
+    bench.flush()
+    before = len(bench.segments())
+    while len(bench.segments()) == before:
+        bench.append(queue, size=900)
+    bench.files.fail("open", errno.EMFILE, times=99)
+    bench.flush()
+    assert bench.store.failure is None
+    count = queue.visible_offset
+    assert count == queue.next_offset > 0
+    bench.crash()
+    assert len(bench.bodies(bench.queue())) == count
+
+
 def test_a_disk_that_does_not_tell_its_room_has_failed() -> None:
     bench = full_bench(3)
     queue = bench.queue()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import sqlite3
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -108,6 +108,24 @@ def test_synced_names_stay() -> None:
     files.fsync_dir(FOLDER)
     files.crash()
     assert files.listdir(FOLDER) == ["new"]
+
+
+def test_an_open_folder_syncs_names_until_the_process_ends() -> None:
+    files = disk()
+    with closing(files.open_folder(FOLDER)) as opened:
+        files.open(FOLDER / "new", create=True)
+        opened.fsync()
+        files.crash()
+        assert files.listdir(FOLDER) == ["a", "new"]
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            opened.fsync()
+
+
+def test_without_a_descriptor_no_folder_is_synced() -> None:
+    files = disk()
+    files.fail("open", errno.EMFILE)
+    with pytest.raises(OSError, match="Too many open files"):
+        files.fsync_dir(FOLDER)
 
 
 def test_a_rename_is_whole() -> None:

@@ -24,7 +24,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from zrmq.errors import DiskFullError, FolderUnusableError
-from zrmq.files import FULL, NO_DESCRIPTOR, Buffer, Files, OpenFile, fill_zeros, read_fully, write_fully
+from zrmq.files import FULL, NO_DESCRIPTOR, Buffer, Files, OpenFile, OpenFolder, fill_zeros, read_fully, write_fully
 from zrmq.logs import get_logger
 from zrmq.protocol.batch import KIND_SEGMENT_END, encode_entry
 from zrmq.store.job import Job
@@ -67,6 +67,7 @@ class CommitLog:
         self.active: Segment | None = None
         self.pending: list[Buffer] = []  # appended and not written
         self._open_files = open_files
+        self._open_folder: OpenFolder | None = None  # from `load` on: a roll may take the last descriptor, and its flush needs it
         self._unsynced: list[Segment] = []  # written to since the last flush began, oldest first
         self._is_folder_unsynced = False
         self._spare_number = 0
@@ -76,6 +77,7 @@ class CommitLog:
     def load(self) -> None:
         """Find the segments and spares that are there. Raises `FolderUnusableError` for a newer format or what is no segment in
         the place of one, `OSError`."""
+        self._open_folder = self.files.open_folder(self.folder)
         names = self.files.listdir(self.folder)
         starts = sorted(start for start in map(start_of, names) if start is not None)
         self.segments = [self._load_segment(start) for start in starts]
@@ -292,7 +294,9 @@ class CommitLog:
 
     def begin_flush(self, on_finished: Callable[[LogFlush], None]) -> LogFlush:
         """A job that syncs everything written so far and then calls `on_finished`, on the loop's thread. One at a time."""
-        flush = LogFlush(self, on_finished, self.written_position, self._unsynced, self._is_folder_unsynced)
+        assert self._open_folder is not None
+        folder = self._open_folder if self._is_folder_unsynced else None
+        flush = LogFlush(self.written_position, self._unsynced, folder, on_finished)
         self._unsynced = []
         self._is_folder_unsynced = False
         return flush
@@ -359,7 +363,10 @@ class CommitLog:
         return segment
 
     def close(self) -> None:
-        """Close the files; nothing is written."""
+        """Close the files and the folder; nothing is written."""
+        if self._open_folder is not None:
+            self._open_folder.close()
+            self._open_folder = None
         for segment in self.segments:
             if segment.file is not None:
                 segment.file.close()
@@ -371,24 +378,22 @@ class CommitLog:
 
 
 class LogFlush(Job):
-    """One group commit."""
+    """One group commit. Opens nothing: an error is one of the disk, and there is no trying again."""
 
     def __init__(
-        self, commit_log: CommitLog, on_finished: Callable[[LogFlush], None], position: int, segments: list[Segment],
-        is_folder_unsynced: bool,
+        self, position: int, segments: list[Segment], folder: OpenFolder | None, on_finished: Callable[[LogFlush], None]
     ) -> None:
         self.position = position
         self.segments = segments
         self._files = [segment.file for segment in segments if segment.file is not None]
-        self._log = commit_log
+        self._folder = folder  # with new names in it, or None
         self._on_finished = on_finished
-        self._is_folder_unsynced = is_folder_unsynced
 
     def work(self) -> None:
         for file in self._files:
             file.fdatasync()
-        if self._is_folder_unsynced:
-            self._log.files.fsync_dir(self._log.folder)
+        if self._folder is not None:
+            self._folder.fsync()
 
     def finish(self) -> None:
         self._on_finished(self)

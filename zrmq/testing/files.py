@@ -43,13 +43,14 @@ import os
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import msgspec
 
-from zrmq.files import IOV_MAX, Buffer, FolderLock, OpenFile, locked
+from zrmq.files import IOV_MAX, Buffer, FolderLock, OpenFile, OpenFolder, locked
 
 SECTOR_BYTES = 512
 PLENTY_BYTES = 1 << 50  # free space of a disk that has no capacity
@@ -164,7 +165,7 @@ class FaultyFiles:
             if path not in self._names:
                 self.change("mkdir", path)
                 self._apply(_Change(made=path))
-                self._sync_names(path.parent)
+                self.sync_names(path.parent)
             elif self._names[path] is not None:
                 raise _error(errno.ENOTDIR, path)
 
@@ -186,10 +187,14 @@ class FaultyFiles:
             self.change("rmdir", folder)
             self._apply(_Change(gone=folder))
 
-    def fsync_dir(self, folder: Path) -> None:
-        self.change("fsync_dir", folder)
+    def open_folder(self, folder: Path) -> OpenFolder:
+        self.look("open", folder)
         self._require_folder(folder)
-        self._sync_names(folder)
+        return _FaultyFolder(self, folder)
+
+    def fsync_dir(self, folder: Path) -> None:
+        with closing(self.open_folder(folder)) as opened:
+            opened.fsync()
 
     def free_bytes(self, folder: Path) -> int:
         self.look("free_bytes", folder)
@@ -209,7 +214,7 @@ class FaultyFiles:
             database = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False, factory=_Database)
             database.files, database.path = self, path
             self._apply(_Change(made=path, inode=_Inode(path, database)))
-            self._sync_names(path.parent)  # SQLite does so itself
+            self.sync_names(path.parent)  # SQLite does so itself
         found = self._inode(path).database
         if found is None:
             raise sqlite3.DatabaseError("file is not a database")
@@ -249,7 +254,8 @@ class FaultyFiles:
             change.inode.path = change.made
         self._changes.append(change)
 
-    def _sync_names(self, folder: Path) -> None:
+    def sync_names(self, folder: Path) -> None:
+        """Bring the names in the folder to the disk, without counting as an operation."""
         for change in self._changes:
             if change.touches(folder):
                 change.apply(self._synced_names)
@@ -418,6 +424,21 @@ class _FaultyFile:
             raise _error(errno.ENOSPC, self._inode.path)
         if missing > 0:
             self._inode.write(len(self._inode.content), bytes(missing))
+
+    def close(self) -> None:
+        self._life = None
+
+
+class _FaultyFolder:
+    def __init__(self, files: FaultyFiles, path: Path) -> None:
+        self._files, self._path = files, path
+        self._life: int | None = files.life
+
+    def fsync(self) -> None:
+        if self._life != self._files.life:
+            raise _error(errno.EBADF, self._path)
+        self._files.change("fsync_dir", self._path)
+        self._files.sync_names(self._path)
 
     def close(self) -> None:
         self._life = None
