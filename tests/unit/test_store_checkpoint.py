@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 import pytest
 
@@ -195,6 +196,32 @@ def test_after_a_failed_sync_of_a_queue_file_nothing_is_saved_any_more(bench: St
         bench.checkpoint()
         bench.crash()
         assert len(bench.bodies(bench.queue())) == 2 * LONG
+
+
+@pytest.mark.parametrize("last", ["pwritev", "fdatasync"], ids=["a queue file", "its folder"])
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE])
+def test_what_cannot_be_opened_to_be_synced_is_saved_by_the_next(bench: StoreBench, number: int, last: str) -> None:
+    """Connections count as open files, and they end; the disk has refused nothing."""
+
+    def use_up(operation: str, path: Path) -> None:
+        if operation == last and QUEUES in path.parents:
+            bench.files.fail("open", number)
+
+    (queue, _) = bench.topic()
+    for _ in range(LONG):
+        bench.append(queue, size=10)
+    bench.flush()
+    before = bench.store.checkpoint_position
+    bench.files.before = use_up
+    bench.checkpoint()
+    bench.files.before = None
+    assert bench.store.checkpoint_position == before
+    bench.checkpoint()
+    assert bench.store.checkpoint_position > before
+    saved_right(bench)
+    bench.crash()
+    assert len(bench.bodies(bench.queue())) == LONG
+    assert not bench.store.recovery.queues_reindexed
 
 
 def test_a_queue_goes_on_as_before_after_a_failed_save(bench: StoreBench) -> None:

@@ -17,7 +17,7 @@ from itertools import takewhile
 from zrmq.files import remove_tree
 from zrmq.logs import get_logger
 from zrmq.store.commit_log import CommitLog
-from zrmq.store.consume_queue import QueueSave
+from zrmq.store.consume_queue import QueueSave, SyncFailedError
 from zrmq.store.job import Job
 from zrmq.store.segment import Segment
 from zrmq.store.tables import Changed, Tables
@@ -50,7 +50,11 @@ class Checkpoint(Job):
         self.saved.meta.log_start = commit_log.start
         self.saved.meta.applied_position = self.saved.meta.flushed_position = self.position
         self.is_saved = False
-        self.is_disk_unsure = False  # a sync of a queue file failed: what is read from it may not be what is on disk
+
+    @property
+    def is_disk_unsure(self) -> bool:
+        """Whether what is read from a queue file may not be what is on disk."""
+        return isinstance(self.error, SyncFailedError)
 
     def mark_stopped(self) -> None:
         """This is the last save of a store that ends with everything flushed."""
@@ -66,12 +70,8 @@ class Checkpoint(Job):
     def work(self) -> None:
         for save in self._queues:
             save.write()
-        try:
-            for save in self._queues:
-                save.sync()
-        except OSError:
-            self.is_disk_unsure = True
-            raise
+        for save in self._queues:
+            save.sync()
         self._database.save(self.saved)
         self.is_saved = True
         for save in self._queues:

@@ -31,6 +31,7 @@ import errno
 import struct
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -91,6 +92,10 @@ class QueueRow(NamedTuple):
     tail: bytes
 
 
+class SyncFailedError(Exception):
+    """The disk refused to sync a file: what the file holds is not known any more, and another try would find out nothing."""
+
+
 class Shelf:
     """The files of all consume queues. What only reads is for the loop's thread, what writes for any, on different queues."""
 
@@ -148,14 +153,15 @@ class Shelf:
             file.close()
 
     def sync(self, folder: Path, number: int, end: int) -> None:
-        """Bring the files with entries `number` up to `end` to the disk, and their names. Raises `OSError`."""
+        """Bring the files with entries `number` up to `end` to the disk, and their names.
+
+        Raises `SyncFailedError`; `OSError` for what cannot be opened, which may work later.
+        """
         for path in self._paths(folder, number, end):
-            file = self.files.open(path)
-            try:
+            with closing(self.files.open(path)) as file, _syncing(path):
                 file.fdatasync()
-            finally:
-                file.close()
-        self.files.fsync_dir(folder)
+        with closing(self.files.open_folder(folder)) as opened, _syncing(folder):
+            opened.fsync()
 
     def has(self, folder: Path, number: int, end: int) -> bool:
         """Whether files long enough to hold entries `number` up to `end` are there."""
@@ -185,6 +191,14 @@ class Shelf:
     def _paths(self, folder: Path, number: int, end: int) -> list[Path]:
         first = number - number % self._entries_per_file
         return [_path(folder, start) for start in range(first, end, self._entries_per_file)] if number < end else []
+
+
+@contextmanager
+def _syncing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise SyncFailedError(f"The disk refused to sync {path}: {error}.") from error
 
 
 def _path(folder: Path, first: int) -> Path:
@@ -424,7 +438,7 @@ class QueueSave:
             self.index.shelf.write(self.index.folder, self.spill_at, self.spill)
 
     def sync(self) -> None:
-        """The files, to the disk. Any thread. Raises `OSError`: then what they hold is not known."""
+        """The files, to the disk. Any thread. Raises as `Shelf.sync` does."""
         if self._synced < self.row.filed:
             self.index.shelf.sync(self.index.folder, self._synced, self.row.filed)
 
