@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -229,8 +230,67 @@ def test_what_another_program_has_locked_is_not_damage(tmp_path: Path) -> None:
 
 def test_what_cannot_be_opened_is_not_damage(tmp_path: Path) -> None:
     (tmp_path / "views.db").mkdir()
-    with pytest.raises(sqlite3.OperationalError, match="unable to open"):
+    with pytest.raises(FolderUnusableError, match="unable to open"):
         ViewsDb(DiskFiles(), tmp_path / "views.db").load()
+
+
+def test_what_cannot_be_opened_without_room_is_not_damage(tmp_path: Path) -> None:
+    """SQLite makes a file beside it before it reads, which is an I/O error where no block is left."""
+    database = ViewsDb(DiskFiles(), tmp_path / "views.db")
+    database.wipe()
+    database.save(full())
+    database.close()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        with pytest.raises(FolderUnusableError, match="Make sure that its disk has room"):
+            database.load()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    database.close()
+    assert database.load() is not None
+    database.close()
+
+
+class Refusing(DiskFiles):
+    """SQLite answers the first statement with this error."""
+
+    def __init__(self, name: str, code: int) -> None:
+        self.error = sqlite3.OperationalError("disk I/O error")
+        self.error.sqlite_errorname, self.error.sqlite_errorcode = name, code
+
+    def connect(self, path: Path) -> sqlite3.Connection:
+        error = self.error
+
+        class Refused(sqlite3.Connection):
+            def execute(self, *args: Any) -> sqlite3.Cursor:
+                raise error
+
+        return sqlite3.connect(path, factory=Refused)
+
+
+@pytest.mark.parametrize("name", [
+    "FULL", "READONLY", "PERM", "PROTOCOL", "IOERR", "IOERR_SHMOPEN", "IOERR_SHMSIZE", "IOERR_SHMMAP", "IOERR_SHMLOCK",
+    "IOERR_WRITE", "IOERR_FSYNC", "IOERR_TRUNCATE", "IOERR_LOCK", "IOERR_FSTAT",
+])
+def test_what_is_wrong_elsewhere_is_not_damage(tmp_path: Path, name: str) -> None:
+    (tmp_path / "views.db").touch()
+    database = ViewsDb(Refusing(f"SQLITE_{name}", getattr(sqlite3, f"SQLITE_{name}")), tmp_path / "views.db")
+    with pytest.raises(FolderUnusableError, match=rf"disk I/O error \(SQLITE_{name}\)\. Make sure") as caught:
+        database.load()
+    assert caught.value.facts["path"] == str(tmp_path / "views.db")
+    database.close()
+
+
+@pytest.mark.parametrize(("name", "code"), [
+    ("IOERR_READ", 266), ("IOERR_SHORT_READ", 522), ("IOERR_CORRUPTFS", 8458), ("CORRUPT_INDEX", 779), ("NOTADB", 26),
+])
+def test_what_the_disk_cannot_read_is_damage(tmp_path: Path, name: str, code: int) -> None:
+    (tmp_path / "views.db").touch()
+    database = ViewsDb(Refusing(f"SQLITE_{name}", code), tmp_path / "views.db")
+    with pytest.raises(DamageError, match="cannot be read"):
+        database.load()
+    database.close()
 
 
 def test_a_group_is_copied_for_the_other_thread() -> None:

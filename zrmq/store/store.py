@@ -493,6 +493,7 @@ class Store:
 
 def _unusable(folder: Path, error: Exception) -> FolderUnusableError:
     return FolderUnusableError(
-        f"The data folder {folder} cannot be used: {error}. Check that this user may read and write there, or use another one.",
+        f"The data folder {folder} cannot be used: {error}. Check that its disk has room and that this user may read and write"
+        " there, or use another one.",
         folder=str(folder), reason=str(error),
     )

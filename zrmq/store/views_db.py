@@ -59,6 +59,12 @@ create table if not exists segments (
 """
 _TABLES = ("meta", "topics", "queues", "groups", "offsets", "windows", "segments")
 
+_IOERR_CORRUPTFS = 8458  # the disk cannot read a sector; the module has no name for it where SQLite is old
+_DAMAGE = {  # what SQLite says of the file and of what is in it; the rest is of room, rights, descriptors and other programs
+    sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB,
+    sqlite3.SQLITE_IOERR_READ, sqlite3.SQLITE_IOERR_SHORT_READ, _IOERR_CORRUPTFS,
+}
+
 WindowRow = tuple[int, Natural, Natural, Natural, Natural, bytes]
 SegmentRow = tuple[Natural, Natural, Natural, dict[int, tuple[int, int]]]
 GroupState = tuple[Subscriptions, list[tuple[int, int, str, int]]]
@@ -108,7 +114,7 @@ class ViewsDb:
         """Everything that was saved; None if nothing was: then `wipe` before saving.
 
         Raises `DamageError` when something is there that cannot be read, be it damaged or of another format version;
-        `FolderUnusableError` while another program has it locked; `OSError`, `sqlite3.Error` when it cannot be opened.
+        `FolderUnusableError` when it may be whole and is out of reach; `OSError`.
         """
         try:
             self._files.size(self._path)
@@ -121,21 +127,27 @@ class ViewsDb:
                 return _load(connection)
             reason = f"its format version is {version}, this zrmq reads {VIEWS_FORMAT_VERSION}"
         except (sqlite3.Error, msgspec.MsgspecError, TypeError, ValueError) as error:
-            self._require_reach(error)
+            self._require_damage(error)
             reason = str(error)
         raise DamageError(f"{self._path} cannot be read: {reason}.", path=str(self._path), reason=reason)
 
-    def _require_reach(self, error: Exception) -> None:
-        """Raise for an error that says nothing of what is in the file: it must not be taken for damage, and the file removed."""
-        number = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the rest are details
-        if number in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+    def _require_damage(self, error: Exception) -> None:
+        """Raise unless the error is one of what is in the file: any other must not be taken for damage, and the file removed."""
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)  # rows that do not decode are no business of SQLite's
+        kind = code & 0xFF  # the rest are details
+        if kind in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             raise FolderUnusableError(
                 f"{self._path} is locked by another program, such as an sqlite3 shell or a backup: {error}. End that, then start"
                 " the broker again.",
                 path=str(self._path), reason=str(error),
             ) from error
-        if number == sqlite3.SQLITE_CANTOPEN:
-            raise error
+        if code not in _DAMAGE and kind not in _DAMAGE:
+            reason = f"{error} ({getattr(error, 'sqlite_errorname', code)})"
+            raise FolderUnusableError(
+                f"{self._path} cannot be opened, and may be whole all the same: {reason}. Make sure that its disk has room, that"
+                " this user may write there and that the process may open more files, then start the broker again.",
+                path=str(self._path), reason=reason,
+            ) from error
 
     def wipe(self) -> None:
         """Begin with an empty database. Raises `OSError` too."""
