@@ -169,7 +169,7 @@ class SubscriptionMismatchError(RequestRefusedError):
 
 
 class DiskFullError(RequestRefusedError):
-    """The broker's disk is nearly full; it reads and commits, and takes messages again when space returns."""
+    """The broker's disk is nearly full, or its log may open no file for now; it takes messages again when that is over."""
 
     code = Code.DISK_FULL
 

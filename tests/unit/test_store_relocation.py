@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 import pytest
@@ -255,6 +256,21 @@ def test_a_disk_without_room_for_it_frees_itself_first() -> None:
     lose_views(bench)
     bench.open()
     assert state(bench) == before
+
+
+def test_no_segment_goes_unsaid_for_want_of_a_descriptor() -> None:
+    """Connections count as open files, and they end; the disk has room."""
+    bench = busy_bench()
+    while bench.store._log.limit - bench.store.appended_position > 60:
+        bench.store.append_event(OffsetsCommitted("readers", "", []))
+    bench.checkpoint()
+    bench.clock.advance(HOUR_MS + 1)
+    bench.files.fail("open", errno.EMFILE, times=3)
+    for _ in range(3):
+        assert bench.store.begin_maintenance() is None
+    bench.maintain()
+    assert bench.store.start_position > 0
+    assert bench.store.tables.relocated_from >= bench.store.start_position
 
 
 @pytest.mark.parametrize("count", [20, 300, 600])

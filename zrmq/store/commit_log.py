@@ -51,6 +51,10 @@ EPOCH = 0  # of entries written by a broker without replicas
 _SPARE = re.compile(r"spare-(\d+)\Z")
 
 
+class NoDescriptorError(DiskFullError):
+    """The log needs a file, and this process may open no more: for clients like a full disk, but no segment has to go for it."""
+
+
 class CommitLog:
     """Loop thread only, but for the `run` of its jobs. Recovery gives it its positions before anything is appended."""
 
@@ -252,7 +256,7 @@ class CommitLog:
             if error.errno in FULL:
                 raise self._full(0, reserve_bytes) from error
             if error.errno in NO_DESCRIPTOR:
-                raise DiskFullError(
+                raise NoDescriptorError(
                     f"This process may open no more files, and the log in {self.folder} needs one. Raise its limit (ulimit -n)"
                     " or let fewer clients connect; sending works again by itself.",
                     folder=str(self.folder),

@@ -10,9 +10,9 @@ A turn of the loop, and what becomes of a batch in it:
 Now and then, when the owner finds the time: `begin_checkpoint`, `begin_maintenance`. A job's `run` may be called on any thread,
 everything else belongs to the loop's (`flusher.Flusher` does both).
 
-What can go wrong: the disk is full (`DiskFullError`, before anything has changed; heals by itself), the disk refuses
-(`StoreFailedError`, for everything after it: what the page cache holds cannot be trusted any more, only a restart finds out what
-is on the disk), bytes rot (only their batch answers CORRUPT).
+What can go wrong: the disk is full, or there is no descriptor for the log's next file (`DiskFullError`, before anything has
+changed; heals by itself), the disk refuses (`StoreFailedError`, for everything after it: what the page cache holds cannot be
+trusted any more, only a restart finds out what is on the disk), bytes rot (only their batch answers CORRUPT).
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class Store:
         `new_store_id`, drawn at random, tells a folder that is made now from all others.
 
         Raises `FolderLockedError`; `FolderUnusableError` when it is another broker's, of a newer version, incomplete, or cannot
-        be read and written; `DiskFullError` when there is not even room to say that the broker has started.
+        be read and written; `DiskFullError` when there is no room, or no descriptor, to say that the broker has started.
         """
         started = datetime.fromtimestamp(clock.time_ms() / 1000, UTC).isoformat(timespec="seconds")
         try:
@@ -238,7 +238,7 @@ class Store:
         """Append one event and fold it into the tables. Returns its end position: it holds once that is flushed.
 
         Allowed on a disk that is full for batches. Raises, before anything has changed, `DiskFullError` when there is no room at
-        all, `StoreFailedError`, and `PayloadTooLargeError`.
+        all, or no descriptor, `StoreFailedError`, and `PayloadTooLargeError`.
         """
         payload = encode_event(event)
         self._admit(ENTRY_HEADER_BYTES + len(payload), reserve_bytes=0)
