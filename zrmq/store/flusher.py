@@ -1,7 +1,8 @@
-"""Where jobs run: flushes in the loop while the disk is fast, on a thread while it is not; upkeep always on a thread.
+"""Where jobs run: flushes in the loop while the disk is fast, on a thread while it is not; upkeep on a thread.
 
 A flush in the loop spares two thread switches, which is most of its time on a fast disk; on a slow one it would hold up everybody
 who only reads. So a moving average decides, and it is taken wherever the flush runs, or it would never come back to the loop.
+Where the system gives no thread, all runs in the loop.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Flusher:
 
     def start(self, job: Job, on_finished: Call) -> None:
         """Run the job, finish it, then call `on_finished`: all before this returns, or later on the loop's thread."""
-        if not self._started and (self.average_ms < self._inline_below_ms or not self._has_thread()):
+        if not self._started and (self.average_ms < self._inline_below_ms or not self._start_thread()):
             self.inline_count += 1
             self._run(job)
             job.finish()
@@ -73,8 +74,8 @@ class Flusher:
         while self._started:
             self._finish_first()
 
-    def _has_thread(self) -> bool:
-        """Whether the thread runs, now if not before. Where the system gives no more, a loop held up is better than none."""
+    def _start_thread(self) -> bool:
+        """Start the thread unless it runs already. False where the system gives no more: a loop held up is better than none."""
         if self._thread is None:
             name = "zrmq-flusher" if self._inline_below_ms else "zrmq-upkeep"
             thread = threading.Thread(target=self._work, name=name, daemon=True)
