@@ -532,6 +532,20 @@ def test_a_missing_segment_in_the_middle(bench: StoreBench) -> None:
     assert 0 < kept < total
 
 
+def test_a_log_that_cannot_make_up_for_the_views_is_told_by_what_is_missing(bench: StoreBench) -> None:
+    (queue, _) = bench.topic()
+    bench.fill_segments(queue, 5)
+    bench.store.close()
+    starts = bench.segments()
+    for start in (starts[1], starts[3]):
+        bench.files.unlink(LOG / segment_name(start))
+    replace_file(bench.files, FOLDER / "views.db", b"nonsense")
+    missing = f"positions {starts[1]} to {starts[2]} and {starts[3]} to {starts[4]} is gone"
+    with pytest.raises(FolderUnusableError, match=missing) as caught:
+        bench.open()
+    assert caught.value.facts["missing"] == [(starts[1], starts[2]), (starts[3], starts[4])]
+
+
 @pytest.mark.parametrize("has_file", [True, False])
 def test_a_segment_that_the_power_took_of_what_was_not_flushed(bench: StoreBench, has_file: bool) -> None:
     """The log ends before it, also when a later one is there, and the views are to be made from it."""
@@ -772,7 +786,8 @@ def test_views_that_cannot_be_read_are_not_given_up_when_the_log_has_lost_its_be
     bench.files.kill()
     bench.files.rename(views, FOLDER / "aside")
     replace_file(bench.files, views, rubbish)
-    with pytest.raises(FolderUnusableError, match="views.db cannot be read.* Bring the file back; or delete it"):
+    start = bench.segments()[0]
+    with pytest.raises(FolderUnusableError, match=rf"cannot be read.* positions 0 to {start} is gone.* Bring the file back"):
         bench.open()
     bench.files.rename(FOLDER / "aside", views)
     bench.open()

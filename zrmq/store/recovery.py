@@ -74,7 +74,7 @@ def recover(commit_log: CommitLog, views: Views, database: ViewsDb) -> RecoveryR
     if saved is None:
         whole.look_through()
         if not whole.is_complete:
-            log.error("state_lost", before_position=commit_log.start)
+            log.error("state_lost", missing=whole.missing)
         database.wipe()
         remove_tree(commit_log.files, views.shelf.folder)
     else:
@@ -233,6 +233,7 @@ class WholeLog:
 
     def __init__(self, commit_log: CommitLog) -> None:
         self.topics: dict[int, TopicPut] = {}  # as the log first speaks of them
+        self.missing: list[tuple[int, int]] = []  # stretches (position, end), ascending
         self._log = commit_log
         self._gaps = [
             (earlier.end, later.start) for earlier, later in pairwise(commit_log.segments) if earlier.end != later.start
@@ -257,20 +258,22 @@ class WholeLog:
                     self.topics.setdefault(event.topic_id, event)
                 elif isinstance(event, StateRelocated):
                     relocated.append((event.position, found.position))
-        start = self._start(flushed)
-        if start == 0:
+        self.missing = self._missing(flushed)
+        if not self.missing:
             self.topics.clear()
             self.is_complete = True
             return
+        start = self.missing[-1][1]
         end = next((position for position in doubtful if position >= flushed), inf)  # see `Replay.run`
         self.is_complete = any(
             position >= start and to < end and not any(position <= doubt < to for doubt in doubtful) for position, to in relocated
         )
 
-    def _start(self, flushed: int) -> int:
-        """Behind it nothing is missing. A gap before what was flushed is a file that is lost, or a power cut has brought back one
-        of those deleted and not the next; behind that the power has taken one of those that were new, and the log ends there."""
-        return max([self._log.start, *(later_start for end, later_start in self._gaps if end < flushed)])
+    def _missing(self, flushed: int) -> list[tuple[int, int]]:
+        """A gap before what was flushed is a file that is lost, or a power cut has brought back one of those deleted and not the
+        next; behind that the power has taken one of those that were new, and the log ends there."""
+        deleted = [(0, self._log.start)] if self._log.start else []
+        return deleted + [(position, end) for position, end in self._gaps if position < flushed]
 
 
 def _decode(found: Found) -> AnyEvent:
@@ -316,11 +319,12 @@ def _load(commit_log: CommitLog, database: ViewsDb, whole: WholeLog) -> Saved | 
     except DamageError as error:
         whole.look_through()
         if not whole.is_complete:
+            missing = " and ".join(f"{position} to {end}" for position, end in whole.missing)
             raise FolderUnusableError(
-                f"{error.message} The log before position {commit_log.start} is deleted, and the rest does not say as a whole"
-                " which topics and offsets there were: there was no room for it yet, or it is damaged. Bring the file back; or"
-                " delete it and consumequeue to go on with what the log still has.",
-                folder=str(commit_log.folder.parent), start_position=commit_log.start, reason=error.message,
+                f"{error.message} What the log had at positions {missing} is gone, and the rest does not say as a whole which"
+                " topics and offsets there were: there was no room for it yet, or it is damaged. Bring the file back; or delete"
+                " it and consumequeue to go on with what the log still has.",
+                folder=str(commit_log.folder.parent), missing=whole.missing, reason=error.message,
             ) from error
         log.warning("views_not_read", **error.facts)
         return None
