@@ -26,7 +26,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from functools import partial
-from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Self, overload
 
 from zrmq.client.allocation import AllocateAveragely, Strategy
@@ -55,6 +54,7 @@ from zrmq.protocol.requests import OFFSET_EARLIEST, OFFSET_LATEST, Offsets, Quer
 from zrmq.protocol.tags import canonical_expression
 from zrmq.transport.options import check_fork
 from zrmq.transport.signals import until_signal
+from zrmq.transport.threads import Latch
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -123,8 +123,7 @@ class PushConsumer(Consumer):
         self._concurrency = check_number("concurrency", concurrency, 1, CONCURRENCY_MAX)
         self._listeners: dict[str, tuple[Listener, Pace]] = {}
         self._workers: list[threading.Thread] = []
-        # No Event, whose lock a signal handler would wait for that runs while its own thread begins to wait.
-        self._ended: SimpleQueue[None] = SimpleQueue()
+        self._ended = Latch()
 
     @overload
     def subscribe(self, topic: str, expression: str = "*") -> Callable[[Listener], Listener]: ...
@@ -166,12 +165,11 @@ class PushConsumer(Consumer):
         as `start`, also when the group refuses this consumer later; and what a listener ended the program with.
         """
         check_fork(self._forks)
-        with until_signal(lambda number: self._ended.put(None)):
+        with until_signal(lambda number: self._ended.set()):
             if self._engine is None:
                 self._await_end(self._begin())  # a signal must not have to wait for the start
             else:
-                self._ended.get()
-            self._ended.put(None)  # for other calls of this, now or later
+                self._ended.wait()
         self.close()
         if self.failure is not None:
             raise self.failure
@@ -183,7 +181,7 @@ class PushConsumer(Consumer):
         at once, and the consumer closes when that listener has returned.
         """
         check_timeout(timeout_ms)
-        self._ended.put(None)
+        self._ended.set()
         if threading.current_thread() in self._workers:
             self._close_elsewhere(timeout_ms)
         else:
@@ -230,11 +228,9 @@ class PushConsumer(Consumer):
 
     def _await_end(self, engine: Engine) -> None:
         """As `_await_start`, and then until the end; or until that, if it comes first."""
-        try:
-            self._ended.get(timeout=START_MS / 1000.0)
-        except Empty:
+        if not self._ended.wait(START_MS / 1000.0):
             self._warn_of_delay(engine)
-            self._ended.get()
+            self._ended.wait()
 
     def _decorate(self, topic: str, expression: str, listener: Listener) -> Listener:
         if not callable(listener):
@@ -254,7 +250,7 @@ class PushConsumer(Consumer):
             log.error("listener_ended_consumer", group=self.group, error=repr(error))
             engine.inbox.close(error)
         finally:
-            self._ended.put(None)
+            self._ended.set()
 
     def _unit_size(self, queue: ProcessQueue) -> int:
         return self._listeners[queue.queue.topic][1].messages
@@ -351,7 +347,7 @@ class PullConsumer(Consumer):
         assigned = self._assigned = frozenset(check_queues(queues))
         if self._engine is not None:
             engine = self._engine
-            engine.started.clear()
+            engine.started = Latch()
             self._call(lambda: engine.core.assign(assigned))
             self._await_start(engine)
 

@@ -1,4 +1,4 @@
-"""An exception wherever a signal handler may raise one: Python runs handlers after calls, and when a function is entered.
+"""A signal handler wherever one may run: Python looks for signals after calls, and when a function is entered.
 
     for at in count():
         interrupt = Interrupt(at, accumulator_module)
@@ -6,13 +6,15 @@
             setup.append()
         if not interrupt.came:
             break  # there are no more places
+
+It raises an exception, as Ctrl-C does, unless it is given something else to do.
 """
 
 from __future__ import annotations
 
 import dis
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import CodeType, FrameType, ModuleType
 from typing import Any
@@ -21,11 +23,12 @@ LOOKS_AFTER = {"CALL", "CALL_KW", "CALL_FUNCTION_EX", "RESUME", "JUMP_BACKWARD"}
 
 
 class Interrupt(BaseException):
-    """What the handler raises, as Ctrl-C does, once, at the place of number `at` (from 0) in code of `modules`."""
+    """What the handler raises, once, at the place of number `at` (from 0) in code of `modules`; or else it calls `act`."""
 
-    def __init__(self, at: int, *modules: ModuleType) -> None:
+    def __init__(self, at: int, *modules: ModuleType, act: Callable[[], object] | None = None) -> None:
         super().__init__(at)
         self.came = False
+        self._act = act or self._throw
         self._left = at
         self._files = {module.__file__ for module in modules}
         self._last: dict[FrameType, str] = {}
@@ -54,12 +57,15 @@ class Interrupt(BaseException):
             if self._last.get(frame) in LOOKS_AFTER:
                 if self._left == 0:
                     self.came = True
-                    raise self
+                    self._act()
                 self._left -= 1
             self._last[frame] = self._operation(frame)
         elif event == "return" and frame.f_back is not None:
             self._last[frame.f_back] = ""  # it looked on entry, and does not on return
         return self._trace
+
+    def _throw(self) -> None:
+        raise self
 
     def _operation(self, frame: FrameType) -> str:
         code = frame.f_code

@@ -9,16 +9,25 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import count
 from random import Random
+from types import FrameType
+from typing import Any
 
 import pytest
 import structlog
 
+from tests.unit.interrupts import Interrupt
+from zrmq.client import runtime as runtime_module
 from zrmq.client.instance import ClientInstance
 from zrmq.client.link import Identity
 from zrmq.client.runtime import ClientThread
 from zrmq.errors import ClosedError, ForkedClientError
 from zrmq.nameserver import NameServer
+from zrmq.transport import threads as threads_module
+
+JOIN_S = 30.0
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +80,34 @@ def test_calls_from_many_threads_each_get_their_answer(thread: ClientThread) -> 
     for worker in workers:
         worker.join(30)
     assert found == {start: list(range(start, start + 50)) for start in range(0, 400, 50)}
+
+
+def test_a_signal_handler_may_call_wherever_it_interrupts_a_call(thread: ClientThread) -> None:
+    """Which it does to close a consumer. The thread is held up until then, so that the first call is certainly under way."""
+    for at in count():
+        held_up = threading.Event()
+        thread.post(partial(held_up.wait, JOIN_S))
+
+        def act(held_up: threading.Event = held_up) -> None:
+            held_up.set()
+            answered = threading.Event()
+            thread.post(answered.set)
+            assert answered.wait(JOIN_S)
+
+        def begin_to_wait(frame: FrameType, event: str, called: Any, held_up: threading.Event = held_up) -> None:
+            if event == "c_call" and called.__name__ in ("get", "acquire"):
+                held_up.set()
+
+        interrupt = Interrupt(at, runtime_module, threads_module, threading, act=act)
+        sys.setprofile(begin_to_wait)
+        try:
+            with interrupt.may_come():
+                assert thread.call(lambda: 7) == 7
+        finally:
+            sys.setprofile(None)
+        if not interrupt.came:
+            break
+    assert at > 5
 
 
 def test_posts_run_in_order_and_one_that_raises_ends_nothing(

@@ -323,7 +323,7 @@ def test_a_listener_may_close_its_consumer(consumers: Callable[..., Any], produc
     consumer.subscribe(name, "*", lambda message: consumer.close())
     runner = threading.Thread(target=consumer.run)
     runner.start()
-    until(lambda: consumer._engine is not None and consumer._engine.started.is_set())
+    until(lambda: consumer._engine is not None and consumer._engine.started.is_set)
     producer.send(name, b"the end")
     runner.join()
     after = pull_consumer(consumers, name)

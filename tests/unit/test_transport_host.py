@@ -5,10 +5,15 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import count
 from typing import Any
 
 import pytest
 
+from tests.unit.interrupts import Interrupt
+from zrmq.transport import host as host_module
+from zrmq.transport import threads as threads_module
 from zrmq.transport.host import Host
 from zrmq.transport.interface import Loop
 from zrmq.transport.reactor import Reactor
@@ -219,6 +224,21 @@ def test_ctrl_c_while_it_starts_leaves_nothing_that_nobody_could_stop() -> None:
     assert host._thread is not None
     host._thread.join(10)
     assert story == ["a opened", "a stopped"]
+
+
+def test_a_signal_handler_may_stop_it_wherever_it_interrupts_a_start() -> None:
+    """It waits for the end where it can; where the thread is not there yet it cannot, and another stop does."""
+    for at in count():
+        story: list[str] = []
+        host = Host(Slow("a", story))
+        interrupt = Interrupt(at, host_module, threads_module, threading, act=partial(host.stop, 5_000))
+        with interrupt.may_come():
+            host.start()
+        host.stop()
+        assert story == ["a opened", "a stopped"], at
+        if not interrupt.came:
+            break
+    assert at > 5
 
 
 def test_a_second_signal_ends_what_does_not_stop(meanings: dict[signal.Signals, Any]) -> None:

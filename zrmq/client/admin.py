@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from random import Random
@@ -45,6 +44,7 @@ from zrmq.protocol.requests import (
     TopicInfo,
     Topics,
 )
+from zrmq.transport.threads import Latch
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -215,7 +215,7 @@ class Admin:
 
     def _wait(self, begin: Callable[[Finish[T]], None]) -> T:
         """Run `begin(finish)` on the thread and wait until `finish` is called; raise the error it may be called with."""
-        finished = threading.Event()
+        finished = Latch()
         results: list[T | ZrmqError] = []
 
         def finish(result: T | ZrmqError) -> None:

@@ -166,7 +166,7 @@ class Consumer:
             raise failure
 
     def _warn_of_delay(self, engine: Engine) -> None:
-        if not engine.started.is_set():
+        if not engine.started.is_set:
             log.warning("consumer_start_delayed", group=self.group, waited_ms=START_MS)
 
     def _check_usable(self) -> None:

@@ -17,6 +17,7 @@ from zrmq.client.link import Identity
 from zrmq.client.process_queue import Unit
 from zrmq.errors import ClosedError, RequestTimeoutError, ZrmqError
 from zrmq.transport.interface import Loop
+from zrmq.transport.threads import Latch
 
 LAST_COMMIT_MS = 400  # of a consumer that the interpreter's exit ends: its links need the rest of the second there is
 
@@ -25,7 +26,8 @@ class Engine:
     """A consumer's core with what it needs. Made on its thread. It does not know the consumer it works for, so that one nobody
     holds any more is collected.
 
-    `settle` is called before each round of commits, on the engine's thread; `started` is set when the group is joined or refuses.
+    `settle` is called before each round of commits, on the engine's thread; `started` is set when the group is joined or refuses,
+    and another latch takes its place to wait for that once more.
     """
 
     def __init__(
@@ -33,13 +35,13 @@ class Engine:
     ) -> None:
         rng = Random()
         self.loop = loop
-        self.started = threading.Event()
+        self.started = Latch()
         self.settle: Callable[[], None] = lambda: None
         self._inbox_lock: Any = threading.RLock()
         self.inbox = Inbox(ThreadQueue(), self._inbox_lock, loop.clock, self._wake, in_order=in_order)
         self.instance = ClientInstance(loop, nameservers, identity, rng)
         self.core = ConsumerCore(
-            loop, config, self.inbox, self.instance, rng, settle=lambda: self.settle(), on_started=self.started.set
+            loop, config, self.inbox, self.instance, rng, settle=lambda: self.settle(), on_started=lambda: self.started.set()
         )
 
     def is_interrupted(self) -> bool:
@@ -91,7 +93,7 @@ class Answer:
     """Something that the engine's thread gives once and a caller's thread waits for."""
 
     def __init__(self) -> None:
-        self._given = threading.Event()
+        self._given = Latch()
         self._value: Any = None
 
     def give(self, value: Any = None) -> None:

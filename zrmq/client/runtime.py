@@ -17,6 +17,7 @@ from zrmq.logs import get_logger
 from zrmq.transport.interface import Loop
 from zrmq.transport.options import Context, check_fork, fork_count
 from zrmq.transport.reactor import Reactor
+from zrmq.transport.threads import Latch
 
 T = TypeVar("T")
 
@@ -190,7 +191,7 @@ class _Call(Generic[T]):
 
     def __init__(self, function: Callable[[], T]) -> None:
         self._function = function
-        self._done = threading.Event()
+        self._done = Latch()
         self._result: Any = None
         self._error: Exception | None = ClosedError("The thread ended during the call.")
 

@@ -15,6 +15,7 @@ from zrmq.logs import get_logger
 from zrmq.transport.interface import Loop
 from zrmq.transport.reactor import Reactor
 from zrmq.transport.signals import until_signal
+from zrmq.transport.threads import Latch
 
 log = get_logger("host")
 
@@ -42,7 +43,7 @@ class Host:
         self._name = name
         self._reactor: Reactor | None = None
         self._thread: threading.Thread | None = None
-        self._opened = threading.Event()
+        self._opened = Latch()
         self._error: BaseException | None = None
         self._stopping = False
         self._running: list[Role] = []
@@ -76,7 +77,8 @@ class Host:
         if self._thread is None:
             return
         self._ask_to_stop()
-        self._thread.join(timeout_ms / 1000)
+        if self._thread.is_alive():  # not yet, perhaps: a signal handler may stop in the middle of the start, which goes on then
+            self._thread.join(timeout_ms / 1000)
         if self._thread.is_alive():
             raise RequestTimeoutError(f"{self._name} did not stop within {timeout_ms} ms; see its log.", timeout_ms=timeout_ms)
         self._raise_error()
@@ -123,7 +125,7 @@ class Host:
             self.reactor.run()
         except BaseException as error:
             self._error = self._error or error
-            if self._opened.is_set():  # nobody waits for it
+            if self._opened.is_set:  # nobody waits for it
                 log.exception("host_failed", name=self._name)
         finally:
             for step in (*[role.abandon for role in self._running], self.reactor.close):

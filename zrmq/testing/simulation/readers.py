@@ -5,7 +5,6 @@ Each is a `PullConsumer` that assigns all or some queues of its topics, and now 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from zrmq.testing.simulation.pullers import ASK_MS, Door, VirtualPuller
 from zrmq.testing.simulation.read_check import ReadCheck
 from zrmq.testing.simulation.trace import BrokenPromise, spell
 from zrmq.testing.simulation.work import ReaderPlan
+from zrmq.transport.threads import Latch
 
 if TYPE_CHECKING:
     from zrmq.testing.simulation.world import World
@@ -77,7 +77,7 @@ class VirtualReader(VirtualPuller):
 
     def __init__(self, world: World, group: GroupPlan, slot: int, life: int, reader: ReaderPlan) -> None:
         self.has_group = reader.has_group
-        self.started = threading.Event()  # of an engine
+        self.started = Latch()  # of an engine
         self._reader = reader
         self._chosen: list[MessageQueue] | None = None  # None: nothing was assigned yet
         self._reached: set[Reading] = set()  # whose brokers were there when it was closed
