@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from zrmq.errors import PayloadTooLargeError as PayloadTooLargeError
     from zrmq.errors import RequestRefusedError as RequestRefusedError
     from zrmq.errors import RequestTimeoutError as RequestTimeoutError
+    from zrmq.errors import ResourceLimitError as ResourceLimitError
     from zrmq.errors import StoppingError as StoppingError
     from zrmq.errors import StoreFailedError as StoreFailedError
     from zrmq.errors import SubscriptionMismatchError as SubscriptionMismatchError
@@ -75,8 +76,8 @@ _NAMES = {
         "AddressInUseError", "BufferFullError", "ClosedError", "Code", "ConfigError", "ConsumerGroupNotFoundError",
         "CorruptedError", "DamageError", "DiskFullError", "FencedError", "FolderLockedError", "FolderUnusableError",
         "ForkedClientError", "InvalidArgumentError", "InvalidFrameError", "NoSessionError", "NotReadyError",
-        "OutOfOrderError", "PayloadTooLargeError", "RequestRefusedError", "RequestTimeoutError", "StoppingError",
-        "StoreFailedError", "SubscriptionMismatchError", "TopicNotFoundError", "UnreachableError", "ZrmqError",
+        "OutOfOrderError", "PayloadTooLargeError", "RequestRefusedError", "RequestTimeoutError", "ResourceLimitError",
+        "StoppingError", "StoreFailedError", "SubscriptionMismatchError", "TopicNotFoundError", "UnreachableError", "ZrmqError",
     ),
     "zrmq.fabric": ("Fabric", "connect", "embedded"),
     "zrmq.message": ("ConsumeFrom", "FlushMode", "Message", "MessageModel", "MessageQueue", "Record", "SendReceipt"),

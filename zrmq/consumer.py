@@ -46,7 +46,7 @@ from zrmq.client.consumer_engine import Engine
 from zrmq.client.cursor import Cursor
 from zrmq.client.listening import Failure, Listener, Pace, run_unit
 from zrmq.client.process_queue import ProcessQueue, Unit
-from zrmq.errors import ClosedError, InvalidArgumentError
+from zrmq.errors import ClosedError, InvalidArgumentError, ResourceLimitError
 from zrmq.logs import get_logger
 from zrmq.message import ConsumeFrom, Message, MessageModel, MessageQueue
 from zrmq.protocol.limits import OFFSET_MAX, check_flag, check_group, check_number, check_topic
@@ -54,7 +54,7 @@ from zrmq.protocol.requests import OFFSET_EARLIEST, OFFSET_LATEST, Offsets, Quer
 from zrmq.protocol.tags import canonical_expression
 from zrmq.transport.options import check_fork
 from zrmq.transport.signals import until_signal
-from zrmq.transport.threads import Latch
+from zrmq.transport.threads import Latch, start_thread
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -152,9 +152,9 @@ class PushConsumer(Consumer):
         """Begin to read, in the background. Returns when the group is joined, from when on no message is missed; or after 5 s,
         and goes on trying.
 
-        Raises what the group refuses: `SubscriptionMismatchError`, `RequestRefusedError`. A name that is taken
-        (INSTANCE_NAME_TAKEN) may be this one's own of before a crash, so that is refused only when it is taken for ten seconds
-        longer than the session timeout: by then `start` has returned, and `run`, or a PullConsumer's `poll`, raises it.
+        Raises `ResourceLimitError`, and what the group refuses: `SubscriptionMismatchError`, `RequestRefusedError`. A name that
+        is taken (INSTANCE_NAME_TAKEN) may be this one's own of before a crash, so that is refused only when it is taken for ten
+        seconds longer than the session timeout: by then `start` has returned, and `run`, or a PullConsumer's `poll`, raises it.
         """
         self._await_start(self._begin())
 
@@ -213,7 +213,7 @@ class PushConsumer(Consumer):
     # --- listeners ----------------------------------------------------------------------------------------------------
 
     def _begin(self) -> Engine:
-        """Start the engine and its workers."""
+        """Start the engine and its workers; where there is no thread for one, close."""
         with self._lock:
             if self._engine is not None and not self._is_closed:
                 raise InvalidArgumentError("The consumer is started already; make another one to start twice.")
@@ -222,8 +222,12 @@ class PushConsumer(Consumer):
                 threading.Thread(target=self._work, args=(engine,), name=f"zrmq-listener-{number}", daemon=True)
                 for number in range(self._concurrency)
             ]
-            for worker in self._workers:
-                worker.start()
+            try:
+                for worker in self._workers:
+                    start_thread(worker)
+            except ResourceLimitError:
+                self._close(CLOSE_MS)
+                raise
         return engine
 
     def _await_end(self, engine: Engine) -> None:

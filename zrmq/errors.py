@@ -24,6 +24,7 @@
     |-- FolderLockedError               another process owns the data folder
     |-- FolderUnusableError             the data folder cannot be written or is not ours
     |-- AddressInUseError               the port or path is taken
+    |-- ResourceLimitError              the system gives no more threads, sockets or open files
     |-- DamageError                     bytes before the flushed position do not check out
     `-- InvalidFrameError               a peer's bytes are not zrmq's protocol
 
@@ -84,6 +85,7 @@ class Code(IntEnum):
     FOLDER_LOCKED = 61006
     FOLDER_UNUSABLE = 61007
     ADDRESS_IN_USE = 61008
+    RESOURCE_LIMIT = 61009
 
 
 class ZrmqError(Exception):
@@ -250,6 +252,12 @@ class AddressInUseError(ZrmqError):
     """Another program listens at the address."""
 
     code = Code.ADDRESS_IN_USE
+
+
+class ResourceLimitError(ZrmqError):
+    """The system gives this process no more threads, sockets or open files. Nothing was begun; it may be tried again."""
+
+    code = Code.RESOURCE_LIMIT
 
 
 class DamageError(ZrmqError):

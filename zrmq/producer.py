@@ -117,7 +117,7 @@ class Producer:
     A topic's first message waits until the topic is known, or created where brokers create topics by use. In a signal handler
     set a flag, or raise: sending, flushing or closing in the middle of a send of its own thread may raise `InvalidArgumentError`.
 
-    Raises `InvalidArgumentError`, `ConfigError`. Connects at once, and goes on trying for as long as it is open.
+    Raises `InvalidArgumentError`, `ConfigError`, `ResourceLimitError`. Connects at once, and goes on trying while it is open.
     """
 
     def __init__(

@@ -23,9 +23,10 @@ from zrmq.client import runtime as runtime_module
 from zrmq.client.instance import ClientInstance
 from zrmq.client.link import Identity
 from zrmq.client.runtime import ClientThread
-from zrmq.errors import ClosedError, ForkedClientError
+from zrmq.errors import ClosedError, ForkedClientError, ResourceLimitError
 from zrmq.nameserver import NameServer
 from zrmq.transport import threads as threads_module
+from zrmq.transport.reactor import Reactor
 
 JOIN_S = 30.0
 
@@ -251,6 +252,23 @@ def test_an_instance_says_goodbye_when_its_thread_is_closed() -> None:
         assert sessions.by_client("me") is not None
         thread.close()
         assert sessions.by_client("me") is None
+
+
+def test_one_that_gets_no_thread_says_so_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch, thread: ClientThread) -> None:
+    """What stayed among those that run would keep the others from being closed at the interpreter's exit."""
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    made: list[Reactor] = []
+    running = set(runtime_module._running)
+    monkeypatch.setattr(runtime_module, "Reactor", lambda context: made.append(Reactor(context)) or made[0])  # type: ignore[func-returns-value]
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with warnings.catch_warnings(), pytest.raises(ResourceLimitError, match="no thread for zrmq-refused"):
+        warnings.simplefilter("error")
+        ClientThread("zrmq-refused")
+    gc.collect()
+    assert made[0].context.closed
+    assert runtime_module._running == running
 
 
 # --- never closed ---------------------------------------------------------------------------------------------------

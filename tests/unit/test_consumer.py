@@ -34,6 +34,7 @@ from zrmq.errors import (
     ForkedClientError,
     InvalidArgumentError,
     RequestRefusedError,
+    ResourceLimitError,
     SubscriptionMismatchError,
     TopicNotFoundError,
 )
@@ -527,6 +528,26 @@ def test_a_signal_handler_may_close_in_the_middle_of_a_start(
         consumer.start()
     with pytest.raises(ClosedError):
         consumer._thread.call(lambda: None)
+
+
+def test_a_consumer_that_gets_no_thread_for_a_listener_is_closed(
+    consumers: Callable[..., Any], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    consumer = consumers(zrmq.PushConsumer, name, concurrency=3)
+    consumer.subscribe(name, "*", print)
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "zrmq-listener-1":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(ResourceLimitError, match="no thread for zrmq-listener-1"):
+        consumer.start()
+    assert not consumer._workers[0].is_alive()
+    with pytest.raises(ClosedError):
+        consumer._thread.call(print)
 
 
 def test_a_close_that_an_exception_ends_gives_the_queues_back(

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.unit.interrupts import Interrupt
+from zrmq.errors import ResourceLimitError
 from zrmq.transport import host as host_module
 from zrmq.transport import threads as threads_module
 from zrmq.transport.host import Host
@@ -69,6 +70,25 @@ def test_a_host_that_cannot_say_that_it_is_open_is_stopped() -> None:
     with pytest.raises(BrokenPipeError):
         Host(Slow("a", story)).run(on_open=fail)
     assert story == ["a opened", "a stopped"]
+
+
+def test_a_host_that_gets_no_thread_says_so_and_holds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    made: list[Reactor] = []
+    make_reactor = Host._make_reactor
+    monkeypatch.setattr(Host, "_make_reactor", lambda host: (make_reactor(host), made.append(host.reactor)))
+    story: list[str] = []
+    host = Host(Slow("a", story))
+    with monkeypatch.context() as refused:
+        refused.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(ResourceLimitError, match=r"no thread for zrmq \(can't start new thread\); end some, or raise"):
+            host.start()
+        assert made[0].context.closed
+        host.stop()
+    with host:
+        assert story == ["a opened"]
 
 
 def test_stop_may_be_called_while_another_stop_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:

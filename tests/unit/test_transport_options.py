@@ -108,6 +108,17 @@ def test_a_context_with_an_open_socket_does_not_hang_who_ends_it() -> None:
         assert not thread.is_alive()
 
 
+def test_a_context_ends_where_there_is_no_thread_to_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    context = make_context()
+    open_socket(context, zmq.DEALER).close(0)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert end_context(context)
+    assert context.closed
+
+
 def test_a_forked_child_is_told(tmp_path: object) -> None:
     count = fork_count()
     check_fork(count)

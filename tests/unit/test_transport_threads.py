@@ -1,4 +1,4 @@
-"""zrmq/transport/threads.py: a latch wakes everybody, once and for all, whatever a signal handler does in the middle of it."""
+"""zrmq/transport/threads.py: threads are started or refused; a latch wakes everybody, whatever signal handlers do meanwhile."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from itertools import count
 import pytest
 
 from tests.unit.interrupts import Interrupt
+from zrmq.errors import ResourceLimitError
 from zrmq.transport import threads as threads_module
-from zrmq.transport.threads import Latch
+from zrmq.transport.threads import Latch, start_thread
 
 JOIN_S = 30.0
 
@@ -25,6 +26,23 @@ def set_elsewhere(latch: Latch) -> None:
     setter.start()
     setter.join(JOIN_S)
     assert not setter.is_alive()
+
+
+def test_a_thread_that_the_system_refuses_is_told_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*given: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading, "_start_new_thread", refuse, raising=False)
+    monkeypatch.setattr(threading, "_start_joinable_thread", refuse, raising=False)
+    with pytest.raises(ResourceLimitError, match="no thread for worker-1") as caught:
+        start_thread(threading.Thread(name="worker-1"))
+    assert caught.value.facts == {"thread": "worker-1"}
+
+
+def test_a_thread_is_started() -> None:
+    latch = Latch()
+    start_thread(threading.Thread(target=latch.set))
+    assert latch.wait(JOIN_S)
 
 
 def test_nothing_has_happened_at_first() -> None:

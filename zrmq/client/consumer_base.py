@@ -34,6 +34,7 @@ from zrmq.protocol.limits import (
 from zrmq.protocol.requests import AnyReply, Offsets, QueryOffsets, Request
 from zrmq.protocol.tags import canonical_expression
 from zrmq.transport.options import check_fork, fork_count
+from zrmq.transport.threads import start_thread
 
 if TYPE_CHECKING:
     from zrmq.transport.options import Context
@@ -185,7 +186,7 @@ class Consumer:
 
     def _close_elsewhere(self, timeout_ms: float) -> None:
         """Close, without waiting for that: this thread has something that the closing needs."""
-        threading.Thread(target=self._close, args=(timeout_ms,), name="zrmq-consumer-close").start()
+        start_thread(threading.Thread(target=self._close, args=(timeout_ms,), name="zrmq-consumer-close"))
 
     def _close(self, timeout_ms: float) -> None:
         """Wait for those at work, commit what is finished, leave, end the thread. Only once, and never in a forked child, whose

@@ -12,12 +12,12 @@ import warnings
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from zrmq.errors import ClosedError
+from zrmq.errors import ClosedError, ResourceLimitError
 from zrmq.logs import get_logger
 from zrmq.transport.interface import Loop
 from zrmq.transport.options import Context, check_fork, fork_count
 from zrmq.transport.reactor import Reactor
-from zrmq.transport.threads import Latch
+from zrmq.transport.threads import Latch, start_thread
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ class ClientThread:
     """
 
     def __init__(self, name: str = "zrmq-client", *, context: Context | None = None) -> None:
-        """`context`: the one of an embedded broker, to reach it in memory; else one is made."""
+        """`context`: the one of an embedded broker, to reach it in memory; else one is made. Raises `ResourceLimitError`."""
         self._engine = _Engine(name, context)
         self._engine.start()
 
@@ -112,8 +112,14 @@ class _Engine:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
-        _running.add(self)
-        self._thread.start()
+        _running.add(self)  # before: at its end the thread takes itself out
+        try:
+            start_thread(self._thread)
+        except ResourceLimitError:
+            _running.discard(self)
+            self.is_closing = True
+            self.reactor.close()
+            raise
 
     def is_current(self) -> bool:
         return threading.current_thread() is self._thread

@@ -10,12 +10,12 @@ from functools import partial
 from types import TracebackType
 from typing import Protocol, Self
 
-from zrmq.errors import ClosedError, ForkedClientError, RequestTimeoutError
+from zrmq.errors import ClosedError, ForkedClientError, RequestTimeoutError, ResourceLimitError
 from zrmq.logs import get_logger
 from zrmq.transport.interface import Loop
 from zrmq.transport.reactor import Reactor
 from zrmq.transport.signals import until_signal
-from zrmq.transport.threads import Latch
+from zrmq.transport.threads import Latch, start_thread
 
 log = get_logger("host")
 
@@ -56,12 +56,18 @@ class Host:
         return self._reactor
 
     def start(self) -> None:
-        """Open the roles in a new thread and return when all are open. Raises what the first that cannot open raises."""
+        """Open the roles in a new thread and return when all are open. Raises what the first that cannot open raises, and
+        `ResourceLimitError` where there is no thread; then it may be tried again."""
         self._make_reactor()
         self._thread = threading.Thread(target=self._main, name=self._name, daemon=True)
         try:
-            self._thread.start()
+            start_thread(self._thread)
             self._opened.wait()
+        except ResourceLimitError:
+            self._thread = None
+            self.reactor.close()
+            self._reactor = None
+            raise
         except BaseException:  # Ctrl-C: nobody gets what it could be stopped by
             self._ask_to_stop()
             raise

@@ -12,9 +12,10 @@ from typing import Any
 
 import zmq
 
-from zrmq.errors import ConfigError, ForkedClientError
+from zrmq.errors import ConfigError, ForkedClientError, ResourceLimitError
 from zrmq.logs import get_logger
 from zrmq.protocol.limits import MESSAGE_BYTES_MAX
+from zrmq.transport.threads import start_thread
 
 LIBZMQ_VERSION_MIN = (4, 3, 5)  # older ones crash on hostile bytes (CVE-2019-6250 and others)
 HWM_MESSAGES = 10_000  # a backstop; memory is bounded by our own credit
@@ -64,11 +65,16 @@ def make_context() -> Context:
 
 def end_context(context: Context, timeout_ms: int = TERM_TIMEOUT_MS) -> bool:
     """Terminate the context, waiting at most `timeout_ms`. False: a socket of it is still open somewhere; a daemon thread waits.
+    Where the system gives no thread for that, this one does, however long it takes.
 
     Threads that use such a socket get `zmq.ContextTerminated`, so that they can close it.
     """
     waiter = threading.Thread(target=context.term, name="zrmq-term", daemon=True)
-    waiter.start()
+    try:
+        start_thread(waiter)
+    except ResourceLimitError:
+        context.term()
+        return True
     waiter.join(timeout_ms / 1000.0)
     if waiter.is_alive():
         log.warning("context_left_open", timeout_ms=timeout_ms)

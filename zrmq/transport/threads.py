@@ -1,4 +1,4 @@
-"""How one thread waits for another where a signal handler may come in between, and do as much.
+"""Threads that the system may refuse, and how one waits for another where a signal handler may come in between, and do as much.
 
 A handler runs in the main thread in the middle of whatever that does, between any two steps of Python code. A `threading.Event`
 has a lock, and its `wait` is some such steps: a handler that comes while the lock is taken there keeps it from the thread that
@@ -7,8 +7,23 @@ would set the event. If it then waits for that thread, as `close` does, both wai
 
 from __future__ import annotations
 
+import threading
 from contextlib import suppress
 from queue import Empty, SimpleQueue
+
+from zrmq.errors import ResourceLimitError
+
+
+def start_thread(thread: threading.Thread) -> None:
+    """Start it. Raises `ResourceLimitError` where the system gives no more threads."""
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise ResourceLimitError(
+            f"The system gives no thread for {thread.name} ({error}); end some, or raise the limits (ulimit -u, pids of a"
+            " container), and try again.",
+            thread=thread.name,
+        ) from error
 
 
 class Latch:
