@@ -7,14 +7,25 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import zmq
 
 import zrmq
 from tests.unit.real_cluster import running_cluster
-from zrmq.errors import ClosedError, ConfigError, FolderLockedError, ForkedClientError, InvalidArgumentError, UnreachableError
+from zrmq.client.admin import Admin
+from zrmq.errors import (
+    ClosedError,
+    ConfigError,
+    FolderLockedError,
+    ForkedClientError,
+    InvalidArgumentError,
+    ResourceLimitError,
+    UnreachableError,
+)
 
 
 def test_embedded_sends_and_reads_and_opens_no_port(tmp_path: Path) -> None:
@@ -164,6 +175,22 @@ def test_what_an_embedded_fabric_is_told_in_vain_is_refused(tmp_path: Path) -> N
         fabric.consume("readers", "meters", listener)
     with pytest.raises(InvalidArgumentError, match="context is 5"):
         zrmq.Producer(context=listener or 5)
+
+
+def test_a_context_that_cannot_be_used_says_why() -> None:
+    """Not that the client is closed, which another one would be just so."""
+    context: Any = zmq.Context()
+    context.set(zmq.MAX_SOCKETS, 1)
+    admin, reader = partial(Admin, context=context), zrmq.PullConsumer(context=context)
+    reader.assign([])
+    with context.socket(zmq.PAIR):
+        for make in (lambda: zrmq.Producer(context=context), admin, reader.start):
+            with pytest.raises(ResourceLimitError, match="no more sockets"):
+                make()
+    context.term()
+    for make in (lambda: zrmq.Producer(context=context), admin, reader.start):
+        with pytest.raises(ClosedError, match="The context has ended"):
+            make()
 
 
 def test_connected_clients_reach_a_running_cluster(tmp_path: Path) -> None:

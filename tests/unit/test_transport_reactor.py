@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import zmq
 
-from zrmq.errors import ClosedError, ForkedClientError
+from zrmq.errors import ClosedError, ForkedClientError, ResourceLimitError
 from zrmq.transport import reactor as reactor_module
 from zrmq.transport import server as server_module
 from zrmq.transport.options import end_context, make_context
@@ -329,6 +330,31 @@ def test_a_context_that_was_handed_in_is_left_alone() -> None:
     reactor.close()
     assert not context.closed
     assert end_context(context)
+
+
+def test_a_context_that_has_ended_is_told_to_the_maker() -> None:
+    """Not by the loop's end, which says nothing of the cause."""
+    context = make_context()
+    context.term()
+    with pytest.raises(ClosedError, match="The context has ended; leave context= out"):
+        Reactor(context)
+
+
+def test_a_context_that_gives_no_socket_is_told_to_the_maker() -> None:
+    context = zmq.Context()
+    context.set(zmq.MAX_SOCKETS, 1)
+    with context.socket(zmq.PAIR), pytest.raises(ResourceLimitError, match="no more sockets or open files .*MAX_SOCKETS"):
+        Reactor(context)
+    context.term()
+
+
+def test_a_system_that_gives_no_descriptor_is_told_to_the_maker(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*given: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(os, "eventfd", refuse, raising=False)
+    with pytest.raises(ResourceLimitError, match=r"\(Too many open files\); close some, or raise the limits \(ulimit -n"):
+        Reactor()
 
 
 def test_the_end_of_the_context_ends_the_loop() -> None:

@@ -9,12 +9,14 @@ raises ends the loop and leaves `run`: when group commit fails, nothing may go o
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from heapq import heapify, heappop, heappush
 from itertools import count
 from math import ceil
@@ -23,7 +25,7 @@ from typing import Protocol, TypeVar
 import zmq
 
 from zrmq.clock import Clock, SystemClock
-from zrmq.errors import ClosedError, InvalidArgumentError
+from zrmq.errors import ClosedError, InvalidArgumentError, ResourceLimitError
 from zrmq.logs import get_logger
 from zrmq.transport.address import parse_address, parse_connect_address
 from zrmq.transport.client import connect, connect_push
@@ -33,6 +35,7 @@ from zrmq.transport.server import SocketEndpoint
 
 SLEEP_MS_MAX = 1_000  # a loop with nothing to do looks around that often
 CANCELLED_SLACK = 256  # cancelled timers the heap may hold before it is rebuilt
+NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 Callback = Callable[[], None]
 
@@ -62,6 +65,7 @@ class Closable(Protocol):
 
 
 _C = TypeVar("_C", bound=Closable)
+_M = TypeVar("_M")
 
 
 class Reactor:
@@ -69,12 +73,15 @@ class Reactor:
 
     Only `call_soon_threadsafe` and `stop` may be called from other threads (asserted, so not under `python -O`). `context` is
     shared with whoever talks to this loop over inproc; one that was not handed in is made, and ended by `close`.
+
+    Raises `ResourceLimitError`, and `ClosedError` for a context that has ended.
     """
 
     def __init__(self, context: Context | None = None, clock: Clock | None = None) -> None:
         if not isinstance(context, zmq.Context | None):
             raise InvalidArgumentError(f"context is {context!r}; leave it out, or take that of an embedded broker's fabric.")
         self.clock: Clock = clock or SystemClock()
+        self._bell: _Bell | None = _made(_Bell)  # before a context, which would have to be ended
         self.context = context or make_context()
         self.failed_count = 0  # callbacks that raised
         self._owns_context = context is None
@@ -91,8 +98,11 @@ class Reactor:
         self._is_stopping = False
         self._has_ended = False
         self._is_asleep = False
-        self._bell: _Bell | None = _Bell()
         self.watch(self._bell.descriptor, self._bell.silence)
+        if context is not None:
+            # With no socket open, as while no server is there, nothing else would tell the loop that the context has ended. It is
+            # opened here, by the thread that makes the reactor and hands it over, so that it hears why it cannot be.
+            self.watch(self._opened(_made(partial(open_socket, context, zmq.PAIR))), lambda: None)
 
     # --- Loop -------------------------------------------------------------------------------------------------------
 
@@ -136,8 +146,6 @@ class Reactor:
         """Work until `stop`, in this thread. Then make the calls that were asked for before that; later ones are refused."""
         self._check_usable()
         try:
-            if not self._owns_context:  # with no socket open, as while no server is there, nothing else would tell us of its end
-                self.watch(self._opened(open_socket(self.context, zmq.PAIR)), lambda: None)
             while not self._is_stopping:
                 self._turn()
         except zmq.ContextTerminated:
@@ -269,6 +277,23 @@ class Reactor:
     def _opened(self, closable: _C) -> _C:
         self._closables[closable] = None
         return closable
+
+
+def _made(make: Callable[[], _M]) -> _M:
+    """What a reactor needs from the start. Raises typed errors instead of ZeroMQ's and the system's."""
+    try:
+        return make()
+    except (zmq.ZMQError, OSError) as error:
+        if error.errno in (zmq.ETERM, zmq.ENOTSUP):  # libzmq's, and pyzmq's for a context that it knows to be closed
+            raise ClosedError(
+                "The context has ended; leave context= out, or take that of an embedded broker's fabric that is open."
+            ) from error
+        if error.errno in NO_ROOM:
+            raise ResourceLimitError(
+                f"The system gives no more sockets or open files ({error.strerror}); close some, or raise the limits (ulimit -n,"
+                " the context's MAX_SOCKETS), and try again.",
+            ) from error
+        raise
 
 
 class _Bell:

@@ -92,7 +92,7 @@ class SocketEndpoint:
             directory_of(self._reactor.context).note_down(self.address)
         self._reactor.unwatch(self._socket)
         self._reactor.closed(self)
-        with suppress(zmq.ContextTerminated):  # whoever ended the context under us: nothing listens any more
+        with suppress(zmq.ZMQError):  # whoever ended the context under us: nothing listens any more. Not all of pyzmq names it so
             unbind(self._reactor.context, self._socket)
         self._socket.close(self._linger_ms)
 
