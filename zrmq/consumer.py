@@ -52,7 +52,7 @@ from zrmq.message import ConsumeFrom, Message, MessageModel, MessageQueue
 from zrmq.protocol.limits import OFFSET_MAX, check_flag, check_group, check_number, check_topic
 from zrmq.protocol.requests import OFFSET_EARLIEST, OFFSET_LATEST, Offsets, QueryCommitted
 from zrmq.protocol.tags import canonical_expression
-from zrmq.transport.options import check_fork
+from zrmq.transport.options import check_fork, fork_count
 from zrmq.transport.signals import until_signal
 from zrmq.transport.threads import Latch, start_thread
 
@@ -380,7 +380,8 @@ class PullConsumer(Consumer):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is None and self._auto_commit and self._cursor is not None:
+        # Not in a forked child, where the inbox's lock may have stayed with a thread of the parent.
+        if error is None and self._auto_commit and self._cursor is not None and self._forks == fork_count():
             self._cursor.finish_given()
         self.close()
 

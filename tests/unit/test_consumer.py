@@ -1229,6 +1229,35 @@ def test_a_forked_child_gets_an_error_and_harms_nobody(consumers: Callable[..., 
     assert bodies(poll_all(pulling, 1)) == [b"still there"]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_block_ends_in_a_child_that_was_forked_while_the_inbox_was_locked(
+    consumers: Callable[..., Any], producer: zrmq.Producer, name: str
+) -> None:
+    """By the I/O thread, which stayed with the parent and gives it back there only."""
+    consumer = pull_consumer(consumers, name)
+    producer.send(name, b"1")
+    assert bodies(poll_all(consumer, 1)) == [b"1"]
+    locked, forked = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with consumer._engine._inbox_lock:
+            locked.set()
+            forked.wait(60)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert locked.wait(30)
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(20)  # ends it where it would wait for ever
+        os._exit(_fails(lambda: consumer.__exit__(None, None, None)))
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    forked.set()
+    holder.join()
+    assert status == 0
+
+
 def _raises_forked(call: Callable[[], object]) -> bool:
     try:
         call()
