@@ -167,7 +167,8 @@ class PushConsumer(Consumer):
         check_fork(self._forks)
         with until_signal(lambda number: self._ended.set()):
             if self._engine is None:
-                self._await_end(self._begin())  # a signal must not have to wait for the start
+                self._check_usable()
+                self._run_from_start()
             else:
                 self._ended.wait()
         self.close()
@@ -230,8 +231,14 @@ class PushConsumer(Consumer):
                 raise
         return engine
 
-    def _await_end(self, engine: Engine) -> None:
-        """As `_await_start`, and then until the end; or until that, if it comes first."""
+    def _run_from_start(self) -> None:
+        """Start and wait for the end; or for that alone, if it comes first: a signal must not have to wait for the start."""
+        try:
+            engine = self._begin()
+        except ClosedError:
+            if self._is_closed:  # by a signal handler, in the middle of this: that is the end
+                return
+            raise
         if not self._ended.wait(START_MS / 1000.0):
             self._warn_of_delay(engine)
             self._ended.wait()

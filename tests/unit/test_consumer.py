@@ -530,6 +530,33 @@ def test_a_signal_handler_may_close_in_the_middle_of_a_start(
         consumer._thread.call(lambda: None)
 
 
+def test_a_signal_handler_may_close_what_is_about_to_run(
+    consumers: Callable[..., Any], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While its thread is made, before there is anything to close: that ends `run` as it does later."""
+    consumer = consumers(zrmq.PushConsumer, name)
+    consumer.subscribe(name, "*", print)
+    call = ClientThread.call
+
+    def interrupted(thread: ClientThread, function: Callable[[], Any]) -> Any:
+        monkeypatch.undo()
+        consumer.close()
+        return call(thread, function)
+
+    monkeypatch.setattr(ClientThread, "call", interrupted)
+    consumer.run()
+    with pytest.raises(ClosedError):
+        consumer._thread.call(lambda: None)
+
+
+def test_a_closed_consumer_does_not_run(consumers: Callable[..., Any], name: str) -> None:
+    consumer = consumers(zrmq.PushConsumer, name)
+    consumer.subscribe(name, "*", print)
+    consumer.close()
+    with pytest.raises(ClosedError, match="The consumer is closed; make a new one"):
+        consumer.run()
+
+
 def test_a_consumer_that_gets_no_thread_for_a_listener_is_closed(
     consumers: Callable[..., Any], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
