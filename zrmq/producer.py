@@ -56,7 +56,6 @@ from zrmq.protocol.limits import (
     check_text,
     check_topic,
 )
-from zrmq.transport.interface import Loop
 from zrmq.transport.lane import Lane
 from zrmq.transport.options import Context, fork_count
 
@@ -162,12 +161,11 @@ class Producer:
         self._thread = ClientThread(f"zrmq-producer-{group}", context=context)
         try:
             self._core, self._accumulator = self._thread.call(
-                partial(_assemble, self._thread.loop, config, retries, self.nameservers, self._identity(""), rng)
+                partial(_assemble, self._thread, config, retries, self.nameservers, self._identity(""), rng)
             )
         except BaseException:
             self._thread.close()
             raise
-        self._thread.at_close(self._core.leave)
         self._append = self._accumulator.append
         self._body_fillers = self._accumulator.body_fillers
         self._record_fillers = self._accumulator.record_fillers
@@ -446,10 +444,11 @@ class Producer:
 
 
 def _assemble(
-    loop: Loop, config: AccumulatorConfig, retries: int, nameservers: Sequence[str], identity: Identity, rng: random.Random
+    thread: ClientThread, config: AccumulatorConfig, retries: int, nameservers: Sequence[str], identity: Identity,
+    rng: random.Random,
 ) -> tuple[ProducerCore, Accumulator]:
-    """What runs on the loop's thread, made there. None of it knows the `Producer`."""
-    here = threading.get_ident()
+    """What runs on the loop's thread, made there. None of it knows the `Producer`, or the `ClientThread`."""
+    here, loop = threading.get_ident(), thread.loop
     instance = ClientInstance(loop, nameservers, identity, rng)
     accumulator = Accumulator(
         config, loop.clock, new_lock=threading.Lock, new_owned_lock=_owned_lock,
@@ -457,6 +456,7 @@ def _assemble(
     )
     core = ProducerCore(loop, accumulator, ProducingConfig(retries), instance, rng)
     instance.listener = core
+    thread.at_close(core.leave)
     return core, accumulator
 
 

@@ -444,7 +444,9 @@ def test_messages_of_one_turn_are_answered_by_one_hook(world: World) -> None:
 
 
 def test_a_loop_that_has_ended_refuses_calls(world: World) -> None:
+    assert not world.here.has_ended
     world.end(world.here)
+    assert world.here.has_ended
     with pytest.raises(ClosedError):
         world.here.call_soon_threadsafe(lambda: None)
 

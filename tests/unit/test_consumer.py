@@ -516,14 +516,15 @@ def test_a_signal_handler_may_close_in_the_middle_of_a_start(
 ) -> None:
     consumer = consumers(zrmq.PushConsumer, name)
     consumer.subscribe(name, "*", print)
-    at_close = ClientThread.at_close
+    call = ClientThread.call
 
-    def interrupted(thread: ClientThread, step: Any) -> None:
+    def interrupted(thread: ClientThread, function: Callable[[], Any]) -> Any:
         monkeypatch.undo()
+        result = call(thread, function)
         consumer.close()
-        at_close(thread, step)
+        return result
 
-    monkeypatch.setattr(ClientThread, "at_close", interrupted)
+    monkeypatch.setattr(ClientThread, "call", interrupted)
     with pytest.raises(ClosedError, match="The consumer is closed"):
         consumer.start()
     with pytest.raises(ClosedError):
@@ -555,6 +556,26 @@ def test_a_closed_consumer_does_not_run(consumers: Callable[..., Any], name: str
     consumer.close()
     with pytest.raises(ClosedError, match="The consumer is closed; make a new one"):
         consumer.run()
+
+
+def test_a_thread_that_ends_just_when_its_consumer_is_made_says_so(
+    consumers: Callable[..., Any], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the broker it is embedded in fails: who then waits for messages would wait for ever."""
+    consumer = consumers(zrmq.PullConsumer, name)
+    consumer.subscribe(name)
+    call = ClientThread.call
+
+    def ended(thread: ClientThread, function: Callable[[], Any]) -> Any:
+        monkeypatch.undo()
+        result = call(thread, function)
+        thread._engine.reactor.stop()
+        thread._engine._thread.join(30)
+        return result
+
+    monkeypatch.setattr(ClientThread, "call", ended)
+    with pytest.raises(ClosedError, match="The consumer's I/O thread has ended"):
+        next(iter(consumer))
 
 
 def test_a_consumer_that_gets_no_thread_for_a_listener_is_closed(

@@ -88,11 +88,10 @@ class Admin:
         rng = Random()
         identity = Identity(f"admin-{rng.getrandbits(64):016x}", "admin")
         try:
-            self._instance = self._thread.call(lambda: ClientInstance(self._thread.loop, addresses, identity, rng))
+            self._instance = self._thread.call(partial(_begin, self._thread, addresses, identity, rng))
         except ZrmqError:
             self._thread.close()
             raise
-        self._thread.at_close(self._instance.close)
 
     def close(self) -> None:
         """End the sessions and the thread. Closing twice does nothing."""
@@ -294,6 +293,13 @@ def _expect(kind: type[T], answer: AnyReply | ZrmqError) -> T:
 
 def _is_code(answer: AnyReply | ZrmqError, code: Code) -> bool:
     return isinstance(answer, ZrmqError) and answer.code == code
+
+
+def _begin(thread: ClientThread, nameservers: Sequence[str], identity: Identity, rng: Random) -> ClientInstance:
+    """What runs on the thread, made there."""
+    instance = ClientInstance(thread.loop, nameservers, identity, rng)
+    thread.at_close(instance.close)
+    return instance
 
 
 def _configure(config: TopicConfig, settings: dict[str, Any]) -> TopicConfig:

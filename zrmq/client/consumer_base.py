@@ -137,12 +137,11 @@ class Consumer:
         identity = Identity(self.client_id, "consumer", self.group or "", instance_name)
         thread = ClientThread(f"zrmq-consumer-{self.group or 'reader'}", context=self._context)
         try:
-            loop = thread.loop
-            engine = thread.call(lambda: Engine(loop, config, nameservers, identity, in_order=in_order))
+            loop, at_close = thread.loop, thread.at_close
+            engine = thread.call(lambda: Engine(loop, config, nameservers, identity, in_order=in_order, at_close=at_close))
         except BaseException:
             thread.close()
             raise
-        thread.at_close(engine.leave)
         self._thread, self._engine = thread, engine
         if self._is_closed:  # by a signal handler, when there was nothing to close yet
             thread.close()

@@ -15,6 +15,7 @@ from zrmq.client.inbox import Inbox, Ready
 from zrmq.client.instance import ClientInstance
 from zrmq.client.link import Identity
 from zrmq.client.process_queue import Unit
+from zrmq.client.runtime import LastStep
 from zrmq.errors import ClosedError, RequestTimeoutError, ZrmqError
 from zrmq.transport.interface import Loop
 from zrmq.transport.threads import Latch
@@ -31,7 +32,8 @@ class Engine:
     """
 
     def __init__(
-        self, loop: Loop, config: ConsumingConfig, nameservers: Sequence[str], identity: Identity, *, in_order: bool
+        self, loop: Loop, config: ConsumingConfig, nameservers: Sequence[str], identity: Identity, *, in_order: bool,
+        at_close: Callable[[LastStep], None],
     ) -> None:
         rng = Random()
         self.loop = loop
@@ -43,6 +45,7 @@ class Engine:
         self.core = ConsumerCore(
             loop, config, self.inbox, self.instance, rng, settle=lambda: self.settle(), on_started=lambda: self.started.set()
         )
+        at_close(self.leave)
 
     def is_interrupted(self) -> bool:
         """Whether the calling thread is within the inbox: then this is a signal handler. It must not wait for the engine's
@@ -56,9 +59,7 @@ class Engine:
 
     def leave(self, on_done: Callable[[], None]) -> None:
         """The thread's last step: commit, and say goodbye; or tell those who wait for messages that the loop ended by itself."""
-        try:
-            self.loop.call_soon_threadsafe(lambda: None)
-        except ClosedError:
+        if self.loop.has_ended:
             if not self.inbox.is_closed:
                 self.inbox.close(ClosedError("The consumer's I/O thread has ended; the log says why. Make a new consumer."))
             self.started.set()

@@ -80,7 +80,8 @@ class ClientThread:
         It runs as well when the thread ends by itself (its context has ended, a callback called `sys.exit`), so that those who
         wait for something hear of it; then the loop has ended, nothing can be sent any more, and nobody waits for the step.
 
-        It must not refer to this object, or an unclosed one is never collected.
+        It must not refer to this object, or an unclosed one is never collected. Said on the thread itself, in a `call`, it cannot
+        come too late for a thread that ends by itself.
         """
         self._engine.last_steps.append(step)
 

@@ -1,6 +1,6 @@
 """What the cores need from the world: time, timers, connections. `reactor.py` gives it over ZeroMQ, `memory.py` in memory.
 
-Everything here is called and calls back on one thread, the loop's, except `call_soon_threadsafe`. Callbacks must not block.
+Everything here is called and calls back on one thread, the loop's, except what says otherwise. Callbacks must not block.
 The same contract suite (tests/contract) runs over both implementations.
 """
 
@@ -71,6 +71,10 @@ class Loop(Protocol):
     @property
     def clock(self) -> Clock:
         """The time, as this thread's machine sees it."""
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it works no more, for good; from any thread."""
 
     def call_later(self, delay_ms: float, callback: Callable[[], None]) -> Timer:
         """Call once, on this thread, not before `delay_ms` from now. Timers that are due together run in the order made."""

@@ -235,6 +235,10 @@ class MemoryLoop:
         self._held: list[MemoryTimer] = []
         self._sockets: list[MemoryConnection | MemoryEndpoint] = []
 
+    @property
+    def has_ended(self) -> bool:
+        return self.is_closed
+
     def call_later(self, delay_ms: float, callback: Callback) -> MemoryTimer:
         return self.network.schedule(self, delay_ms, callback)
 

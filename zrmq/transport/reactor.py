@@ -96,7 +96,7 @@ class Reactor:
         self._cancelled_count = 0
         self._hooks: list[Callback] = []
         self._is_stopping = False
-        self._has_ended = False
+        self.has_ended = False
         self._is_asleep = False
         self.watch(self._bell.descriptor, self._bell.silence)
         if context is not None:
@@ -115,7 +115,7 @@ class Reactor:
     def call_soon_threadsafe(self, callback: Callback) -> None:
         check_fork(self._forks)
         self._calls.append(callback)
-        if self._has_ended:
+        if self.has_ended:
             self._take_back(callback)
         elif self._is_asleep:
             self._is_asleep = False  # one ring is enough, whoever else calls meanwhile
@@ -151,7 +151,7 @@ class Reactor:
         except zmq.ContextTerminated:
             log.warning("context_ended", next="the loop ends; close clients before what they are embedded in")
         finally:
-            self._has_ended = True
+            self.has_ended = True
             while self._calls:
                 with suppress(zmq.ContextTerminated):  # one that fails so costs the others nothing: somebody may wait for them
                     self._guard(self._make_calls)
@@ -163,7 +163,7 @@ class Reactor:
 
     def close(self) -> None:
         """Close what is still open, and the context if it is ours, within a few seconds. `run` has ended, or never began."""
-        self._has_ended = True
+        self.has_ended = True
         for closable in list(self._closables):
             closable.close()
         self._timers.clear()
@@ -263,7 +263,7 @@ class Reactor:
     def _check_usable(self) -> None:
         check_fork(self._forks)
         assert self.is_owner(), "a reactor is used from the thread that used it first"
-        if self._has_ended:
+        if self.has_ended:
             raise ClosedError("The loop has ended; make a new one.")
 
     def _take_back(self, callback: Callback) -> None:
