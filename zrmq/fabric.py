@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from zrmq.producer import Producer
     from zrmq.transport.host import Host
 
-Client = TypeVar("Client")
+Client = TypeVar("Client", "Producer", "PushConsumer", "PullConsumer", "Admin")
 
 
 class Fabric:
@@ -91,18 +91,25 @@ class Fabric:
         self.close()
 
     def _where(self) -> dict[str, Any]:
-        if self._closed:
-            raise ClosedError("The fabric was closed; make a new one with zrmq.embedded() or zrmq.connect().")
+        self._check_open()
         if self._context is not None:  # without it the fabric is some addresses, which are good in a child too
             check_fork(self._forks)
         return {"nameservers": self.nameservers, "context": self._context}
 
     def _made(self, client: Client) -> Client:
         for each in list(self._clients):
-            if each._thread is not None and each._thread.has_ended:  # closed: we need not close it
+            is_closed = each._is_closed if each._thread is None else each._thread.has_ended
+            if is_closed:  # we need not close it
                 self._clients.pop(each, None)
-        self._clients[client] = None
+        self._clients[client] = None  # before looking: where another thread closes us, one of us sees what the other did
+        if self._closed:
+            client.close()
+            self._check_open()
         return client
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("The fabric was closed; make a new one with zrmq.embedded() or zrmq.connect().")
 
 
 def connect(nameservers: str | Sequence[str] | None = None) -> Fabric:

@@ -99,15 +99,48 @@ def test_an_exception_during_the_close_keeps_nothing_open(tmp_path: Path, monkey
 def test_what_was_closed_before_is_forgotten(tmp_path: Path) -> None:
     with zrmq.embedded(tmp_path) as fabric:
         fabric.producer().send("meters", b"1")
-        collected = []
-        for make in (fabric.producer, fabric.admin, lambda: fabric.pull_consumer(None, "meters"), fabric.producer):
-            with make() as client:
-                if isinstance(client, zrmq.PullConsumer):
-                    client.start()
-                collected.append(weakref.ref(client))
+        make_reader, collected = partial(fabric.pull_consumer, None, "meters"), []
+
+        def started() -> zrmq.PullConsumer:
+            consumer = make_reader()
+            consumer.start()
+            return consumer
+
+        for make in (fabric.producer, fabric.admin, started, make_reader, partial(fabric.push_consumer, "a"), fabric.producer):
+            client = make()
+            client.close()
+            collected.append(weakref.ref(client))
         del client
         gc.collect()
-        assert [each() is None for each in collected] == [True, True, True, False], "the last one goes when the next is made"
+        assert [each() is None for each in collected] == [True] * 5 + [False], "the last one goes when the next is made"
+
+
+def test_what_is_not_closed_yet_is_remembered(tmp_path: Path) -> None:
+    with zrmq.embedded(tmp_path) as fabric:
+        clients = [fabric.pull_consumer(None, "meters"), fabric.producer()]
+        fabric.producer()
+    for client in clients:
+        with pytest.raises(ClosedError):
+            client.send("meters", b"late") if isinstance(client, zrmq.Producer) else client.poll()
+
+
+@pytest.mark.parametrize("name", ["Producer", "PullConsumer"])
+def test_what_is_made_while_another_thread_closes_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    fabric = zrmq.embedded(tmp_path)
+    made: list[Any] = []
+
+    def meanwhile(fabric: zrmq.Fabric, client: Any) -> Any:
+        monkeypatch.undo()
+        made.append(client)
+        fabric.close()
+        return fabric._made(client)
+
+    monkeypatch.setattr(zrmq.Fabric, "_made", meanwhile)
+    with pytest.raises(ClosedError, match="The fabric was closed"):
+        fabric.producer() if name == "Producer" else fabric.pull_consumer(None, "meters")
+    assert made[0]._is_closed
 
 
 def test_clients_that_wait_hear_of_it_when_what_they_are_embedded_in_ends(tmp_path: Path) -> None:
