@@ -1,4 +1,4 @@
-"""What holds for every test: a bound in time, nothing left running behind it, and failures that can be repeated.
+"""What holds for every test: a bound in time, nothing left running or configured behind it, and failures that can be repeated.
 
 The time bound is in tox.ini (60 seconds, `@pytest.mark.timeout` for the few that need another). What a test leaves behind is
 checked here after each one, when its fixtures have ended. Hypothesis prints the blob that repeats a failure.
@@ -15,6 +15,7 @@ from pathlib import Path
 import hypothesis
 import psutil
 import pytest
+import structlog
 
 GRACE_S = 5.0  # for threads and processes that were told to end and are about to
 LATE_THREADS = ("zrmq-flusher", "zrmq-upkeep")  # a broker starts them when it first needs them
@@ -31,6 +32,12 @@ hypothesis.settings.load_profile("zrmq")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell that runs the tests in the background ignores SIGINT, and so would every process that a test means to interrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def plain_logs() -> None:
+    """Warnings go to stderr, whatever tests before this one configured."""
+    structlog.reset_defaults()
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,6 @@ from random import Random
 from typing import Any
 
 import pytest
-import structlog
 
 from tests.unit.cluster import Cluster
 from zrmq.client import route_watch
@@ -71,12 +70,6 @@ class Client:
     @property
     def nameserver(self) -> str:
         return self.instance._watch.address
-
-
-@pytest.fixture(autouse=True)
-def _plain_logs() -> None:
-    """Warnings go to stderr, whatever tests before this one configured."""
-    structlog.reset_defaults()
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from types import FrameType
 from typing import Any
 
 import pytest
-import structlog
 
 from tests.unit.interrupts import Interrupt
 from zrmq.client import runtime as runtime_module
@@ -29,12 +28,6 @@ from zrmq.transport import threads as threads_module
 from zrmq.transport.reactor import Reactor
 
 JOIN_S = 30.0
-
-
-@pytest.fixture(autouse=True)
-def _plain_logs() -> None:
-    """Warnings go to stderr, whatever tests before this one configured."""
-    structlog.reset_defaults()
 
 
 @pytest.fixture

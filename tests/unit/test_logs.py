@@ -7,20 +7,12 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import structlog
 
 from zrmq.errors import ConfigError
 from zrmq.logs import configure_logging, get_logger, quiet
-
-
-@pytest.fixture(autouse=True)
-def _unconfigured() -> Iterator[None]:
-    structlog.reset_defaults()
-    yield
-    structlog.reset_defaults()
 
 
 def test_nothing_is_loaded_before_the_first_written_line() -> None:

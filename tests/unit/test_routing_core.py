@@ -7,7 +7,6 @@ from typing import Any
 
 import msgspec
 import pytest
-import structlog
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -105,12 +104,6 @@ class Brokers(Peer):
     def keep_alive(self, name: str = "a", epoch: int = 1, version: int = 1) -> None:
         self.say(RegisterBroker, info(name, epoch), version, None)
         self.loop.call_later(1_000.0, lambda: self.keep_alive(name, epoch, version))
-
-
-@pytest.fixture(autouse=True)
-def _plain_logs() -> None:
-    """Warnings go to stderr, whatever tests before this one configured."""
-    structlog.reset_defaults()
 
 
 @pytest.fixture
