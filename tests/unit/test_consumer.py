@@ -511,20 +511,28 @@ def test_a_signal_handler_may_close_in_the_middle_of_a_poll(
         thread.call(lambda: None)
 
 
+def close_while_it_is_made(consumer: Any, monkeypatch: pytest.MonkeyPatch, *, is_there: bool) -> None:
+    """Let a signal handler close it when its thread is about to make what runs there, or (`is_there`) just has."""
+    call = ClientThread.call
+
+    def interrupted(thread: ClientThread, function: Callable[[], Any]) -> Any:
+        monkeypatch.undo()
+        if not is_there:
+            consumer.close()
+        made = call(thread, function)
+        if is_there:
+            consumer.close()
+        return made
+
+    monkeypatch.setattr(ClientThread, "call", interrupted)
+
+
 def test_a_signal_handler_may_close_in_the_middle_of_a_start(
     consumers: Callable[..., Any], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     consumer = consumers(zrmq.PushConsumer, name)
     consumer.subscribe(name, "*", print)
-    call = ClientThread.call
-
-    def interrupted(thread: ClientThread, function: Callable[[], Any]) -> Any:
-        monkeypatch.undo()
-        result = call(thread, function)
-        consumer.close()
-        return result
-
-    monkeypatch.setattr(ClientThread, "call", interrupted)
+    close_while_it_is_made(consumer, monkeypatch, is_there=True)
     with pytest.raises(ClosedError, match="The consumer is closed"):
         consumer.start()
     with pytest.raises(ClosedError):
@@ -534,17 +542,10 @@ def test_a_signal_handler_may_close_in_the_middle_of_a_start(
 def test_a_signal_handler_may_close_what_is_about_to_run(
     consumers: Callable[..., Any], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While its thread is made, before there is anything to close: that ends `run` as it does later."""
+    """Before there is anything to close: that ends `run` as it does later."""
     consumer = consumers(zrmq.PushConsumer, name)
     consumer.subscribe(name, "*", print)
-    call = ClientThread.call
-
-    def interrupted(thread: ClientThread, function: Callable[[], Any]) -> Any:
-        monkeypatch.undo()
-        consumer.close()
-        return call(thread, function)
-
-    monkeypatch.setattr(ClientThread, "call", interrupted)
+    close_while_it_is_made(consumer, monkeypatch, is_there=False)
     consumer.run()
     with pytest.raises(ClosedError):
         consumer._thread.call(lambda: None)
