@@ -72,6 +72,7 @@ ASKED_TOO_MUCH = {  # by the checks, once
     70002579: "what was acknowledged from the page cache is told late, when the power has gone and its offset was given again",
     70003532: "a lease is lost to the disk, and beside the one who has it another member commits",
     70104441: "a message is lost to the disk, and its commit was written, but not seen before the power went",
+    80000503: "a reader goes back to what was flushed when its broker was killed: it cannot know that the power stayed",
     20105343: "a reader is closed while a broker is away, which is back before the others have answered the last commit",
     60105319: "a member polls that was iterating, and by that lets a queue go which another one is to have",
     60002750: "topics are made read-only when all else is well",

@@ -90,6 +90,15 @@ class LogCheck:
         queues = self.watch.queues.values()
         return [placed.body for contents in queues for placed in contents.values() if placed.end > self.flushed_position]
 
+    def unflushed_queues(self) -> list[MessageQueue]:
+        """Those that have messages which a power cut may take."""
+        topics = self.watch.tables.topics_by_id
+        return [
+            MessageQueue(topics[topic_id].config.topic, self._broker_name, queue_id)
+            for (topic_id, queue_id), contents in self.watch.queues.items()
+            if topic_id in topics and any(placed.end > self.flushed_position for placed in contents.values())
+        ]
+
     def compare_with_former(self, former: LogCheck, survives_until: int) -> None:
         """Everything the former life had up to a position must be here, unchanged."""
         for position, (end, crc) in former.watch.entries.items():

@@ -101,6 +101,7 @@ class Promises:
         self._losable: set[tuple[str, bytes]] = set()  # by broker name
         self._damaged: set[bytes] = set()
         self._went_back: set[MessageQueue] = set()
+        self._unflushed: set[MessageQueue] = set()  # that were so when their broker ended, once
         self._lost_starts: set[tuple[str, str, str, str]] = set()  # by broker name, group, instance name and topic
         self._lost_commits: set[tuple[str, str, str, int, int]] = set()  # the same with topic id and queue id
         self._lost_leases: set[tuple[type[Any], str, int]] = set()  # what a broker said of a lease, by lease epoch
@@ -216,9 +217,14 @@ class Promises:
         """Nobody knows any more of a batch of this queue: its offsets may be given again."""
         self._went_back.add(queue)
 
+    def ended_unflushed(self, queues: Iterable[MessageQueue]) -> None:
+        """The broker of these ended with messages that it had not flushed. They are there, as only the power may take them; but who
+        has read them cannot know what it was that ended the broker."""
+        self._unflushed.update(queue for queue in queues if self.is_async(queue.broker_name, queue.topic))
+
     def may_be_reset(self, queue: MessageQueue) -> bool:
-        """Whether its end may have been lost that consumers knew: then they go back by a reset."""
-        return self.is_cut(queue.broker_name, queue.topic) or queue in self._went_back
+        """Whether its end may have been lost that consumers knew, as far as they know: then they go back by a reset."""
+        return self.is_cut(queue.broker_name, queue.topic) or queue in self._went_back or queue in self._unflushed
 
     def is_cut(self, broker_name: str, topic: str) -> bool:
         """Whether the power of a broker has gone while the topic was acknowledged from the page cache."""

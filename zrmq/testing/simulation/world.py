@@ -336,6 +336,8 @@ class World:
         if check is not None:
             if is_power_cut:
                 self.promises.may_lose(broker.name, check.unflushed_bodies(), check.flushed_position)
+            else:
+                self.promises.ended_unflushed(check.unflushed_queues())
             self._former[broker.name] = (check, check.flushed_position if is_power_cut else check.watch.end)
         elif broker.name in self._former and is_power_cut:  # again, before anybody had a look
             former, survives_until = self._former[broker.name]
