@@ -218,8 +218,8 @@ class Promises:
         self._went_back.add(queue)
 
     def ended_unflushed(self, queues: Iterable[MessageQueue]) -> None:
-        """The broker of these ended with messages that it had not flushed. They are there, as only the power may take them; but who
-        has read them cannot know what it was that ended the broker."""
+        """The broker of these ended with messages that it had not flushed. They are there, as only the power may take them; but
+        who has read them cannot know what it was that ended the broker."""
         self._unflushed.update(queue for queue in queues if self.is_async(queue.broker_name, queue.topic))
 
     def may_be_reset(self, queue: MessageQueue) -> bool:
