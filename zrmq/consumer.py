@@ -445,7 +445,7 @@ class PullConsumer(Consumer):
             if queue is not None and not cursor.is_void():
                 for cursor.index, message in rest:  # no call until it is given: Ctrl-C cannot keep from the caller what was taken
                     yield message
-                    if cursor.rest is not rest or queue.is_draining or queue.is_dropped:
+                    if cursor.rest is not rest or queue.is_draining or queue.is_dropped or queue.is_paused:
                         break
             if cursor.rest is not rest:  # a poll took some, or another iteration went on
                 continue
@@ -546,9 +546,10 @@ class PullConsumer(Consumer):
         return {queue: max(ends[queue] - offset, 0) for queue, offset in finished.items() if queue in ends}
 
     def pause(self, *queues: MessageQueue) -> None:
-        """Give nothing of these queues, or of all `assigned()`, until `resume`, also when their broker was away meanwhile.
+        """Give nothing of these queues, or of all `assigned()`, until `resume`: nothing that an iteration has begun, either.
 
-        They stay here. A queue that is not assigned to this consumer any more is not paused either. Raises as `seek`.
+        They stay here, and are still paused when their broker was away meanwhile, or another member had them; not those that
+        `assign` leaves out. Raises as `seek`.
         """
         given = check_queues(queues)
         core = self._ready()[0].core

@@ -678,6 +678,18 @@ def resume_what_is_claimed_again(patch: Patch) -> None:
     patch.setattr(ConsumerCore, "on_claimed", forgetful)
 
 
+def resume_what_another_member_had(patch: Patch) -> None:
+    def forgetful(self: ConsumerCore, wanted: frozenset[Any]) -> None:
+        self._wanted = wanted
+        self._paused &= wanted
+
+    patch.setattr(ConsumerCore, "_want", forgetful)
+
+
+def give_what_was_begun_of_a_paused_queue(patch: Patch) -> None:
+    patch.setattr(Cursor, "is_void", lambda self: False)
+
+
 def let_go_of_what_is_assigned_again(patch: Patch) -> None:
     patch.setattr(OffsetClaims, "let_go", lambda self, reading, offset: None)
 
@@ -895,6 +907,13 @@ VARIANTS = [
     Variant("resume what is claimed again", resume_what_is_claimed_again, {"paused"}, {
         "work": readers(pause_every_ms=200.0),
     } | AWAY),
+    Variant("resume what another member had", resume_what_another_member_had, {"paused"}, {
+        "work": WorkPlan(pulls={"group-0": msgspec.structs.replace(ITERATION, pause_every_ms=200.0)}),
+        "faults": {"consumer_leave": 500.0, "consumer_join": 500.0},
+    }),
+    Variant("give what was begun of a paused queue", give_what_was_begun_of_a_paused_queue, {"paused"}, {
+        "work": WorkPlan(pulls={"group-0": msgspec.structs.replace(ITERATION, pause_every_ms=200.0, message_ms=10.0)}),
+    }),
     Variant("save no changes of topics", save_no_changes_of_topics, {"topics"}, {
         "work": WorkPlan(change_topics_every_ms=500.0),
     }),

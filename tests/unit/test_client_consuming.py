@@ -1709,16 +1709,18 @@ def test_a_subscribed_queue_stays_paused_while_its_broker_is_not_in_the_route(me
     assert [queue for queue in member.queues if member.reading(queue).is_paused] == away[1:]
 
 
-def test_a_queue_that_another_member_had_is_not_paused(cluster: ReadingCluster) -> None:
+def test_a_queue_that_another_member_had_is_still_paused(cluster: ReadingCluster) -> None:
     first = cluster.started("one")
     cluster.run_until(lambda: first.queues == [Q0, Q1])
     first.core.pause([Q0, Q1], True)
     second = cluster.started("two")
     cluster.run_until(lambda: len(first.queues) == len(second.queues) == 1)
-    [kept], [gone] = first.queues, second.queues
+    assert not second.reading(second.queues[0]).is_paused
     second.close()
     cluster.run_until(lambda: first.queues == [Q0, Q1])
-    assert [first.reading(queue).is_paused for queue in (kept, gone)] == [True, False]
+    assert [first.reading(queue).is_paused for queue in (Q0, Q1)] == [True, True]
+    first.core.pause(first.core.paused(), False)
+    assert [first.reading(queue).is_paused for queue in (Q0, Q1)] == [False, False]
 
 
 def test_a_pause_ends_when_a_queue_is_not_named_any_more(cluster: ReadingCluster) -> None:

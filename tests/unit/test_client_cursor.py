@@ -286,6 +286,29 @@ def test_a_poll_takes_nothing_of_a_queue_that_is_gone(desk: Desk) -> None:
     assert (queue.commit_offset, queue.in_flight) == (2, 0)
 
 
+@pytest.mark.parametrize("ask", [InterruptedReader.poll, InterruptedReader.iterate])
+def test_what_an_iteration_has_left_of_a_paused_queue_comes_when_it_is_resumed(ask: Step) -> None:
+    reader = InterruptedReader(Desk())
+    paused, other = reader.queues
+    for queue in reader.queues:
+        reader.desk.put(queue, 6)
+    iteration = iter(reader.consumer)
+    for message in (next(iteration), next(iteration)):
+        reader.given.append((message.queue.queue_id, message.queue_offset))
+    reader.desk.inbox.pause(paused, True)
+    ask(reader)
+    ask(reader)
+    assert reader.given == [(0, 0), (0, 1), *((1, offset) for offset in range(6))]
+    assert reader.cursor.position(paused) == 2
+    reader.commit()
+    assert (paused.commit_offset, paused.in_flight, other.commit_offset) == (2, 0, 6)
+    reader.desk.inbox.pause(paused, False)
+    reader.turn()
+    for message in reader.consumer.poll(9, timeout_ms=0):
+        reader.given.append((message.queue.queue_id, message.queue_offset))
+    assert reader.given[-4:] == [(0, offset) for offset in range(2, 6)]
+
+
 def test_finishing_older_units_leaves_the_present_one_in_flight(desk: Desk) -> None:
     queue, cursor, _ = begin(desk)
     iterate(cursor, 9)

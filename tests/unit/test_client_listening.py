@@ -160,6 +160,21 @@ def test_a_unit_ends_early_when_its_queue_goes_away(flag: str) -> None:
     assert seen == [0, 1]
 
 
+@pytest.mark.parametrize("in_order", [False, True])
+def test_what_is_left_of_a_unit_comes_when_its_queue_is_resumed(in_order: bool) -> None:
+    unit, seen = unit_of(5), []
+
+    def listen(message: Message) -> None:
+        seen.append(message.queue_offset)
+        unit.process_queue.is_paused = len(seen) == 2
+
+    outcome = run(unit, listen, in_order=in_order)
+    assert (seen, outcome.stop_offset) == ([0, 1], 2)
+    assert [([each.queue_offset for each in failure.unit.messages], failure.retry_ms) for failure in outcome.failures] == [
+        ([2, 3, 4], 0.0)
+    ]
+
+
 def test_a_unit_of_a_queue_that_is_gone_is_not_begun() -> None:
     unit = unit_of(5)
     unit.process_queue.is_dropped = True

@@ -230,12 +230,8 @@ class ConsumerCore:
 
     def _want(self, wanted: frozenset[MessageQueue]) -> None:
         self._wanted = wanted
-        self._paused = {queue for queue in self._paused if queue in wanted or self._is_away(queue)}
-
-    def _is_away(self, queue: MessageQueue) -> bool:
-        """Whether its broker has left the route, so that nobody knows who is to have the queue."""
-        route = self._instance.route
-        return not self._config.is_assigned and route is not None and queue.broker_name not in route.brokers
+        if self._config.is_assigned:
+            self._paused &= wanted  # of others the queues may be away: at a broker that is not there, or with another member
 
     def _find_wanted(self) -> frozenset[MessageQueue] | None:
         """The queues this consumer should read; None while that cannot be known, so that what is read stays."""
@@ -430,7 +426,7 @@ class ConsumerCore:
         return reading
 
     def pause(self, queues: Iterable[MessageQueue], is_paused: bool) -> None:
-        """Pause or resume some queues; one that is lost and claimed again is as it was. Raises `InvalidArgumentError` for one
+        """Pause or resume some queues; one that goes and comes again is as it was. Raises `InvalidArgumentError` for one
         that is neither read here nor paused, before anything is done."""
         chosen = set(queues)
         away = chosen & self._paused - set(self.queues())

@@ -47,26 +47,36 @@ class Cursor:
         return None if self._unit is None else self._unit.process_queue
 
     def is_void(self) -> bool:
-        """Whether what is left of the unit is not to be given any more, because its queue goes to somebody else."""
+        """Whether what is left of the unit is not to be given now: its queue goes to somebody else, or is paused."""
         unit = self._unit
-        return unit is not None and (unit.process_queue.is_draining or unit.process_queue.is_dropped)
+        if unit is None:
+            return False
+        queue = unit.process_queue
+        return queue.is_draining or queue.is_dropped or queue.is_paused
 
     def leave_unit(self) -> None:
-        """What is left of it will not be given."""
+        """What is left of it comes again, in time or at its queue's next owner."""
         unit = self._unit
-        if unit is not None:
-            rest: Iterator[tuple[int, Message]] = iter(())
-            given = self._given | {unit.process_queue: self._offset_of(unit, self._next_index(unit))}
-            self._given, self.rest, self._unit = given, rest, None
+        if unit is None:
+            return
+        rest: Iterator[tuple[int, Message]] = iter(())
+        index = self._next_index(unit)
+        offset = self._offset_of(unit, index)
+        given = self._given | {unit.process_queue: offset}
+        if index < len(unit.messages):
+            self._inbox.take_back(unit.process_queue, offset)
+        self._given, self.rest, self._unit = given, rest, None
 
     def take_rest(self, messages_max: int) -> list[Message]:
         """For a poll: what an iteration has left of its unit, at most so many. Nothing has changed until it returns, where no
         exception can keep from the caller what counts as given."""
+        if self.is_void():
+            self.leave_unit()
         unit = self._unit
         if unit is None:
             return []
         begin, count = self._next_index(unit), len(unit.messages)
-        end = begin if self.is_void() else min(begin + messages_max, count)
+        end = min(begin + messages_max, count)
         is_left = begin < end < count
         left = iter(range(end, count)) if is_left else iter(())
         rest, taken = zip(left, unit.messages[end:], strict=False), unit.messages[begin:end]

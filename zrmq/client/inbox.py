@@ -143,7 +143,7 @@ class Inbox:
         """An exception (Ctrl-C, say) ended a `take`, or came before its caller gave these units, in their order, to anybody: they
         come again. For the only caller of an inbox."""
         for unit in reversed(units):
-            self._take_back(unit.process_queue, unit.offset, 1)
+            self.take_back(unit.process_queue, unit.offset, 1)
         with self._lock:
             for queue in self._scheduled:  # one may have been lost on its way here: better in line twice than not at all
                 self._ready.put(queue)
@@ -181,6 +181,16 @@ class Inbox:
                 queue.in_flight = 0
                 self._wake_if(queue.is_draining)
 
+    def take_back(self, queue: ProcessQueue, offset: int, units: int = 0) -> None:
+        """What was handed out from the offset on was not given, among it so many whole units: it comes again. For the only caller
+        of the queue."""
+        with self._lock:
+            if queue.is_dropped:
+                return
+            queue.go_back(offset)
+            queue.in_flight -= units
+            self._wake_if(True)
+
     def _hand_out(self, item: Ready, size: Callable[[ProcessQueue], int]) -> Unit | None:
         if item is None or self.is_closed:
             self._ready.put(None)  # for the next caller
@@ -192,17 +202,8 @@ class Inbox:
             self._open(item)
             return self._cut(item, size)
         except BaseException:  # Ctrl-C, perhaps: nobody has what it was about to hand out
-            self._take_back(item, offset, item.in_flight - in_flight)
+            self.take_back(item, offset, item.in_flight - in_flight)
             raise
-
-    def _take_back(self, queue: ProcessQueue, offset: int, units: int) -> None:
-        """So many units, of all that was handed out from the offset on, were never given. For the queue's only caller."""
-        with self._lock:
-            if queue.is_dropped:
-                return
-            queue.go_back(offset)
-            queue.in_flight -= units
-            self._wake_if(True)
 
     def _rouse(self, unit: Unit) -> Unit | None:
         queue = unit.process_queue

@@ -71,13 +71,16 @@ def retry_ms(delivery_attempt: int) -> float:
 def run_unit(unit: Unit, listener: Listener, pace: Pace, clock: Clock, *, in_order: bool) -> Outcome:
     """Give the messages to the listener, one after the other.
 
-    Ends early when the queue is given back or lost meanwhile, and when it takes too long: then what is left comes again at once,
-    for whichever thread is idle. Lets through what is not an `Exception` (a listener that calls `sys.exit`).
+    Ends early when the queue is given back or lost meanwhile; and when it is paused, or takes too long: then what is left comes
+    again, when it may and a thread is idle. Lets through what is not an `Exception` (a listener that calls `sys.exit`).
     """
     queue, failures, handled = unit.process_queue, [], 0
     began_ms = clock.monotonic_ms()
     for message in unit.messages:
         if queue.is_draining or queue.is_dropped:
+            break
+        if queue.is_paused:
+            failures.append(Failure(_tail(unit, handled), None, 0.0))
             break
         handled += 1
         try:

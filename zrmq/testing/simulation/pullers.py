@@ -24,7 +24,7 @@ from zrmq.message import Message, MessageQueue
 from zrmq.protocol.requests import OFFSET_EARLIEST, OFFSET_LATEST, AnyReply, Offsets, QueryOffsets
 from zrmq.testing.simulation.consumers import CLOSE_MS, ReadyLine, VirtualConsumer
 from zrmq.testing.simulation.plan import GroupPlan
-from zrmq.testing.simulation.trace import spell
+from zrmq.testing.simulation.trace import BrokenPromise, spell
 from zrmq.testing.simulation.work import PullPlan
 from zrmq.transport.options import fork_count
 
@@ -145,6 +145,10 @@ class VirtualPuller(VirtualConsumer):
 
     def _got(self, messages: list[Message]) -> None:
         """The door gave these."""
+        for message in messages:
+            if message.queue in self._paused:
+                where = f"{message.queue_offset} of {spell(message.queue)}"
+                raise BrokenPromise("paused", f"{self.who} was given {where}, which is paused.")
         self._given += messages
 
     def _poll(self) -> list[Message]:

@@ -13,7 +13,6 @@ import msgspec
 
 from zrmq.client.consuming import ConsumerCore, ConsumingConfig
 from zrmq.client.link import Identity, Link
-from zrmq.client.process_queue import Unit
 from zrmq.client.reading import Reading
 from zrmq.errors import ClosedError, ZrmqError
 from zrmq.message import Message, MessageQueue
@@ -154,12 +153,6 @@ class VirtualReader(VirtualPuller):
         super()._seek(queue, offset)
 
     # --- messages -----------------------------------------------------------------------------------------------------
-
-    def _take_unit(self, unit: Unit) -> None:
-        queue = unit.process_queue.queue
-        if queue in self._paused:
-            raise BrokenPromise("paused", f"{self.who} was given {unit.offset} of {spell(queue)}, which is paused.")
-        super()._take_unit(unit)
 
     def _got(self, messages: list[Message]) -> None:
         for message in messages:
