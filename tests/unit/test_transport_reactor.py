@@ -6,6 +6,8 @@ import errno
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -355,6 +357,51 @@ def test_a_system_that_gives_no_descriptor_is_told_to_the_maker(monkeypatch: pyt
     monkeypatch.setattr(os, "eventfd", refuse, raising=False)
     with pytest.raises(ResourceLimitError, match=r"\(Too many open files\); close some, or raise the limits \(ulimit -n"):
         Reactor()
+
+
+@pytest.mark.skipif(not hasattr(os, "eventfd"), reason="it needs others here")
+def test_a_context_of_its_own_is_made_only_where_libzmq_finds_what_it_cannot_do_without() -> None:
+    """Else it aborts the process. What is opened before the first socket takes nothing from it."""
+    done = subprocess.run([sys.executable, "-c", WITH_FEW_DESCRIPTORS], capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == 0, done.stderr
+    told = done.stdout.split()
+    assert set(told) == {"refused", "made"}
+    assert told == sorted(told, reverse=True), "from some number on it is made"
+
+
+WITH_FEW_DESCRIPTORS = """
+import os, resource, zmq.utils.garbage
+from zrmq.errors import ResourceLimitError
+from zrmq.transport.reactor import RESERVE, Reactor
+
+def take():
+    try:
+        while True:
+            taken.append(os.dup(0))
+    except OSError:
+        pass
+
+def use():
+    reactor = Reactor()
+    take()
+    reactor.listen("tcp://127.0.0.1:0", print)
+    reactor.listen_pull("tcp://127.0.0.1:0", print)
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+taken = []
+take()
+for free in range(RESERVE + 6):
+    child = os.fork()
+    if child == 0:
+        for descriptor in taken[:free]:
+            os.close(descriptor)
+        try:
+            use()
+        except ResourceLimitError:
+            os._exit(3)
+        os._exit(0)
+    print({0: "made", 3: "refused"}.get(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), "failed"))
+"""
 
 
 def test_the_end_of_the_context_ends_the_loop() -> None:

@@ -36,6 +36,7 @@ from zrmq.transport.server import SocketEndpoint
 SLEEP_MS_MAX = 1_000  # a loop with nothing to do looks around that often
 CANCELLED_SLACK = 256  # cancelled timers the heap may hold before it is rebuilt
 NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+RESERVE = 16  # descriptors for a context's first sockets; with libzmq 4.3.5 a broker's two take fifteen
 
 Callback = Callable[[], None]
 
@@ -82,7 +83,8 @@ class Reactor:
             raise InvalidArgumentError(f"context is {context!r}; leave it out, or take that of an embedded broker's fabric.")
         self.clock: Clock = clock or SystemClock()
         self._bell: _Bell | None = _made(_Bell)  # before a context, which would have to be ended
-        self.context = context or make_context()
+        self._reserve: list[_Bell] = _made(_reserve) if context is None else []
+        self.context = context or _made(make_context)
         self.failed_count = 0  # callbacks that raised
         self._owns_context = context is None
         self._forks = fork_count()
@@ -125,26 +127,26 @@ class Reactor:
         self._hooks.append(callback)
 
     def connect(self, address: str, listener: ConnectionListener) -> Connection:
-        self._check_usable()
+        self._make_ready()
         return self._opened(connect(self, parse_connect_address(address), listener))
 
     def connect_push(self, address: str) -> Connection:
-        self._check_usable()
+        self._make_ready()
         return self._opened(connect_push(self, parse_connect_address(address)))
 
     def listen(self, address: str, handler: RequestHandler) -> SocketEndpoint:
-        self._check_usable()
+        self._make_ready()
         return self._opened(SocketEndpoint(self, zmq.ROUTER, parse_address(address), handler))
 
     def listen_pull(self, address: str, handler: RequestHandler) -> SocketEndpoint:
-        self._check_usable()
+        self._make_ready()
         return self._opened(SocketEndpoint(self, zmq.PULL, parse_address(address), handler))
 
     # --- life -------------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Work until `stop`, in this thread. Then make the calls that were asked for before that; later ones are refused."""
-        self._check_usable()
+        self._make_ready()
         try:
             while not self._is_stopping:
                 self._turn()
@@ -164,6 +166,7 @@ class Reactor:
     def close(self) -> None:
         """Close what is still open, and the context if it is ours, within a few seconds. `run` has ended, or never began."""
         self.has_ended = True
+        self._reserve.clear()
         for closable in list(self._closables):
             closable.close()
         self._timers.clear()
@@ -260,11 +263,13 @@ class Reactor:
 
     # --- checks -----------------------------------------------------------------------------------------------------
 
-    def _check_usable(self) -> None:
+    def _make_ready(self) -> None:
+        """For the next socket, or to run."""
         check_fork(self._forks)
         assert self.is_owner(), "a reactor is used from the thread that used it first"
         if self.has_ended:
             raise ClosedError("The loop has ended; make a new one.")
+        self._reserve.clear()
 
     def _take_back(self, callback: Callback) -> None:
         """The loop ended: either it has made this call in its last act, or nobody will."""
@@ -294,6 +299,16 @@ def _made(make: Callable[[], _M]) -> _M:
                 " the context's MAX_SOCKETS), and try again.",
             ) from error
         raise
+
+
+def _reserve() -> list[_Bell]:
+    """Descriptors that are held from the making of a context until just before its first socket.
+
+    That socket is what makes libzmq start its threads, and if there is no descriptor for one of those it aborts the process. So
+    does a server's with the context that pyzmq has for itself, and when libzmq looks up the address to bind. So who makes the
+    context hears of it instead, and whatever is opened in between, as by a broker's recovery, takes none of these.
+    """
+    return [_Bell() for _ in range(RESERVE)]
 
 
 class _Bell:
