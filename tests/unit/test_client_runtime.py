@@ -264,6 +264,27 @@ def test_one_that_gets_no_thread_says_so_and_leaves_nothing(monkeypatch: pytest.
     assert runtime_module._running == running
 
 
+def test_one_that_is_interrupted_as_it_starts_leaves_nothing(monkeypatch: pytest.MonkeyPatch, thread: ClientThread) -> None:
+    """Wherever Ctrl-C comes: before the thread is there, or behind that."""
+    running = set(runtime_module._running)
+    for at in count(1):  # at 0 it has not begun
+        reactor = Reactor()
+        monkeypatch.setattr(runtime_module, "Reactor", lambda context, reactor=reactor: reactor)
+        engine = runtime_module._Engine("zrmq-interrupted", None)
+        interrupt = Interrupt(at, runtime_module, threads_module)
+        with interrupt.may_come():
+            engine.start()
+        if not interrupt.came:
+            break
+        assert engine.is_closing, at
+        if engine._thread.ident is not None:
+            engine._thread.join(JOIN_S)
+        assert reactor.context.closed, at
+        assert runtime_module._running == running, at
+    engine.close()
+    assert at > 3
+
+
 # --- never closed ---------------------------------------------------------------------------------------------------
 
 
@@ -313,6 +334,17 @@ def test_one_left_unclosed_is_closed_at_exit_with_its_last_steps() -> None:
         "thread.at_close(lambda done: (print('last step'), done()))\n"
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "last step\n", "")
+
+
+def test_one_that_cannot_be_closed_at_exit_keeps_no_other_from_it() -> None:
+    done = run(
+        "from zrmq.client.runtime import ClientThread\n"
+        "threads = [ClientThread(), ClientThread()]\n"
+        "for thread in threads: thread.at_close(lambda done: (print('last step'), done()))\n"
+        "def fail(*given): raise RuntimeError('cannot join')\n"
+        "for thread in threads: thread._engine._thread.join = fail\n"
+    )
+    assert (done.returncode, done.stderr.count("client_thread_not_closed")) == (0, 2)
 
 
 def test_exit_does_not_hang_on_a_thread_that_does(tmp_path: object) -> None:

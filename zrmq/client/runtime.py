@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from zrmq.errors import ClosedError, ResourceLimitError
+from zrmq.errors import ClosedError
 from zrmq.logs import get_logger
 from zrmq.transport.interface import Loop
 from zrmq.transport.options import Context, check_fork, fork_count
@@ -110,16 +110,20 @@ class _Engine:
         self.is_closing = False
         self.last_steps: list[LastStep] = []
         self._is_leaving = False
+        self._claim = threading.Lock()  # whoever has it ends the reactor: the thread, or who could not start it
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
-        _running.add(self)  # before: at its end the thread takes itself out
         try:
+            _running.add(self)  # before: at its end the thread takes itself out
             start_thread(self._thread)
-        except ResourceLimitError:
-            _running.discard(self)
-            self.is_closing = True
-            self.reactor.close()
+        except BaseException:  # Ctrl-C too, and after that the thread may come or not
+            if self._claim.acquire(blocking=False):
+                _running.discard(self)
+                self.is_closing = True
+                self.reactor.close()
+            else:
+                self.begin_close()
             raise
 
     def is_current(self) -> bool:
@@ -153,6 +157,8 @@ class _Engine:
                 log.debug("client_thread_ended_before", name=self.name)
 
     def _run(self) -> None:
+        if not self._claim.acquire(blocking=False):
+            return
         try:
             self.reactor.run()
         except BaseException:  # a callback's sys.exit() too, of which a thread says nothing by itself
@@ -227,10 +233,11 @@ def _close_all() -> None:
     """At the interpreter's exit: daemon threads would be stopped in the middle of anything."""
     _exit.set()
     engines = [engine for engine in list(_running) if not engine.is_elsewhere()]
-    for engine in engines:
-        engine.begin_close()
-    for engine in engines:
-        engine.close()
+    for close in [*[engine.begin_close for engine in engines], *[engine.close for engine in engines]]:
+        try:
+            close()
+        except Exception:  # others come after it
+            log.exception("client_thread_not_closed")
 
 
 atexit.register(_close_all)
