@@ -91,6 +91,19 @@ def test_a_host_that_gets_no_thread_says_so_and_holds_nothing(monkeypatch: pytes
         assert story == ["a opened"]
 
 
+def test_a_thread_that_comes_just_behind_the_look_at_it_is_not_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handler that stops in the middle of the start does not wait for what has not come, and blames nobody."""
+    host = Host(Slow("a", []))
+    host.start()
+    with monkeypatch.context() as late:
+        looks = iter([False])
+        late.setattr(threading.Thread, "is_alive", lambda thread: next(looks, True))
+        host.stop()
+    host.stop()
+    assert host._thread is not None
+    assert not host._thread.is_alive()
+
+
 def test_stop_may_be_called_while_another_stop_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
     ended, may_close = threading.Event(), threading.Event()
     close = Reactor.close

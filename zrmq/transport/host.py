@@ -85,8 +85,9 @@ class Host:
         self._ask_to_stop()
         if self._thread.is_alive():  # not yet, perhaps: a signal handler may stop in the middle of the start, which goes on then
             self._thread.join(timeout_ms / 1000)
-        if self._thread.is_alive():
-            raise RequestTimeoutError(f"{self._name} did not stop within {timeout_ms} ms; see its log.", timeout_ms=timeout_ms)
+            if self._thread.is_alive():
+                said = f"{self._name} did not stop within {timeout_ms} ms; see its log."
+                raise RequestTimeoutError(said, timeout_ms=timeout_ms)
         self._raise_error()
 
     def run(self, on_open: Callable[[], None] = lambda: None) -> None:
