@@ -46,7 +46,7 @@ from zrmq.client.consumer_engine import Engine
 from zrmq.client.cursor import Cursor
 from zrmq.client.listening import Failure, Listener, Pace, run_unit
 from zrmq.client.process_queue import ProcessQueue, Unit
-from zrmq.errors import ClosedError, InvalidArgumentError, ResourceLimitError
+from zrmq.errors import ClosedError, InvalidArgumentError
 from zrmq.logs import get_logger
 from zrmq.message import ConsumeFrom, Message, MessageModel, MessageQueue
 from zrmq.protocol.limits import OFFSET_MAX, check_flag, check_group, check_number, check_topic
@@ -123,6 +123,7 @@ class PushConsumer(Consumer):
         self._concurrency = check_number("concurrency", concurrency, 1, CONCURRENCY_MAX)
         self._listeners: dict[str, tuple[Listener, Pace]] = {}
         self._workers: list[threading.Thread] = []
+        self._opened = Latch()  # or not, and then there is no engine; the workers wait for it
         self._ended = Latch()
 
     @overload
@@ -183,6 +184,7 @@ class PushConsumer(Consumer):
         """
         check_timeout(timeout_ms)
         self._ended.set()
+        self._opened.set()  # in a signal handler that interrupts the start, workers may wait for it still
         if threading.current_thread() in self._workers:
             self._close_elsewhere(timeout_ms)
         else:
@@ -214,22 +216,23 @@ class PushConsumer(Consumer):
     # --- listeners ----------------------------------------------------------------------------------------------------
 
     def _begin(self) -> Engine:
-        """Start the engine and its workers; where there is no thread for one, close."""
+        """Start the engine and its workers."""
         with self._lock:
             if self._engine is not None and not self._is_closed:
                 raise InvalidArgumentError("The consumer is started already; make another one to start twice.")
-            engine = self._open()
-            self._workers = [
-                threading.Thread(target=self._work, args=(engine,), name=f"zrmq-listener-{number}", daemon=True)
-                for number in range(self._concurrency)
-            ]
+            self._opened = Latch()
             try:
-                for worker in self._workers:
-                    start_thread(worker)
-            except ResourceLimitError:
-                self._close(CLOSE_MS)
-                raise
-        return engine
+                return self._open()
+            finally:
+                self._opened.set()
+
+    def _start_workers(self) -> None:
+        self._workers = [
+            threading.Thread(target=self._work, args=(self._opened,), name=f"zrmq-listener-{number}", daemon=True)
+            for number in range(self._concurrency)
+        ]
+        for worker in self._workers:
+            start_thread(worker)
 
     def _run_from_start(self) -> None:
         """Start and wait for the end; or for that alone, if it comes first: a signal must not have to wait for the start."""
@@ -252,8 +255,12 @@ class PushConsumer(Consumer):
         self._listeners[topic] = (listener, Pace())
         return listener
 
-    def _work(self, engine: Engine) -> None:
+    def _work(self, opened: Latch) -> None:
         """One worker's life: unit after unit, until the inbox is closed."""
+        opened.wait()
+        engine = self._engine
+        if engine is None:
+            return
         try:
             while (unit := engine.inbox.take(None, self._unit_size)) is not None:
                 self._run_unit(engine, unit)

@@ -24,6 +24,7 @@ import zrmq
 from tests.unit.real_cluster import running_cluster
 from zrmq.client import membership
 from zrmq.client.allocation import AllocateByCircle
+from zrmq.client.consumer_engine import Engine
 from zrmq.client.process_queue import ProcessQueue
 from zrmq.client.runtime import ClientThread
 from zrmq.errors import (
@@ -537,6 +538,8 @@ def test_a_signal_handler_may_close_in_the_middle_of_a_start(
         consumer.start()
     with pytest.raises(ClosedError):
         consumer._thread.call(lambda: None)
+    consumer._workers[0].join(30)
+    assert not consumer._workers[0].is_alive()
 
 
 def test_a_signal_handler_may_close_what_is_about_to_run(
@@ -579,24 +582,48 @@ def test_a_thread_that_ends_just_when_its_consumer_is_made_says_so(
         next(iter(consumer))
 
 
-def test_a_consumer_that_gets_no_thread_for_a_listener_is_closed(
+def test_a_consumer_that_gets_no_thread_for_a_listener_joins_nothing_and_may_be_started_again(
     consumers: Callable[..., Any], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The group would share its queues anew for a member that leaves at once."""
     consumer = consumers(zrmq.PushConsumer, name, concurrency=3)
     consumer.subscribe(name, "*", print)
     start = threading.Thread.start
+    made: list[object] = []
+    monkeypatch.setattr("zrmq.client.consumer_base.Engine", lambda *given, **options: made.append(1) or Engine(*given, **options))
 
     def refuse(thread: threading.Thread) -> None:
         if thread.name == "zrmq-listener-1":
             raise RuntimeError("can't start new thread")
         start(thread)
 
-    monkeypatch.setattr(threading.Thread, "start", refuse)
-    with pytest.raises(ResourceLimitError, match="no thread for zrmq-listener-1"):
-        consumer.start()
-    assert not consumer._workers[0].is_alive()
-    with pytest.raises(ClosedError):
-        consumer._thread.call(print)
+    with monkeypatch.context() as refused:
+        refused.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(ResourceLimitError, match="no thread for zrmq-listener-1"):
+            consumer.start()
+    consumer._workers[0].join(30)
+    assert not any(worker.is_alive() for worker in consumer._workers)
+    assert made == []
+    consumer.start()
+    assert all(worker.is_alive() for worker in consumer._workers)
+
+
+def test_a_signal_handler_that_closes_before_the_listeners_have_begun_does_not_wait_for_them(
+    consumers: Callable[..., Any], name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    consumer = consumers(zrmq.PushConsumer, name, concurrency=3)
+    consumer.subscribe(name, "*", print)
+    opened = consumer._open
+
+    def interrupted() -> Any:
+        engine = opened()
+        consumer.close(1_000)
+        return engine
+
+    monkeypatch.setattr(consumer, "_open", interrupted)
+    consumer.start()
+    assert not any(worker.is_alive() for worker in consumer._workers)
+    assert "listeners_left" not in capsys.readouterr().err
 
 
 def test_a_close_that_an_exception_ends_gives_the_queues_back(

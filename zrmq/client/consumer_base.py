@@ -137,6 +137,7 @@ class Consumer:
         identity = Identity(self.client_id, "consumer", self.group or "", instance_name)
         thread = ClientThread(f"zrmq-consumer-{self.group or 'reader'}", context=self._context)
         try:
+            self._start_workers()
             loop, at_close = thread.loop, thread.at_close
             engine = thread.call(lambda: Engine(loop, config, nameservers, identity, in_order=in_order, at_close=at_close))
         except BaseException:
@@ -144,6 +145,7 @@ class Consumer:
             raise
         self._thread, self._engine = thread, engine
         if self._is_closed:  # by a signal handler, when there was nothing to close yet
+            engine.inbox.close()
             thread.close()
             self._check_usable()
         return engine
@@ -208,6 +210,9 @@ class Consumer:
                     self._commit_last(engine, thread, int(left_ms))
             finally:  # after Ctrl-C too: while the thread lives, so do the leases
                 thread.close()
+
+    def _start_workers(self) -> None:
+        """For doors that have some. The group is joined only when they are there."""
 
     def _await_workers(self, engine: Engine, deadline_ms: float) -> None:
         """For doors that have some."""
