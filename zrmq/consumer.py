@@ -166,9 +166,10 @@ class PushConsumer(Consumer):
         as `start`, also when the group refuses this consumer later; and what a listener ended the program with.
         """
         check_fork(self._forks)
+        if self._engine is None:
+            self._check_usable()
         with until_signal(lambda number: self._ended.set()):
             if self._engine is None:
-                self._check_usable()
                 self._run_from_start()
             else:
                 self._ended.wait()

@@ -11,7 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
@@ -552,6 +552,21 @@ def test_a_signal_handler_may_close_what_is_about_to_run(
     consumer.run()
     with pytest.raises(ClosedError):
         consumer._thread.call(lambda: None)
+
+
+def test_a_signal_handler_may_close_what_has_only_begun_to_run(
+    consumers: Callable[..., Any], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    consumer = consumers(zrmq.PushConsumer, name)
+    consumer.subscribe(name, "*", print)
+
+    @contextmanager
+    def interrupted(on_signal: object) -> Iterator[None]:
+        consumer.close()
+        yield
+
+    monkeypatch.setattr("zrmq.consumer.until_signal", interrupted)
+    consumer.run()
 
 
 def test_a_closed_consumer_does_not_run(consumers: Callable[..., Any], name: str) -> None:
