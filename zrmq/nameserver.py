@@ -62,7 +62,8 @@ class NameServerRole:
 class NameServer(Host):
     """One NameServer. `options` are those of `zrmq nameserver --help`; any thread may use it; it is started once.
 
-    Raises `ConfigError` for options that cannot be; starting raises `AddressInUseError`, `InvalidArgumentError`.
+    Raises `ConfigError` for options that cannot be; starting raises `AddressInUseError`, `InvalidArgumentError`,
+    `ResourceLimitError`.
     """
 
     def __init__(self, config: NameServerConfig | None = None, **options: Any) -> None:

@@ -79,7 +79,8 @@ class Admin:
     ) -> None:
         """`nameservers` as everywhere: the argument, else `ZRMQ_NAMESERVERS`, else this machine's. Connects in the background.
 
-        Raises `ConfigError` or `InvalidArgumentError` for addresses that cannot be any, and for a time that cannot be waited.
+        Raises `ConfigError` or `InvalidArgumentError` for addresses that cannot be any, and for a time that cannot be waited;
+        `ResourceLimitError`; `ClosedError` for a context that has ended.
         """
         addresses = find_nameservers(nameservers)
         self._timeout_ms = check_number("timeout_ms", timeout_ms, 1, TIMEOUT_MS_MAX)

@@ -36,7 +36,7 @@ class ClientThread:
     """
 
     def __init__(self, name: str = "zrmq-client", *, context: Context | None = None) -> None:
-        """`context`: the one of an embedded broker, to reach it in memory; else one is made. Raises `ResourceLimitError`."""
+        """`context`: the one of an embedded broker, to reach it in memory; else one is made. Raises as `Reactor`."""
         self._engine = _Engine(name, context)
         self._engine.start()
 

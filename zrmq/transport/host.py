@@ -57,7 +57,7 @@ class Host:
 
     def start(self) -> None:
         """Open the roles in a new thread and return when all are open. Raises what the first that cannot open raises, and
-        `ResourceLimitError` where there is no thread; then it may be tried again."""
+        `ResourceLimitError` where there are no descriptors or no thread; then it may be tried again."""
         self._make_reactor()
         self._thread = threading.Thread(target=self._main, name=self._name, daemon=True)
         try:
@@ -94,6 +94,7 @@ class Host:
         """Run in the calling thread, which must be the main one, until SIGINT or SIGTERM; call `on_open` when all is open.
 
         From the first signal on they mean what they meant before, so that a second one ends what does not stop.
+        Raises as `start`.
         """
         self._make_reactor()
         with until_signal(self._on_signal):
