@@ -18,6 +18,7 @@ from zrmq.errors import (
     FencedError,
     InvalidArgumentError,
     RequestRefusedError,
+    StoppingError,
     SubscriptionMismatchError,
     UnreachableError,
     ZrmqError,
@@ -576,6 +577,21 @@ def test_a_broker_that_appears_while_the_only_one_refuses_keeps_nobody_from_join
 def test_a_refusal_that_does_not_pass_is_told(cluster: ReadingCluster) -> None:
     refuse_kind(cluster.broker, JoinGroup, RequestRefusedError("Nobody may.", code=Code.FORBIDDEN))
     assert str(cluster.started("one").inbox.failure) == "Nobody may. [40300 FORBIDDEN]"
+
+
+def test_a_lease_stays_in_doubt_while_its_broker_shuts_down(cluster: ReadingCluster) -> None:
+    """It is refused then, and given back when the broker is there again and another member is to have it."""
+    first = cluster.started("one")
+    cluster.run_until(lambda: first.queues == [Q0, Q1])
+    cluster.broker.crash()
+    cluster.run_until(lambda: first.queues == [])
+    refuse_kind(cluster.broker, AcquireLease, StoppingError("Not now."))
+    cluster.broker.start()
+    cluster.run_for(2_000)
+    second = cluster.member("two")
+    cluster.run_for(2_000)
+    cluster.broker.refuse = lambda session, request: None
+    cluster.run_until(lambda: len(first.queues) == len(second.queues) == 1)
 
 
 def refuse_kind(broker: ReadingBroker, kind: type[Any], error: ZrmqError) -> None:

@@ -37,7 +37,7 @@ NO_COMMIT = -1  # as the offset of a release
 
 # A broker refuses so when it does not know itself what the next start will find in its log.
 UNKNOWN_OUTCOME = frozenset({Code.STORE_FAILED, Code.INTERNAL_ERROR})
-STILL_HELD = UNKNOWN_OUTCOME | {Code.DISK_FULL}  # after these a lease that was to be released may be ours still
+STILL_HELD = UNKNOWN_OUTCOME | {Code.DISK_FULL, Code.STOPPING}  # these leave it open whether a lease is ours still
 
 
 class Left(NamedTuple):
@@ -83,7 +83,6 @@ class LeaseClaims:
     def claim(self, queues: Iterable[tuple[MessageQueue, Link]]) -> None:
         """Acquire the lease of each, waiting for whoever holds it."""
         for queue, link in queues:
-            self._doubtful.pop(queue, None)
             self.pending.add(queue)
             self._acquire(queue, link)
 
@@ -96,7 +95,7 @@ class LeaseClaims:
         """Find out about leases in doubt: `unwanted` gives the broker's link if it is there and the queue is not to be read."""
         for queue, lease_epoch in list(self._doubtful.items()):
             link = unwanted(queue)
-            if link is None:
+            if link is None or queue in self.pending:
                 continue
             del self._doubtful[queue]
             self.pending.add(queue)
@@ -129,6 +128,7 @@ class LeaseClaims:
             return
         self.pending.discard(queue)
         if isinstance(reply, Leased):
+            self._doubtful.pop(queue, None)
             if not self._listener.on_claimed(queue, link, reply.offset, reply.lease_epoch):
                 self.pending.add(queue)
                 self._release(queue, link, reply.lease_epoch, NO_COMMIT)
@@ -137,6 +137,8 @@ class LeaseClaims:
         elif isinstance(reply, ZrmqError):
             if reply.code in UNKNOWN_OUTCOME:
                 self._doubtful[queue] = 0
+            elif reply.code not in STILL_HELD:  # else what was in doubt still is: a broker that shuts down says nothing of it
+                self._doubtful.pop(queue, None)
             if reply.code is not Code.LEASE_HELD:
                 log.warning("lease_refused", topic=queue.topic, queue_id=queue.queue_id, reason=reply.message)
             self._listener.on_unclaimed(HELD_PAUSE_MS if reply.code is Code.LEASE_HELD else RETRY_MS)
