@@ -68,8 +68,8 @@ class Cursor:
         self._given, self.rest, self._unit = given, rest, None
 
     def take_rest(self, messages_max: int) -> list[Message]:
-        """For a poll: what an iteration has left of its unit, at most so many. Nothing has changed until it returns, where no
-        exception can keep from the caller what counts as given."""
+        """For a poll: what an iteration has left of its unit, at most so many; a void one it leaves. None is given before this
+        returns, where no exception can keep it from the caller."""
         if self.is_void():
             self.leave_unit()
         unit = self._unit
