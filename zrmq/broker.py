@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from zrmq.client.registration import Registration
-from zrmq.config import BrokerConfig, load, tcp_address
+from zrmq.config import BrokerConfig, take, tcp_address
 from zrmq.errors import ClosedError, StoreFailedError
 from zrmq.files import DiskFiles, Files
 from zrmq.logs import get_logger
-from zrmq.protocol.requests import BrokerInfo
+from zrmq.protocol.requests import MASTER_ID, BrokerInfo
 from zrmq.serving.context import ServingConfig
 from zrmq.serving.core import TICK_MS, BrokerCore
 from zrmq.store.config import StoreConfig
@@ -165,7 +165,7 @@ class BrokerRole:
     def _info(self) -> BrokerInfo:
         config = self._config
         return BrokerInfo(
-            config.cluster, config.broker_name, config.broker_id, "MASTER", self.store.boot,
+            config.cluster, config.broker_name, MASTER_ID, "MASTER", self.store.boot,
             self._advertised(self.address), self._advertised(self._ingest.address), store_id=self.store.store_id,
         )
 
@@ -207,8 +207,8 @@ class Broker(Host):
     raises `FolderLockedError`, `FolderUnusableError`, `AddressInUseError`, `ResourceLimitError`.
     """
 
-    def __init__(self, data: str | Path = "./data", *, config: Config | None = None, **options: Any) -> None:
-        self._role = BrokerRole(config if config is not None else load(Config, flags={"data": data, **options}))
+    def __init__(self, data: str | Path | None = None, *, config: Config | None = None, **options: Any) -> None:
+        self._role = BrokerRole(take(Config, config, {"data": data, **options}))
         super().__init__(self._role, name="zrmq-broker")
 
     @property

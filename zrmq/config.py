@@ -98,7 +98,6 @@ class BrokerConfig(RoleConfig, Generic[Section], frozen=True, kw_only=True):
 
     store: Section
     broker_name: Annotated[Name, meta("Name of the replica set; unique within the cluster.")] = "broker-a"
-    broker_id: Annotated[int, meta("Number within the broker name; 0 is the master.", ge=0, le=1023)] = 0
     cluster: Annotated[Name, meta("Name of the cluster.")] = "DefaultCluster"
     data: Annotated[str, meta("Folder of the broker's data.", min_length=1)] = "./data"
     broker_port: Annotated[Port, meta("Port for requests; 0 picks a free one.")] = BROKER_PORT
@@ -268,6 +267,21 @@ def load(
         if option.key not in given:
             raise ConfigError(f"{option.key} is missing; give {option.flag} or {option.variable}.", key=option.key)
     config: Config = _build(kind, given, ())
+    return config
+
+
+def take(kind: type[Config], config: Config | None, flags: Mapping[str, Any]) -> Config:
+    """A role's config as a program gives it: whole, or by its options.
+
+    Raises `ConfigError` for options that cannot be, for a config of another kind, and for both at once.
+    """
+    if config is None:
+        return load(kind, flags=flags)
+    expected = get_origin(kind) or kind
+    if not isinstance(config, expected):
+        raise ConfigError(f"config is {config!r}; give a {expected.__name__}, or options by name.")
+    if given := sorted(name for name, value in flags.items() if value is not None):
+        raise ConfigError(f"{given[0]} is given beside a whole config; set it in the config, or give options only.")
     return config
 
 

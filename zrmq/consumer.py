@@ -38,8 +38,6 @@ from zrmq.client.consumer_base import (
     START_MS,
     Consumer,
     When,
-    check_queues,
-    check_timeout,
     time_ms,
 )
 from zrmq.client.consumer_engine import Engine
@@ -49,7 +47,15 @@ from zrmq.client.process_queue import ProcessQueue, Unit
 from zrmq.errors import ClosedError, InvalidArgumentError
 from zrmq.logs import get_logger
 from zrmq.message import ConsumeFrom, Message, MessageModel, MessageQueue
-from zrmq.protocol.limits import OFFSET_MAX, check_flag, check_group, check_number, check_topic
+from zrmq.protocol.limits import (
+    OFFSET_MAX,
+    check_flag,
+    check_group,
+    check_number,
+    check_queues,
+    check_timeout,
+    check_topic,
+)
 from zrmq.protocol.requests import OFFSET_EARLIEST, OFFSET_LATEST, Offsets, QueryCommitted
 from zrmq.protocol.tags import canonical_expression
 from zrmq.transport.options import check_fork, fork_count

@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from zrmq.config import NameServerConfig, load, tcp_address
+from zrmq.config import NameServerConfig, take, tcp_address
 from zrmq.errors import ClosedError
 from zrmq.logs import get_logger
 from zrmq.routing.core import NameServerCore
@@ -67,7 +67,7 @@ class NameServer(Host):
     """
 
     def __init__(self, config: NameServerConfig | None = None, **options: Any) -> None:
-        self._role = NameServerRole(config if config is not None else load(NameServerConfig, flags=options))
+        self._role = NameServerRole(take(NameServerConfig, config, options))
         super().__init__(self._role, name="zrmq-nameserver")
 
     @property

@@ -955,10 +955,20 @@ def test_a_result_can_be_waited_for_in_other_threads() -> None:
     assert offsets == [100, 100, 100]
 
 
-@pytest.mark.parametrize("timeout_ms", ["x", float("nan"), b"1"])
+@pytest.mark.parametrize("timeout_ms", ["x", float("nan"), b"1", -1, True, float("inf")])
 def test_what_cannot_be_waited_is_refused(timeout_ms: Any) -> None:
-    with pytest.raises(InvalidArgumentError, match="give a number of milliseconds"):
+    with pytest.raises(InvalidArgumentError, match="wait for 0 or more"):
         Setup().append().result(timeout_ms)
+
+
+@pytest.mark.parametrize("callback", [5, None, "print"])
+def test_what_cannot_be_called_is_no_callback(callback: Any) -> None:
+    setup = Setup()
+    handle = setup.append()
+    with pytest.raises(InvalidArgumentError, match="cannot be called; give a function of one handle"):
+        handle.add_done_callback(callback)
+    setup.accumulator.finish(setup.take()[0], STORED)
+    assert handle.result().queue_offset == 100
 
 
 def test_waiting_too_short_is_not_the_end() -> None:

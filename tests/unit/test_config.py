@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zrmq import config
-from zrmq.config import BrokerConfig, NameServerConfig, RoleConfig, load
+from zrmq.config import BrokerConfig, NameServerConfig, RoleConfig, load, take
 from zrmq.errors import Code, ConfigError
 
 
@@ -186,6 +186,26 @@ def test_a_file_that_cannot_be_read_or_is_not_toml_is_refused(tmp_path: Path) ->
 
 
 # --- addresses ------------------------------------------------------------------------------------------------------
+
+
+def test_a_program_gives_a_whole_config_or_options() -> None:
+    whole = NameServerConfig(nameserver_port=0)
+    assert take(NameServerConfig, whole, {"host": None}) is whole
+    assert take(NameServerConfig, None, {"nameserver_port": 0}) == whole
+
+
+@pytest.mark.parametrize(
+    ("role", "wrong"), [(NameServerConfig, 5), (NameServerConfig, load(Broker)), (Broker, NameServerConfig())]
+)
+def test_a_config_of_another_kind_is_refused(role: Any, wrong: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^config is .*; give a (NameServer|Broker)Config, or options by name\. "):
+        take(role, wrong, {})
+
+
+def test_options_beside_a_whole_config_are_refused_and_not_forgotten() -> None:
+    with pytest.raises(ConfigError, match="nameserver_port is given beside a whole config; set it in the config"):
+        take(NameServerConfig, NameServerConfig(), {"nameserver_port": 0})
+
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.4", "::", "*", "box.example", ""])

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zrmq.errors import AddressInUseError, Code
+from zrmq.protocol import limits
 from zrmq.protocol.limits import FRAME_COUNT_MAX, HEADER_BYTES_MAX, PROTOCOL_VERSION
 from zrmq.protocol.requests import (
     ROUTE_OF_OTHERS,
@@ -351,13 +352,13 @@ def test_beyond_its_bound_a_sessions_oldest_watch_is_answered(
     network: MemoryNetwork, client: Peer, nameserver: NameServerCore
 ) -> None:
     version = client.ask(QueryRoute, ["*"]).version
-    numbers = [client.say(QueryRoute, ["*"], version, timeout_ms=30_000) for _ in range(core_module.WATCHES_PER_SESSION_MAX)]
+    numbers = [client.say(QueryRoute, ["*"], version, timeout_ms=30_000) for _ in range(limits.WATCHES_PER_SESSION_MAX)]
     network.run_for(100)
     assert all(client.answer(number) is None for number in numbers)
     client.say(QueryRoute, ["*"], version, timeout_ms=30_000)
     network.run_for(100)
     assert [client.answer(number) is None for number in numbers] == [False, True, True, True]
-    assert nameserver.watch_count == core_module.WATCHES_PER_SESSION_MAX
+    assert nameserver.watch_count == limits.WATCHES_PER_SESSION_MAX
 
 
 @pytest.mark.parametrize(("name", "bound"), [("WATCHES_MAX", 1), ("WATCHED_TOPICS_MAX", 1)])
@@ -471,10 +472,10 @@ def test_a_watch_that_ends_within_the_grace_is_told_it_is_too_early(network: Mem
 
 
 def test_too_many_topics_in_one_question_are_refused(client: Peer) -> None:
-    topics = [f"t{number}" for number in range(core_module.QUERY_TOPICS_MAX + 1)]
+    topics = [f"t{number}" for number in range(limits.QUERY_TOPICS_MAX + 1)]
     assert client.ask(QueryRoute, topics).code == Code.BAD_REQUEST
     assert isinstance(client.ask(QueryRoute, topics[1:]), Route)
-    assert isinstance(client.ask(QueryRoute, ["t1"] * (core_module.QUERY_TOPICS_MAX + 1)), Route)
+    assert isinstance(client.ask(QueryRoute, ["t1"] * (limits.QUERY_TOPICS_MAX + 1)), Route)
 
 
 def test_a_topic_that_cannot_be_is_refused(client: Peer) -> None:

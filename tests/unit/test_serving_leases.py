@@ -9,7 +9,8 @@ import pytest
 from tests.unit import broker_desk
 from tests.unit.broker_desk import BrokerDesk, DeskClient
 from zrmq.errors import Code, DiskFullError
-from zrmq.protocol.events import AnyEvent, LeaseGranted
+from zrmq.protocol import limits
+from zrmq.protocol.events import AnyEvent, LeaseGranted, TopicConfig
 from zrmq.protocol.requests import (
     AcquireLease,
     Bye,
@@ -24,11 +25,11 @@ from zrmq.protocol.requests import (
     Leased,
     LeaveGroup,
     Pull,
+    PutTopic,
     QueryCommitted,
     QueueOffset,
     ReleaseLease,
 )
-from zrmq.serving import leases
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ def test_waiters_are_served_in_the_order_they_came(desk: BrokerDesk) -> None:
 
 def test_one_client_cannot_wait_for_queues_without_bound(desk: BrokerDesk, monkeypatch: pytest.MonkeyPatch) -> None:
     """However its waits end, there is room for others then; asking again for the same queue takes none."""
-    monkeypatch.setattr(leases, "WAITS_PER_CLIENT_MAX", 2)
+    monkeypatch.setattr(limits, "WAITS_PER_CLIENT_MAX", 2)
     desk.topic("wide", queue_count=4)
     desk.topic("gone", queue_count=4)
     a, b, c = (member(desk, name, "wide", "gone") for name in "abc")
@@ -149,6 +150,32 @@ def test_nobody_is_told_that_a_lease_has_ended_before_that_is_flushed(desk: Brok
     assert a.acquire("meters", 0).lease_epoch == lease.lease_epoch, "a power cut made it theirs again"
     a.ask(ReleaseLease, "meters", 0, lease.lease_epoch)
     assert a.ask(ReleaseLease, "meters", 0, lease.lease_epoch).code == Code.FENCED
+
+
+def test_nobody_is_told_that_another_holds_the_queue_before_that_is_flushed(desk: BrokerDesk) -> None:
+    a, b = member(desk, "a"), member(desk, "b")
+    lease = a.acquire("meters", 0)
+    b.post(AcquireLease, "meters", 0)
+    a.post(ReleaseLease, "meters", 0, lease.lease_epoch)  # and it is granted to b
+    again = a.post(AcquireLease, "meters", 0, timeout_ms=1)
+    desk.core.tick()
+    desk.turn(flush=False)
+    assert a.reply(again) is None
+    desk.turn()
+    assert a.reply(again).code == Code.LEASE_HELD
+
+
+def test_nobody_is_told_that_there_is_no_such_queue_before_that_is_flushed(desk: BrokerDesk) -> None:
+    a = member(desk, "a")
+    a.acquire("meters", 1)
+    admin = desk.client("admin")
+    admin.post(DeleteTopic, "meters")
+    admin.post(PutTopic, TopicConfig("meters", queue_count=1))
+    again = a.post(AcquireLease, "meters", 1)
+    desk.turn(flush=False)
+    assert a.reply(again) is None
+    desk.turn()
+    assert a.reply(again).code == Code.BAD_REQUEST
 
 
 def test_nobody_is_told_that_a_topic_is_gone_before_that_is_flushed(desk: BrokerDesk) -> None:

@@ -26,7 +26,6 @@ from zrmq.protocol.requests import (
     Send,
 )
 from zrmq.protocol.tags import filter_mask
-from zrmq.serving import pulling
 
 
 @pytest.fixture
@@ -283,7 +282,7 @@ def test_one_client_cannot_hold_pulls_without_bound(
     desk: BrokerDesk, client: DeskClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     desk.topic("wide", queue_count=5)
-    monkeypatch.setattr(pulling, "PULLS_HELD_PER_SESSION_MAX", 3)
+    monkeypatch.setattr(limits, "PULLS_HELD_PER_SESSION_MAX", 3)
     replies = [client.ask(Pull, "wide", queue_id, 0, 1000, 10_000) for queue_id in range(5)]
     assert [reply.code for reply in replies if reply] == [Code.TOO_MANY_REQUESTS] * 2
     for _ in range(11):

@@ -16,7 +16,7 @@ from hashlib import blake2b
 
 from zrmq.errors import InvalidArgumentError
 from zrmq.message import MessageQueue
-from zrmq.protocol.limits import check_number
+from zrmq.protocol.limits import check_number, check_queues
 
 Strategy = Callable[[str, str, Sequence[MessageQueue], Sequence[str]], Iterable[MessageQueue]]
 
@@ -102,10 +102,7 @@ class AllocateByConfig:
 
     def __init__(self, queues: Iterable[MessageQueue]) -> None:
         """Raises `InvalidArgumentError` for what are no message queues."""
-        chosen = list(queues) if isinstance(queues, Iterable) else None
-        if chosen is None or not all(isinstance(queue, MessageQueue) for queue in chosen):
-            raise InvalidArgumentError(f"{queues!r} is no list of message queues; give those that this member is to have.")
-        self._queues = frozenset(chosen)
+        self._queues = frozenset(check_queues(queues))
 
     def __call__(
         self, group: str, client_id: str, queues: Sequence[MessageQueue], members: Sequence[str]

@@ -18,6 +18,7 @@ import msgspec
 from zrmq.errors import InvalidArgumentError, RequestTimeoutError, ZrmqError
 from zrmq.message import FlushMode, MessageQueue, SendReceipt, message_id
 from zrmq.protocol.batch import Columns, encode_batch
+from zrmq.protocol.limits import check_timeout
 
 if TYPE_CHECKING:
     from zrmq.client.accumulator import Accumulator
@@ -275,8 +276,8 @@ class SendHandle(msgspec.Struct, frozen=True, eq=False, gc=False):
         Raises what the message failed with, or `RequestTimeoutError` when it is still on its way; ask again later then. Must
         not wait inside a callback (`InvalidArgumentError`): the thread that it runs on is the one that would answer.
         """
-        if timeout_ms is not None and (not isinstance(timeout_ms, int | float) or timeout_ms != timeout_ms):  # nan
-            raise InvalidArgumentError(f"timeout_ms is {timeout_ms!r}; give a number of milliseconds, or None.")
+        if timeout_ms is not None:
+            check_timeout(timeout_ms)
         batch = self.batch
         if not batch.wait(timeout_ms):
             raise RequestTimeoutError(
@@ -295,8 +296,11 @@ class SendHandle(msgspec.Struct, frozen=True, eq=False, gc=False):
     def add_done_callback(self, callback: Callable[[SendHandle], None]) -> None:
         """Call `callback(handle)` once when it is done: on the producer's I/O thread, or at once when it is done already.
 
-        A callback must be quick and must not wait; what it raises is logged.
+        A callback must be quick and must not wait; what it raises is logged. Raises `InvalidArgumentError` for what cannot be
+        called.
         """
+        if not callable(callback):
+            raise InvalidArgumentError(f"The callback is {callback!r}, which cannot be called; give a function of one handle.")
         if not self.batch.accumulator.add_callback(self, callback):
             callback(self)
 

@@ -16,6 +16,7 @@ from zrmq.errors import ClosedError, Code, FencedError, RequestTimeoutError, Top
 from zrmq.logs import get_logger
 from zrmq.message import ConsumeFrom, MessageQueue
 from zrmq.protocol.requests import (
+    NOT_HELD,
     OFFSET_EARLIEST,
     OFFSET_LATEST,
     AcquireLease,
@@ -34,10 +35,6 @@ ACQUIRE_TIMEOUT_MS = 15_000  # how long a broker lets us wait for another member
 HELD_PAUSE_MS = 100.0  # before asking again for a queue that is held
 REQUEST_TIMEOUT_MS = 5_000
 NO_COMMIT = -1  # as the offset of a release
-
-# A broker refuses so when it does not know itself what the next start will find in its log.
-UNKNOWN_OUTCOME = frozenset({Code.STORE_FAILED, Code.INTERNAL_ERROR})
-STILL_HELD = UNKNOWN_OUTCOME | {Code.DISK_FULL, Code.STOPPING}  # these leave it open whether a lease is ours still
 
 
 class Left(NamedTuple):
@@ -70,8 +67,8 @@ class LeaseClaims:
     """Leases of one group. Loop thread only.
 
     Invariant: a queue is never ours at the broker without being read or known here. A request that may have given us a lease is
-    repeated until it is answered. A lease that was in doubt when reading ended may be ours still when the broker is back: then it
-    is acquired again where it is wanted, else released.
+    repeated until it is answered. A lease that was in doubt when reading ended, or when a broker refused a request without a look
+    at who holds the queue, may be ours: then it is acquired again where it is wanted, else released.
     """
 
     def __init__(self, listener: ClaimListener) -> None:
@@ -132,13 +129,13 @@ class LeaseClaims:
             if not self._listener.on_claimed(queue, link, reply.offset, reply.lease_epoch):
                 self.pending.add(queue)
                 self._release(queue, link, reply.lease_epoch, NO_COMMIT)
-        elif isinstance(reply, ClosedError):
-            self._doubtful[queue] = 0
         elif isinstance(reply, ZrmqError):
-            if reply.code in UNKNOWN_OUTCOME:
-                self._doubtful[queue] = 0
-            elif reply.code not in STILL_HELD:  # else what was in doubt still is: a broker that shuts down says nothing of it
+            if reply.code in NOT_HELD:
                 self._doubtful.pop(queue, None)
+            else:  # also where we knew the epoch: it may have ended, and this request have been granted another
+                self._doubtful[queue] = 0
+            if isinstance(reply, ClosedError):
+                return
             if reply.code is not Code.LEASE_HELD:
                 log.warning("lease_refused", topic=queue.topic, queue_id=queue.queue_id, reason=reply.message)
             self._listener.on_unclaimed(HELD_PAUSE_MS if reply.code is Code.LEASE_HELD else RETRY_MS)
@@ -158,7 +155,7 @@ class LeaseClaims:
             return
         self.pending.discard(queue)
         del self._releases[queue]
-        is_open = isinstance(reply, ClosedError) or (isinstance(reply, ZrmqError) and reply.code in STILL_HELD)
+        is_open = isinstance(reply, ZrmqError) and reply.code not in NOT_HELD
         if is_open:
             self._doubtful[queue] = lease_epoch
         self._listener.on_unclaimed(RETRY_MS if is_open else 0.0 if isinstance(reply, Done) else HELD_PAUSE_MS)

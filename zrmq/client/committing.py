@@ -61,7 +61,7 @@ class Committer:
     def commit_last(self, reading: Reading) -> None:
         """Before a queue is given back: where releasing it would not commit, or not back to a smaller offset."""
         if reading.goes_back or not reading.process_queue.lease_epoch:
-            self.commit([reading], lambda error: None, COMMIT_TIMEOUT_MS)
+            self.commit([reading], partial(_log_failure, reading.link), COMMIT_TIMEOUT_MS)
 
     def give_up(self, link: Link) -> None:
         """The session is a new one, perhaps with a server that was started again: end what is under way before the link sends it
@@ -95,8 +95,7 @@ class Committer:
 
     def _idle(self, link: Link, error: ZrmqError | None) -> None:
         self._busy.discard(link)
-        if error is not None and not isinstance(error, FencedError):  # that one was told to `on_lost`
-            log.warning("commit_failed", address=link.address, reason=error.message)
+        _log_failure(link, error)
 
 
 class _Tally:
@@ -121,6 +120,11 @@ class _Attempt(msgspec.Struct, eq=False):
     changed: list[tuple[Reading, int]]
     tally: _Tally
     number: int = 0
+
+
+def _log_failure(link: Link, error: ZrmqError | None) -> None:
+    if error is not None and not isinstance(error, FencedError):  # that one was told to `on_lost`
+        log.warning("commit_failed", address=link.address, reason=error.message)
 
 
 def _wire(reading: Reading, offset: int) -> QueueOffset:

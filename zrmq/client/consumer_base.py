@@ -25,7 +25,6 @@ from zrmq.protocol.limits import (
     CLIENT_ID_CHARS_MAX,
     OFFSET_MAX,
     SUBSCRIPTIONS_MAX,
-    TIMEOUT_MS_MAX,
     check_group,
     check_number,
     check_text,
@@ -267,27 +266,6 @@ class Consumer:
             if isinstance(reply, Offsets):
                 found.update((MessageQueue(topic, broker_name, queue_id), offset) for queue_id, offset in reply.offsets)
         return found
-
-
-def check_timeout(timeout_ms: float) -> None:
-    """`InvalidArgumentError` unless it is a number of milliseconds that can be waited."""
-    if not isinstance(timeout_ms, int | float) or isinstance(timeout_ms, bool) or not 0 <= timeout_ms <= TIMEOUT_MS_MAX:
-        raise InvalidArgumentError(f"timeout_ms is {timeout_ms!r}; wait for 0 or more, at most {TIMEOUT_MS_MAX} milliseconds.")
-
-
-def check_queues(queues: Iterable[MessageQueue]) -> list[MessageQueue]:
-    """A list of them, or `InvalidArgumentError` unless each is a message queue."""
-    if not isinstance(queues, Iterable):
-        raise InvalidArgumentError(f"{queues!r} is no list of message queues; give one, such as queues() has.")
-    chosen = list(queues)
-    for queue in chosen:
-        if not isinstance(queue, MessageQueue):
-            raise InvalidArgumentError(f"{queue!r} is no message queue; take some from queues(), or make a MessageQueue.")
-        check_topic(queue.topic)
-        if not isinstance(queue.broker_name, str):
-            raise InvalidArgumentError(f"{queue!r} has a broker name that is no text; give a str.")
-        check_number("queue_id", queue.queue_id, 0)
-    return chosen
 
 
 def time_ms(given: When) -> int:

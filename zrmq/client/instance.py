@@ -14,10 +14,8 @@ from zrmq.logs import get_logger
 from zrmq.message import MessageQueue
 from zrmq.protocol.events import PERMISSION_WRITE
 from zrmq.protocol.limits import check_topic
-from zrmq.protocol.requests import AnyReply, BrokerInfo, Route, TopicRoute
+from zrmq.protocol.requests import MASTER_ID, AnyReply, BrokerInfo, Route, TopicRoute
 from zrmq.transport.interface import Loop
-
-MASTER_ID = 0
 
 log = get_logger("client")
 

@@ -43,9 +43,8 @@ from zrmq.protocol.requests import (
     encode,
 )
 from zrmq.transport.interface import Connection, Frames, Loop, Timer
-from zrmq.transport.sessions import PASSING_REFUSALS
+from zrmq.transport.sessions import HELLO_TIMEOUT_MS, PASSING_REFUSALS
 
-HELLO_TIMEOUT_MS = 3_000.0  # a server that stands still longer gets a newer HELLO, and answers that one
 HELLO_PAUSE_MS_MIN = 100.0  # between two HELLOs, doubled with each that did not lead to a lasting session, or to a new server
 HELLO_PAUSE_MS_MAX = 5_000.0
 STABLE_MS = 5_000.0  # a session that lived so long ends the pauses

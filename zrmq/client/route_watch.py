@@ -17,6 +17,7 @@ from random import Random
 from zrmq.client.link import Identity, Link
 from zrmq.errors import InvalidFrameError, NotReadyError, RequestTimeoutError, UnreachableError, ZrmqError
 from zrmq.logs import get_logger
+from zrmq.protocol.limits import QUERY_TOPICS_MAX
 from zrmq.protocol.requests import ROUTE_OF_OTHERS, AnyReply, QueryRoute, Route
 from zrmq.transport.address import parse_connect_address
 from zrmq.transport.interface import Loop, Timer
@@ -29,7 +30,6 @@ PAUSE_MS_MIN = 100.0  # after a round in which all failed, doubled each time
 PAUSE_MS_MAX = 5_000.0
 NOT_READY_MS = 150.0  # a NameServer that has just started is asked again after
 AGAIN_MS = 10.0  # between an answer and the next watch: changes that come together make one answer
-QUERY_TOPICS_MAX = 1_000  # beyond it all topics are watched
 
 log = get_logger("client")
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Annotated, NoReturn, TypeVar
 
 import msgspec
 
 from zrmq.errors import Code, InvalidArgumentError, PayloadTooLargeError
+from zrmq.message import MessageQueue
 
 N = TypeVar("N", bound=float)
 
@@ -43,6 +44,12 @@ GROUPS_MAX = 10_000
 PLACES_MAX = 1_000_000  # that a broker remembers of all groups: subscriptions, where each began in a queue, offsets; some 200 MB
 SUBSCRIPTIONS_MAX = 256  # topics one group subscribes to
 SESSIONS_MAX = 10_000
+HELLOS_PER_S_MAX = 2_000  # a HELLO costs some 50 us: a whole fleet that comes back at once may take a tenth of the thread
+QUERY_TOPICS_MAX = 1_000  # more are asked for as `*`
+WATCHES_PER_SESSION_MAX = 4  # a client holds one; beyond, its oldest is answered at once
+PULLS_HELD_PER_SESSION_MAX = 2 * QUEUES_PER_TOPIC_MAX  # one a queue, of two of the largest topics
+WAITS_PER_CLIENT_MAX = 16 * QUEUES_PER_TOPIC_MAX  # for queues that others hold; 8 MB; a new member asks for its whole share
+OFFSETS_PER_COMMIT_MAX = 65_536
 NAME_CHARS_MAX = 255  # of any name or address in a request, before it is looked at more closely
 CREDENTIALS_BYTES_MAX = 4096
 INFLIGHT_BATCHES_MAX = 32  # remembered per producer and queue; a producer has fewer of them unanswered
@@ -244,3 +251,24 @@ def check_flag(name: str, value: bool) -> bool:
     if not isinstance(value, bool):
         raise InvalidArgumentError(f"{name} is {value!r}; give True or False.", name=name, value=value)
     return value
+
+
+def check_timeout(timeout_ms: float) -> None:
+    """`InvalidArgumentError` unless it is a number of milliseconds that can be waited."""
+    if not isinstance(timeout_ms, int | float) or isinstance(timeout_ms, bool) or not 0 <= timeout_ms <= TIMEOUT_MS_MAX:
+        raise InvalidArgumentError(f"timeout_ms is {timeout_ms!r}; wait for 0 or more, at most {TIMEOUT_MS_MAX} milliseconds.")
+
+
+def check_queues(queues: Iterable[MessageQueue]) -> list[MessageQueue]:
+    """A list of them, or `InvalidArgumentError` unless each is a message queue."""
+    if not isinstance(queues, Iterable):
+        raise InvalidArgumentError(f"{queues!r} is no list of message queues; give one, such as queues() has.")
+    chosen = list(queues)
+    for queue in chosen:
+        if not isinstance(queue, MessageQueue):
+            raise InvalidArgumentError(f"{queue!r} is no message queue; take some from queues(), or make a MessageQueue.")
+        check_topic(queue.topic)
+        if not isinstance(queue.broker_name, str):
+            raise InvalidArgumentError(f"{queue!r} has a broker name that is no text; give a str.")
+        check_number("queue_id", queue.queue_id, 0)
+    return chosen

@@ -70,12 +70,15 @@ LIMITS = Limits(
 )
 
 
+MASTER_ID = 0  # of the one that takes requests, of all that share a broker name
+
+
 class BrokerInfo(msgspec.Struct, array_like=True, frozen=True):
     """One broker as it registers itself."""
 
     cluster: Name
     broker_name: Name
-    broker_id: Natural  # 0 is the master
+    broker_id: Natural  # `MASTER_ID`, or of a replica
     role: Name  # MASTER, SLAVE, LEARNER
     epoch: Natural  # counts the starts of this broker; a registration with a smaller one is stale
     address: Name  # of the ROUTER, as clients reach it
@@ -326,6 +329,12 @@ class JoinGroup(Request, tag=40, frozen=True):
 
 class LeaveGroup(Request, tag=41, frozen=True):
     """B End the membership and release its leases. Answered by `Done`."""
+
+
+# Refusals that say that a queue is not the asking member's. They are sent when what they say is flushed. Any other leaves it
+# open: the broker may have granted the same request when it was sent before, and that answer be lost; or it does not know itself
+# what its next start will find in its log.
+NOT_HELD = frozenset({Code.LEASE_HELD, Code.FENCED, Code.TOPIC_NOT_FOUND, Code.BAD_REQUEST})
 
 
 class AcquireLease(Request, tag=42, frozen=True):

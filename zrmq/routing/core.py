@@ -54,9 +54,7 @@ START_GRACE_MS = 3_000.0  # brokers reconnect within a second or two of a restar
 HEARTBEAT_MS = 1_000
 WATCH_MS_MAX = 60_000.0
 WATCH_MARGIN_MS = 500.0  # a watch is answered this much before its client stops waiting: two ticks
-WATCHES_PER_SESSION_MAX = 4  # a client holds one; beyond, its oldest is answered at once
 WATCHES_MAX = 20_000
-QUERY_TOPICS_MAX = 1_000  # more are asked for as `*`
 WATCHED_TOPICS_MAX = 1_000_000  # of all watches together; some 100 MB
 
 Handler = Callable[[Session, Any], None]
@@ -230,7 +228,7 @@ class NameServerCore:
         )
         self._watched_topic_count += len(topics)
         held = session.waiting = [older for older in session.waiting or () if older in self._watches and older != key] + [key]
-        if len(held) > WATCHES_PER_SESSION_MAX:
+        if len(held) > limits.WATCHES_PER_SESSION_MAX:
             self._answer_watch(held[0])
 
     def _answer_watch(self, key: tuple[bytes, int]) -> None:
@@ -321,10 +319,10 @@ def _check_is_broker(session: Session) -> None:
 def _check_query(request: QueryRoute) -> tuple[str, ...]:
     """The topics asked for, sorted, each once."""
     topics = tuple(sorted(set(request.topics)))
-    if len(topics) > QUERY_TOPICS_MAX:
+    if len(topics) > limits.QUERY_TOPICS_MAX:
         raise InvalidArgumentError(
-            f"The question names {len(topics)} topics; name at most {QUERY_TOPICS_MAX}, or ask for all by '*'.",
-            limit_topics=QUERY_TOPICS_MAX,
+            f"The question names {len(topics)} topics; name at most {limits.QUERY_TOPICS_MAX}, or ask for all by '*'.",
+            limit_topics=limits.QUERY_TOPICS_MAX,
         )
     if "*" in topics:
         return ALL_TOPICS

@@ -17,7 +17,7 @@ import msgspec
 
 from zrmq.errors import Code, InvalidArgumentError, ZrmqError, refused
 from zrmq.protocol.limits import QUEUES_PER_TOPIC_MAX, TOPICS_MAX, check_group, check_topic
-from zrmq.protocol.requests import BrokerInfo, RegisterBroker, Route, TopicRoute
+from zrmq.protocol.requests import MASTER_ID, BrokerInfo, RegisterBroker, Route, TopicRoute
 from zrmq.transport.address import parse_connect_address
 
 SUSPECT_AFTER_MS = 3_000.0  # three heartbeats missed: producers avoid the broker while others serve the topic
@@ -31,7 +31,6 @@ ANSWERS_KEPT_MAX = 1_024  # between two changes; clients of one program ask alik
 ANSWER_TOPICS_KEPT_MAX = 64  # longer questions are rare, and their answers large
 ALL_TOPICS = ("*",)
 
-MASTER_ID = 0
 ROLES = frozenset({"MASTER", "SLAVE", "LEARNER"})
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import msgspec
 
 from zrmq.clock import Clock
-from zrmq.errors import Code, FencedError, InvalidArgumentError, TopicNotFoundError, ZrmqError
+from zrmq.errors import Code, InvalidArgumentError, TopicNotFoundError, ZrmqError
 from zrmq.protocol.events import GroupSubscribed, OffsetsCommitted
-from zrmq.protocol.requests import Reply, failed
+from zrmq.protocol.requests import NOT_HELD, Reply, failed
 from zrmq.serving.outbox import Outbox
 from zrmq.store.store import Store
 from zrmq.store.tables import Queue, Topic
@@ -74,11 +74,10 @@ class Context:
         self.outbox.after_flush(self.store.appended_position, session.peer, reply)
 
     def refuse(self, peer: bytes, number: int, error: ZrmqError) -> None:
-        """Send the refusal of a request. One that tells what happened, that a lease has ended or a topic is gone, waits like a
-        reply: a power cut may undo that, and who was told would not know what it holds again."""
+        """Send the refusal of a request. One that tells what happened, that a lease has ended or is another's, or a topic is
+        gone, waits like a reply: a power cut may undo that, and who was told would not know what it holds again."""
         refusal = failed(number, error)
-        is_flushed = self.store.appended_position == self.store.flushed_position
-        if isinstance(error, FencedError | TopicNotFoundError) and not is_flushed:
+        if error.code in NOT_HELD and self.store.appended_position != self.store.flushed_position:
             self.outbox.after_flush(self.store.appended_position, peer, refusal)
         else:
             self.outbox.now(peer, refusal)

@@ -26,7 +26,6 @@ from zrmq.transport.sessions import Session
 
 log = get_logger("serving")
 
-WAITS_PER_CLIENT_MAX = 16 * limits.QUEUES_PER_TOPIC_MAX  # 8 MB; a new member asks for its whole share at once
 ANSWER_MARGIN_MS = 100  # a wait ends this long before its client's deadline, so that the answer arrives in time
 
 Key = tuple[str, int, int]  # group, topic id, queue id
@@ -201,10 +200,10 @@ class LeaseDesk:
         for earlier in [wait for wait in waits if wait.session.client_id == session.client_id]:
             waits.remove(earlier)  # the same client asks again, on this connection or a new one
             self._uncount(earlier)
-        if self._wait_counts[session.client_id] >= WAITS_PER_CLIENT_MAX:
+        if self._wait_counts[session.client_id] >= limits.WAITS_PER_CLIENT_MAX:
             raise RequestRefusedError(
-                f"This client waits for {WAITS_PER_CLIENT_MAX} queues already; wait for some of them first.",
-                code=Code.TOO_MANY_REQUESTS, limit_count=WAITS_PER_CLIENT_MAX,
+                f"This client waits for {limits.WAITS_PER_CLIENT_MAX} queues already; wait for some of them first.",
+                code=Code.TOO_MANY_REQUESTS, limit_count=limits.WAITS_PER_CLIENT_MAX,
             )
         self._waiting[key] = waits
         self._wait_counts[session.client_id] += 1
@@ -242,4 +241,4 @@ class LeaseDesk:
                 f"Queue {key[2]} of {wait.request.topic!r} is still held by {lease.client_id if lease else 'nobody'}; ask again.",
                 code=Code.LEASE_HELD,
             )
-            self._context.outbox.now(wait.session.peer, failed(wait.request.number, held))
+            self._context.refuse(wait.session.peer, wait.request.number, held)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from zrmq.errors import Code, FencedError, InvalidArgumentError, RequestRefusedError, TopicNotFoundError
 from zrmq.message import MessageModel
+from zrmq.protocol import limits
 from zrmq.protocol.events import OffsetsCommitted
 from zrmq.protocol.requests import (
     OFFSET_EARLIEST,
@@ -21,8 +22,6 @@ from zrmq.serving.leases import LeaseDesk
 from zrmq.store.tables import Queue
 from zrmq.transport.sessions import Session
 
-OFFSETS_PER_COMMIT_MAX = 65_536
-
 
 class OffsetDesk:
     """Handles commits and queries. Invariant: a committed offset never goes back but by `reset`."""
@@ -38,8 +37,8 @@ class OffsetDesk:
             raise InvalidArgumentError(
                 "Only a session with a group commits offsets; name it in HELLO.", code=Code.ILLEGAL_CONSUMER_GROUP
             )
-        if len(request.offsets) > OFFSETS_PER_COMMIT_MAX:
-            raise InvalidArgumentError(f"A commit has at most {OFFSETS_PER_COMMIT_MAX} offsets; send several.")
+        if len(request.offsets) > limits.OFFSETS_PER_COMMIT_MAX:
+            raise InvalidArgumentError(f"A commit has at most {limits.OFFSETS_PER_COMMIT_MAX} offsets; send several.")
         instance = self._instance(session)
         if not instance and self._groups.model(session.group) is MessageModel.BROADCASTING:
             raise RequestRefusedError(

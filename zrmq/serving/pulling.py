@@ -14,8 +14,6 @@ from zrmq.serving.context import Context
 from zrmq.store.tables import Queue, Topic
 from zrmq.transport.sessions import Session
 
-PULLS_HELD_PER_SESSION_MAX = 2 * limits.QUEUES_PER_TOPIC_MAX  # one a queue, of two of the largest topics
-
 
 class HeldPull(msgspec.Struct, eq=False):
     """A pull that may wait for messages. `offset` moves past what was answered, and batches that its filter does not want."""
@@ -151,7 +149,7 @@ class Pulling:
         waiting = held.session.waiting
         if waiting is None:
             waiting = held.session.waiting = {}
-        if len(waiting) >= PULLS_HELD_PER_SESSION_MAX:
+        if len(waiting) >= limits.PULLS_HELD_PER_SESSION_MAX:
             raise RequestRefusedError(
                 f"{len(waiting)} pulls of this client wait already; wait for some of them first.", code=Code.TOO_MANY_REQUESTS
             )

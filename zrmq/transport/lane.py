@@ -31,11 +31,10 @@ from zrmq.transport.inproc import directory_of
 from zrmq.transport.interface import Frames
 from zrmq.transport.monitor import CONNECTED
 from zrmq.transport.options import Context, Socket, check_fork, fork_count, open_socket
-from zrmq.transport.sessions import PASSING_REFUSALS
+from zrmq.transport.sessions import HELLO_TIMEOUT_MS, PASSING_REFUSALS
 from zrmq.transport.wire import receive_message
 
 LOOK_MS = 100  # a thread that waits looks that often whether its connection was replaced
-HELLO_TIMEOUT_MS = 3_000.0
 PAUSE_MS = 100.0  # between two HELLOs of one request
 BYE_TIMEOUT_MS = 200.0
 

@@ -18,12 +18,12 @@ from typing import Any
 import msgspec
 
 from zrmq.errors import Code, InvalidArgumentError, refused
-from zrmq.protocol.limits import CLIENT_ID_CHARS_MAX, PROTOCOL_VERSION, SESSIONS_MAX, check_group, check_text
+from zrmq.protocol.limits import CLIENT_ID_CHARS_MAX, HELLOS_PER_S_MAX, PROTOCOL_VERSION, SESSIONS_MAX, check_group, check_text
 from zrmq.protocol.requests import Hello
 
 SESSION_TIMEOUT_MS = 10_000.0  # silence that ends a session
 EXPIRE_INTERVAL_MS = 500.0  # how often `expire` is called: a dead client is noticed at most that much late
-HELLOS_PER_S_MAX = 2_000  # a HELLO costs some 50 us: a whole fleet that comes back at once may take a tenth of the thread
+HELLO_TIMEOUT_MS = 3_000.0  # a server that stands still longer gets a newer HELLO, and answers that one
 PASSING_REFUSALS = frozenset({Code.TOO_MANY_REQUESTS, Code.NOT_READY, Code.STOPPING, Code.NO_SESSION})  # time heals them
 ROLES = frozenset({"producer", "consumer", "admin", "broker"})
 
