@@ -73,6 +73,10 @@ def show_before_flush(patch: Patch) -> None:
     patch.setattr(Store, "write", hasty)
 
 
+def keep_pulls_of_ended_sessions(patch: Patch) -> None:
+    patch.setattr(Pulling, "drop", lambda self, session: None)
+
+
 def grant_what_is_held(patch: Patch) -> None:
     patch.setattr(LeaseDesk, "_wait", lambda self, key, session, request, queue: self._grant(key, session, request, queue))
 
@@ -825,6 +829,7 @@ AWAY = {"faults": {"broker_kill": 2_000.0, "broker_restart": 2_000.0}}
 VARIANTS = [
     Variant("acknowledge before flush", acknowledge_before_flush, {"flush", "lost"}),
     Variant("show before flush", show_before_flush, {"visible", "phantom"}),
+    Variant("keep pulls of ended sessions", keep_pulls_of_ended_sessions, {"memory"}),
     Variant("grant what is held", grant_what_is_held, {"lease", "owner"}),
     Variant("do not log leases", do_not_log_leases, {"views", "owner", "lease"}),
     Variant("forget leases at restart", forget_leases_at_restart, {"owner"}),

@@ -58,9 +58,9 @@ def _check_broker_bounds(world: World, broker: VirtualBroker) -> None:
     core = broker.core
     if len(core.outbox) > REPLIES_HELD_MAX:
         raise BrokenPromise("memory", f"{broker.name} holds {len(core.outbox)} replies.")
-    pulls_max = sum(len(topic.queues) for topic in broker.store.tables.topics.values()) * len(core.sessions)
-    if core.pulling.held_count > pulls_max:
-        raise BrokenPromise("memory", f"{broker.name} holds {core.pulling.held_count} pulls of {len(core.sessions)} sessions.")
+    awaited = sum(len(session.waiting or ()) for session in core.sessions)
+    if core.pulling.held_count != awaited:
+        raise BrokenPromise("memory", f"{broker.name} holds {core.pulling.held_count} pulls, and its sessions wait for {awaited}.")
 
 
 # --- when nothing goes wrong any more ---------------------------------------------------------------------------------------
