@@ -204,7 +204,8 @@ class Broker(Host):
     """One broker. `data` is its folder, made if it is missing; `options` are those of `zrmq broker --help`.
 
     Any thread may use it; it is started once. Raises `ConfigError` for options that cannot be; starting recovers the log and
-    raises `FolderLockedError`, `FolderUnusableError`, `AddressInUseError`, `ResourceLimitError`.
+    raises `FolderLockedError`, `FolderUnusableError`, `DiskFullError`, `AddressInUseError`, `InvalidArgumentError`,
+    `ResourceLimitError`.
     """
 
     def __init__(self, data: str | Path | None = None, *, config: Config | None = None, **options: Any) -> None:

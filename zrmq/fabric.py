@@ -126,7 +126,7 @@ def embedded(data: str | Path = "./data", **options: Any) -> Fabric:
     `options` are those of a broker (`default_queue_count=1`, `session_timeout_ms=3000`, ...; see `zrmq broker --help`). No port
     is opened: clients of this fabric reach it in memory. One process at a time owns a folder.
 
-    Raises `FolderLockedError`, `FolderUnusableError`, `ConfigError`, `ResourceLimitError`.
+    Raises `FolderLockedError`, `FolderUnusableError`, `DiskFullError`, `ConfigError`, `ResourceLimitError`.
     """
     from zrmq.broker import BrokerRole
     from zrmq.nameserver import NameServerRole

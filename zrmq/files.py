@@ -1,6 +1,6 @@
 """The file system as the store uses it: `DiskFiles` is the real one, `zrmq.testing.files.FaultyFiles` breaks on demand.
 
-Only this module and `zrmq.store` touch files. What a power cut leaves behind is the interface's contract:
+Only this module and `zrmq.store` touch the files of messages. What a power cut leaves behind is the interface's contract:
 
 - what was written is on disk once `fdatasync` of the same file returned, the room made by `allocate` too;
 - a file's name (after `open(create=True)`, `rename`, `unlink`) is on disk once its folder was synced; a folder's is when `mkdir`

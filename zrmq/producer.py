@@ -186,7 +186,7 @@ class Producer:
         """Send one message and wait until it is stored, as safe as the topic's flush mode says.
 
         `body`: at most 4 MiB, text as UTF-8; or `value`, which is packed with MessagePack. Give all others by name. `tag`: one,
-        for filters; no '|', no blanks around it. `keys`: for looking it up, at most 64. `properties`: at most 128, 16 KiB with
+        for filters; no '|', no blanks around it. `keys`: for readers, at most 64. `properties`: at most 128, 16 KiB with
         tag and keys. `message_group`: what order holds within, at most 64 bytes. `queue`: this one and no other; or `selector`
         picks one of the topic's. `timeout_ms`: instead of the producer's `send_timeout_ms`.
 

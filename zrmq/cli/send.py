@@ -40,7 +40,7 @@ def parse_property(text: str) -> tuple[str, str]:
 @click.argument("topic")
 @click.argument("body")
 @click.option("--tag", help="The message's tag; consumers select by it.")
-@click.option("--key", "keys", multiple=True, help="A key to find the message by; give it again for more.")
+@click.option("--key", "keys", multiple=True, help="A key of the message, for those who read it; give it again for more.")
 @click.option("--property", "properties", multiple=True, metavar="NAME=VALUE", help="A property; give it again for more.")
 @click.option("--message-group", help="Messages of one group keep their order.")
 @client_options

@@ -153,7 +153,7 @@ class GroupInfo(msgspec.Struct, array_like=True, frozen=True):
     """One consumer group at one broker."""
 
     group: str
-    message_model: MessageModel | None  # None: no member is here and none was since the broker started
+    message_model: MessageModel | None  # None: no member is here
     subscriptions: list[Subscription]
     members: list[MemberInfo]
     leases: list[LeaseInfo]

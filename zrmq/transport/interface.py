@@ -53,7 +53,7 @@ class Endpoint(Protocol):
         """Where it listens, with the port that was picked for port 0."""
 
     def send(self, peer: bytes, frames: Frames) -> bool:
-        """Send one message to a peer, never blocking. False: that peer is gone or full; for the caller its session has ended."""
+        """Send one message to a peer, never blocking. False: that peer is gone or full, and will not have it."""
 
     def has_room(self, peer: bytes) -> bool:
         """Whether the peer has taken so much of what it was sent that it may be sent something large: `UNREAD_BYTES_MAX`."""

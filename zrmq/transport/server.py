@@ -1,7 +1,7 @@
 """A server's end: one ROUTER that answers, or one PULL that does not.
 
 Nothing is ever pushed into a pipe without room and nothing blocks: a send that a peer cannot take, because it is gone or because
-its pipe is full, is False, and for the caller that peer's session has ended.
+its pipe is full, is False, and that message is lost to it.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ broker use the same table. A session belongs to a connection (the peer's routing
     request  session = sessions.by_peer(peer)                             None: answer NO_SESSION
              sessions.touch(session, now_ms)
     timer    for session in sessions.expire(now_ms): ...                  every `expire_interval_ms`
-    BYE, or a send that returned False: sessions.close(session)
+    BYE: sessions.close(session)
 """
 
 from __future__ import annotations

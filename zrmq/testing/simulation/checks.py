@@ -60,7 +60,7 @@ def _check_broker_bounds(world: World, broker: VirtualBroker) -> None:
         raise BrokenPromise("memory", f"{broker.name} holds {len(core.outbox)} replies.")
     awaited = sum(len(session.waiting or ()) for session in core.sessions)
     if core.pulling.held_count != awaited:
-        raise BrokenPromise("memory", f"{broker.name} holds {core.pulling.held_count} pulls, and its sessions wait for {awaited}.")
+        raise BrokenPromise("memory", f"{broker.name} holds {core.pulling.held_count} pulls; its sessions wait for {awaited}.")
 
 
 # --- when nothing goes wrong any more ---------------------------------------------------------------------------------------
