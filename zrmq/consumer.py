@@ -74,6 +74,8 @@ POLL_MESSAGES = 1_000
 POLL_MS = 1_000
 ITERATION_MESSAGES = 500  # taken at once by an iteration
 
+UNRUN_FUNCTIONS = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)  # calling does nothing
+
 log = get_logger("consumer")
 
 
@@ -256,8 +258,11 @@ class PushConsumer(Consumer):
     def _decorate(self, topic: str, expression: str, listener: Listener) -> Listener:
         if not callable(listener):
             raise InvalidArgumentError(f"The listener {listener!r} cannot be called; give a function that takes a message.")
-        if inspect.iscoroutinefunction(listener):
-            raise InvalidArgumentError(f"The listener {listener!r} is a coroutine function; give a plain one.")
+        if any(is_kind(listener) or is_kind(type(listener).__call__) for is_kind in UNRUN_FUNCTIONS):
+            raise InvalidArgumentError(
+                f"The listener {listener!r} is a coroutine function or a generator; give a plain one, which has handled a message"
+                " when it returns."
+            )
         self._add_filter(topic, expression)
         self._listeners[topic] = (listener, Pace())
         return listener
@@ -409,7 +414,8 @@ class PullConsumer(Consumer):
     # --- messages -----------------------------------------------------------------------------------------------------
 
     def poll(self, max_messages: int = POLL_MESSAGES, timeout_ms: int = POLL_MS) -> list[Message]:
-        """Up to `max_messages` as soon as there are any; none after `timeout_ms`. Starts the consumer if need be.
+        """Up to `max_messages` as soon as there are any; none after `timeout_ms`. Starts the consumer if need be, and waits for
+        that as `start` does.
 
         Raises what the group refuses (see `start`), `ClosedError`.
         """

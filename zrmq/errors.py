@@ -36,6 +36,8 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+MESSAGE_CHARS_MAX = 2_000  # of a sentence that repeats what it was given
+
 
 class Code(IntEnum):
     """Result of a request, as it travels in a reply."""
@@ -110,6 +112,12 @@ class ZrmqError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message} [{int(self.code)} {self.code.name}]"
+
+
+def _shortened(message: str) -> str:
+    """What was given may be a whole body in the wrong place; what to do next is said at the end."""
+    half = MESSAGE_CHARS_MAX // 2
+    return message if len(message) <= MESSAGE_CHARS_MAX else f"{message[:half]} ... {message[-half:]}"
 
 
 def _plain(fact: object) -> object:
@@ -198,6 +206,9 @@ class InvalidArgumentError(ZrmqError, ValueError):
     """An argument was refused before anything was sent or stored."""
 
     code = Code.BAD_REQUEST
+
+    def __init__(self, message: str, *, code: Code | None = None, **facts: object) -> None:
+        super().__init__(_shortened(message), code=code, **facts)
 
 
 class ConfigError(ZrmqError):

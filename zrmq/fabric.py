@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from zrmq.config import BrokerConfig, NameServerConfig, find_nameservers, load
-from zrmq.errors import ClosedError, ConfigError
+from zrmq.errors import ClosedError, ConfigError, InvalidArgumentError
 from zrmq.transport.options import check_fork, fork_count
 
 if TYPE_CHECKING:
@@ -75,8 +75,12 @@ class Fabric:
     def close(self) -> None:
         """Close what was made here, newest first, and the embedded broker last, also when an exception (Ctrl-C, say) ends a step.
 
-        Closing twice does nothing, or goes on where an exception ended the first time.
+        Closing twice does nothing, or goes on where an exception ended the first time. Raises `InvalidArgumentError`, and closes
+        nothing, in a callback of `send_async`, which runs on a thread that has to be ended.
         """
+        for client in list(self._clients):
+            if client._thread is not None and client._thread.is_current():
+                raise InvalidArgumentError("close() waits, and a callback must not; call it in another thread.")
         self._closed = True
         with ExitStack() as steps:
             if self._host is not None:

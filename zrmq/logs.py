@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal
@@ -63,14 +64,17 @@ class Logger:
         """An error with the traceback of the exception that is being handled."""
         self._target().exception(event, **facts)
 
-    def _target(self) -> FilteringBoundLogger:
-        import structlog
+    def _target(self) -> FilteringBoundLogger | _Plain:
+        try:
+            import structlog
 
-        target = structlog.get_logger() if structlog.is_configured() else structlog.wrap_logger(
-            _lines,
-            processors=_processors(pretty=True),
-            wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
-        )
+            target = structlog.get_logger() if structlog.is_configured() else structlog.wrap_logger(
+                _lines,
+                processors=_processors(pretty=True),
+                wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
+            )
+        except OSError:  # no descriptor to load it by: nobody's thread may end because it has something to say
+            return _Plain(self._name)
         return target.bind(logger=self._name)  # type: ignore[no-any-return]
 
 
@@ -156,3 +160,18 @@ class _Lines:
 
 
 _lines = _Lines()
+
+
+class _Plain:
+    """Lines while structlog cannot be loaded."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def debug(self, event: str, **facts: object) -> None:
+        _lines.debug(f"{event} [{self._name}] " + " ".join(f"{name}={fact!r}" for name, fact in facts.items()))
+
+    info = warning = error = debug
+
+    def exception(self, event: str, **facts: object) -> None:
+        self.error(event, **facts, exception=traceback.format_exc())

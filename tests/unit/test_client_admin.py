@@ -67,6 +67,12 @@ def test_a_broker_that_does_not_exist(admin: Admin) -> None:
     assert raised.value.code is Code.NOT_FOUND
 
 
+@pytest.mark.parametrize("name", [["broker-a"], None, 5, b"broker-a", "", "\ud800"])
+def test_what_names_no_broker(admin: Admin, name: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match="The broker's name"):
+        admin.broker_state(name)
+
+
 # --- topics -------------------------------------------------------------------------------------------------------------
 
 
@@ -120,7 +126,7 @@ def test_a_deleted_topic_is_gone(admin: Admin) -> None:
 
 IMPOSSIBLE: list[dict[str, Any]] = [
     {"queue_count": -1}, {"queue_count": "4"}, {"flush_mode": "never"}, {"retention_ms": 1.5}, {"colour": 1}, {"topic": "x"},
-    {"queue_count": object()}, {"flush_mode": object()},
+    {"queue_count": object()}, {"flush_mode": object()}, {"retention_bytes": "\ud800"}, {"flush_mode": "\ud800"},
 ]
 
 

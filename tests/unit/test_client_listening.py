@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import doctest
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from unittest.mock import MagicMock
 
 import pytest
 from hypothesis import given
@@ -146,6 +147,30 @@ def test_attempts_are_counted_and_waits_grow(in_order: bool) -> None:
         waits.append(failure.retry_ms)
         unit = failure.unit
     assert waits == [1_000.0, 2_000.0, 4_000.0]
+
+
+async def coroutine() -> None: ...
+
+
+def generator() -> Iterator[None]:
+    yield
+
+
+async def generator_to_await() -> AsyncIterator[None]:
+    yield
+
+
+@pytest.mark.parametrize("returned", [coroutine, generator, generator_to_await])
+def test_what_nobody_runs_has_handled_nothing(returned: Callable[[], object]) -> None:
+    """Such as the coroutine of a lambda around a coroutine function."""
+    outcome = run(unit_of(2), lambda message: returned())
+    assert [failure.unit.messages[0].queue_offset for failure in outcome.failures] == [0, 1]
+    assert all("which nobody runs" in str(failure.error) for failure in outcome.failures)
+
+
+@pytest.mark.parametrize("returned", [0, "", [1], {"a": 1}, b"x", MagicMock()])
+def test_what_a_listener_returns_otherwise_is_its_own(returned: object) -> None:
+    assert run(unit_of(2), lambda message: returned).failures == []
 
 
 @pytest.mark.parametrize("flag", ["is_draining", "is_dropped"])

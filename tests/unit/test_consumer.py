@@ -10,9 +10,10 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -1091,10 +1092,26 @@ def test_a_listener_can_be_called(subscribe: Callable[[Any], None]) -> None:
     with pytest.raises(InvalidArgumentError, match="The listener 'print' cannot be called; give a function that takes a message"):
         subscribe("print")
 
-    async def on_message(message: zrmq.Message) -> None: ...
 
-    with pytest.raises(InvalidArgumentError, match="is a coroutine function; give a plain one"):
-        subscribe(on_message)
+async def coroutine(message: zrmq.Message) -> None: ...
+
+
+def generator(message: zrmq.Message) -> Iterator[None]:
+    yield
+
+
+async def generator_to_await(message: zrmq.Message) -> AsyncIterator[None]:
+    yield
+
+
+class CoroutineToCall:
+    async def __call__(self, message: zrmq.Message) -> None: ...
+
+
+@pytest.mark.parametrize("listener", [coroutine, generator, generator_to_await, CoroutineToCall(), partial(coroutine)])
+def test_a_listener_that_does_nothing_when_it_is_called_is_refused(listener: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match="is a coroutine function or a generator; give a plain one"):
+        subscribe_by_call(listener)
 
 
 def test_what_is_subscribed_wrongly_is_refused_at_once() -> None:

@@ -7,7 +7,8 @@ import pickle  # noqa: TID251 - what others do to our errors
 import pytest
 
 from zrmq import errors
-from zrmq.errors import Code, RequestRefusedError, ZrmqError, refused
+from zrmq.errors import Code, InvalidArgumentError, RequestRefusedError, ZrmqError, refused
+from zrmq.protocol.limits import check_number
 
 CLASSES = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, ZrmqError)]
 
@@ -58,6 +59,13 @@ def test_errors_survive_a_process_boundary(kind: type[ZrmqError]) -> None:
 def test_errors_are_caught_by_the_names_python_users_know() -> None:
     assert issubclass(errors.RequestTimeoutError, TimeoutError)
     assert issubclass(errors.InvalidArgumentError, ValueError)
+
+
+def test_a_sentence_about_a_long_argument_is_short_and_ends_with_what_to_do() -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        check_number("timeout_ms", "x" * 5_000_000, 1)  # type: ignore[type-var]
+    assert len(caught.value.message) < 2_100
+    assert caught.value.message.endswith("; give a whole number, 1 or more.")
 
 
 def test_each_number_has_one_name() -> None:

@@ -76,6 +76,27 @@ def test_closing_closes_what_was_made_and_ends_it(tmp_path: Path) -> None:
         fabric.producer()
 
 
+def test_a_fabric_is_not_closed_by_halves_in_a_callback(tmp_path: Path) -> None:
+    with zrmq.embedded(tmp_path) as fabric:
+        errors: list[Exception] = []
+        asked = threading.Event()
+
+        def close(handle: zrmq.SendHandle) -> None:
+            try:
+                fabric.close()
+            except InvalidArgumentError as error:
+                errors.append(error)
+            asked.set()
+
+        producer = fabric.producer()
+        producer.send_async("meters", b"1").add_done_callback(close)
+        assert asked.wait(30)
+        assert [str(error) for error in errors] == [
+            "close() waits, and a callback must not; call it in another thread. [40000 BAD_REQUEST]"
+        ]
+        assert producer.send("meters", b"2").queue_offset >= 0
+
+
 def test_an_exception_during_the_close_keeps_nothing_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fabric = zrmq.embedded(tmp_path)
     before, interrupted = fabric.producer(), fabric.producer()

@@ -32,6 +32,28 @@ def test_nothing_is_loaded_before_the_first_written_line() -> None:
     assert done.stdout == ""
 
 
+def test_who_logs_when_no_file_can_be_opened_goes_on() -> None:
+    program = (
+        "import os, resource\n"
+        "from zrmq.logs import get_logger\n"
+        "log = get_logger('store')\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (3, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))\n"
+        "log.warning('disk_filled', free_bytes=7)\n"
+        "try:\n"
+        "    1 // 0\n"
+        "except ZeroDivisionError:\n"
+        "    log.exception('callback_failed')\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))\n"
+        "log.warning('disk_freed')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == 0, done.stderr
+    plain, with_error, usual = done.stderr.strip().split("\n")
+    assert plain == "disk_filled [store] free_bytes=7"
+    assert with_error.startswith("callback_failed [store] exception=") and "ZeroDivisionError" in with_error
+    assert "[warning" in usual and "disk_freed" in usual
+
+
 def test_without_configuration_only_warnings_and_errors_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     log = get_logger("store")
     log.debug("seen_never")

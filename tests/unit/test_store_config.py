@@ -37,8 +37,17 @@ def test_a_segment_given_by_a_user_holds_every_batch() -> None:
         load(BrokerConfig[StoreConfig], flags={"store_segment_bytes": "4MiB"})
 
 
-@pytest.mark.parametrize("wrong", [{"segment_bytes": 100}, {"store_bytes_max": 5}, {"store_bytes_max": 3 * (64 << 20) - 1}])
+@pytest.mark.parametrize("wrong", [
+    {"segment_bytes": 100}, {"store_bytes_max": 5}, {"store_bytes_max": 3 * (64 << 20) - 1},
+    {"free_delete_bytes": (320 << 20) - 1},
+])
 def test_contradictions_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(ConfigError) as caught:
         StoreConfig(**wrong)
     assert caught.value.facts["key"] == "store." + next(iter(wrong))
+
+
+@pytest.mark.parametrize("free_delete_bytes", [0, 320 << 20])
+def test_a_full_disk_is_never_waited_for_in_vain(free_delete_bytes: int) -> None:
+    """Either nothing is deleted for it, or something is before the next segment does not fit."""
+    assert StoreConfig(free_delete_bytes=free_delete_bytes).free_delete_bytes == free_delete_bytes

@@ -15,6 +15,7 @@ from zrmq.errors import (
     FolderLockedError,
     FolderUnusableError,
     PayloadTooLargeError,
+    ResourceLimitError,
     StoreFailedError,
 )
 from zrmq.files import DiskFiles, replace_file
@@ -315,6 +316,15 @@ def test_a_log_that_may_open_no_file_heals_by_itself(number: int) -> None:
     assert refused == 3
     bench.flush()
     assert len(bench.bodies(queue)) == 98
+
+
+def test_a_folder_that_may_not_be_opened_now_may_be_tried_again() -> None:
+    bench = StoreBench()
+    bench.store.close()
+    bench.files.fail("open", errno.EMFILE)
+    with pytest.raises(ResourceLimitError, match="no more open files for the data folder .*; close some"):
+        bench.open()
+    bench.open()
 
 
 def test_a_flush_behind_a_roll_opens_no_file(bench: StoreBench) -> None:

@@ -28,7 +28,7 @@ from zrmq.errors import (
     ZrmqError,
 )
 from zrmq.protocol.events import TopicConfig
-from zrmq.protocol.limits import TIMEOUT_MS_MAX, check_group, check_number, check_topic
+from zrmq.protocol.limits import TIMEOUT_MS_MAX, check_group, check_number, check_text, check_topic
 from zrmq.protocol.requests import (
     AnyReply,
     BrokerInfo,
@@ -90,7 +90,7 @@ class Admin:
         identity = Identity(f"admin-{rng.getrandbits(64):016x}", "admin")
         try:
             self._instance = self._thread.call(partial(_begin, self._thread, addresses, identity, rng))
-        except ZrmqError:
+        except BaseException:  # Ctrl-C too
             self._thread.close()
             raise
 
@@ -114,6 +114,7 @@ class Admin:
 
     def broker_state(self, broker_name: str) -> dict[str, Any]:
         """What a broker counts and holds: names to numbers or text. Raises `RequestRefusedError` (NOT_FOUND) for no such name."""
+        check_text(broker_name, "broker's name", Code.BAD_REQUEST)
         answer = self._ask(DescribeBroker, only=[broker_name])[broker_name]
         return _expect(BrokerState, answer).facts
 
@@ -312,6 +313,9 @@ def _configure(config: TopicConfig, settings: dict[str, Any]) -> TopicConfig:
         raise InvalidArgumentError(
             f"A topic has no setting {min(unknown)!r}; it has {', '.join(names[1:])}.", setting=min(unknown)
         )
+    for name, value in settings.items():
+        if isinstance(value, str):
+            check_text(value, name, Code.BAD_REQUEST)
     try:
         return msgspec.convert(msgspec.structs.astuple(msgspec.structs.replace(config, **settings)), TopicConfig)
     except msgspec.ValidationError as error:

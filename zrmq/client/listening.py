@@ -7,12 +7,13 @@ otherwise the others go on and only the commit waits for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
 
 import msgspec
 
 from zrmq.client.process_queue import Unit
 from zrmq.clock import Clock
+from zrmq.errors import InvalidArgumentError
 from zrmq.message import Message
 
 UNIT_MS = 5.0  # what a unit should take: far more than handing it out, far less than anybody waits for it to end
@@ -25,6 +26,8 @@ RETRY_MS_MIN = 1_000.0  # before the second attempt; doubled with each
 RETRY_MS_MAX = 60_000.0
 
 Listener = Callable[[Message], object]
+
+UNRUN = (Awaitable, Generator, AsyncGenerator)  # what a listener returns that has not begun: nobody would run it
 
 
 class Pace:
@@ -84,7 +87,9 @@ def run_unit(unit: Unit, listener: Listener, pace: Pace, clock: Clock, *, in_ord
             break
         handled += 1
         try:
-            listener(message)
+            result = listener(message)
+            if result is not None and isinstance(result, UNRUN):
+                _refuse(result)
         except Exception as error:  # noqa: BLE001 - whatever a listener raises means: this message again
             failures.append(_fail(unit, handled - 1, error, in_order))
             if in_order:
@@ -96,6 +101,15 @@ def run_unit(unit: Unit, listener: Listener, pace: Pace, clock: Clock, *, in_ord
         pace.measure(handled, clock.monotonic_ms() - began_ms)
     is_whole = handled == len(unit.messages)
     return Outcome(failures, unit.next_offset if is_whole else unit.messages[handled].queue_offset)
+
+
+def _refuse(result: object) -> None:
+    """Its message was not handled, whatever the listener meant."""
+    if isinstance(result, Coroutine):
+        result.close()  # else Python warns that nobody awaited it, where nobody knows why
+    raise InvalidArgumentError(
+        f"The listener returned {result!r}, which nobody runs; give one that has handled the message when it returns."
+    )
 
 
 def _fail(unit: Unit, index: int, error: Exception, in_order: bool) -> Failure:

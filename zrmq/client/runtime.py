@@ -50,6 +50,10 @@ class ClientThread:
         """Whether the thread is through with everything, after `close` or by itself."""
         return not self._engine.is_alive()
 
+    def is_current(self) -> bool:
+        """Whether this is called on the thread itself."""
+        return self._engine.is_current()
+
     @property
     def context(self) -> Context:
         """For lanes, which are used beside the thread."""

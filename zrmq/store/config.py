@@ -29,7 +29,7 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True):
         int, meta("Free disk space below which a warning is logged.", ge=0)
     ] = GIB
     free_delete_bytes: Annotated[
-        int, meta("Free disk space below which the oldest segment is deleted, expired or not.", ge=0)
+        int, meta("Free disk space below which the oldest segment is deleted, expired or not; 0: never.", ge=0)
     ] = 512 * MIB
     free_refuse_bytes: Annotated[
         int, meta("Free disk space below which messages are refused; reads and commits go on.", ge=0)
@@ -55,4 +55,11 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True):
                 f"store_bytes_max is {self.store_bytes_max}, less than three segments of {self.segment_bytes} bytes; raise it,"
                 " or lower segment_bytes.",
                 key="store.store_bytes_max",
+            )
+        if 0 < self.free_delete_bytes < self.free_refuse_bytes + self.segment_bytes:
+            raise ConfigError(
+                f"free_delete_bytes is {self.free_delete_bytes}, less than free_refuse_bytes and segment_bytes together"
+                f" ({self.free_refuse_bytes + self.segment_bytes}): a disk could be too full for the next segment, and not full"
+                " enough for the oldest to go; raise it, or lower the others. With 0 none goes for the disk's sake.",
+                key="store.free_delete_bytes",
             )

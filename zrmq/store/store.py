@@ -28,9 +28,11 @@ from zrmq.errors import (
     DiskFullError,
     FolderUnusableError,
     PayloadTooLargeError,
+    ResourceLimitError,
     StoreFailedError,
+    ZrmqError,
 )
-from zrmq.files import Files, FolderLock
+from zrmq.files import NO_DESCRIPTOR, Files, FolderLock
 from zrmq.logs import get_logger
 from zrmq.message import FlushMode
 from zrmq.protocol.batch import BATCH_HEADER_BYTES, ENTRY_HEADER_BYTES, KIND_EVENT, BatchHeader, encode_entry, stamp
@@ -114,7 +116,8 @@ class Store:
         `new_store_id`, drawn at random, tells a folder that is made now from all others.
 
         Raises `FolderLockedError`; `FolderUnusableError` when it is another broker's, of a newer version, incomplete, or cannot
-        be read and written; `DiskFullError` when there is no room, or no descriptor, to say that the broker has started.
+        be read and written; `ResourceLimitError` without a descriptor to read it by; `DiskFullError` when there is no room, or
+        no descriptor, to say that the broker has started.
         """
         started = datetime.fromtimestamp(clock.time_ms() / 1000, UTC).isoformat(timespec="seconds")
         try:
@@ -491,7 +494,13 @@ class Store:
         self._lock.release()
 
 
-def _unusable(folder: Path, error: Exception) -> FolderUnusableError:
+def _unusable(folder: Path, error: Exception) -> ZrmqError:
+    if isinstance(error, OSError) and error.errno in NO_DESCRIPTOR:
+        return ResourceLimitError(
+            f"The system gives no more open files for the data folder {folder}; close some, or raise the limit (ulimit -n), and"
+            " try again.",
+            folder=str(folder),
+        )
     return FolderUnusableError(
         f"The data folder {folder} cannot be used: {error}. Check that its disk has room and that this user may read and write"
         " there, or use another one.",

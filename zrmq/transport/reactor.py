@@ -100,11 +100,15 @@ class Reactor:
         self._is_stopping = False
         self.has_ended = False
         self._is_asleep = False
-        self.watch(self._bell.descriptor, self._bell.silence)
-        if context is not None:
-            # With no socket open, as while no server is there, nothing else would tell the loop that the context has ended. It is
-            # opened here, by the thread that makes the reactor and hands it over, so that it hears why it cannot be.
-            self.watch(self._opened(_made(partial(open_socket, context, zmq.PAIR))), lambda: None)
+        try:
+            self.watch(self._bell.descriptor, self._bell.silence)
+            if context is not None:
+                # With no socket open, as while no server is there, nothing else would tell the loop that the context has ended.
+                # It is opened here, by the thread that makes the reactor and hands it over, so that it hears why it cannot be.
+                self.watch(self._opened(_made(partial(open_socket, context, zmq.PAIR))), lambda: None)
+        except BaseException:  # Ctrl-C too: a socket that stays open would keep its context from ending
+            self.close()
+            raise
 
     # --- Loop -------------------------------------------------------------------------------------------------------
 
