@@ -29,6 +29,8 @@ class Member:
 
     def __init__(self) -> None:
         self.lease_epoch: int | None = None  # at the broker; None: the queue is free
+        self.committed_offset = 0
+        self.begun_offset = self.known_offset = -1  # as the member was told
         self.is_wanted = True
         self.reading: Reading | None = None
         self.claims = LeaseClaims(self)
@@ -49,13 +51,17 @@ class Member:
             self.claims.claim([(QUEUE, self._link)])
         self.claims.settle(lambda queue: None if self.is_wanted else self._link)
 
-    def lose_touch(self) -> None:
+    def lose_touch(self, offset: int = 0) -> None:
         if self.reading is not None:
             reading, self.reading = self.reading, None
-            self.claims.lose(reading, 0, ClosedError("Gone."))
+            self.claims.lose(reading, offset, ClosedError("Gone."))
 
-    def on_claimed(self, queue: MessageQueue, link: Link, offset: int, lease_epoch: int, *_: Any, **__: Any) -> bool:
+    def on_claimed(
+        self, queue: MessageQueue, link: Link, offset: int, lease_epoch: int, topic_id: int = 0, *, goes_back: bool = False,
+        flushed_offset: int = -1, committed_offset: int = -1,
+    ) -> bool:
         """Of `ClaimListener`."""
+        self.begun_offset, self.known_offset = offset, committed_offset
         if self.is_wanted:
             process_queue = SimpleNamespace(queue=queue, lease_epoch=lease_epoch)
             self.reading = Reading(cast("Any", process_queue), link, committed_offset=0)
@@ -103,7 +109,7 @@ class Member:
             if self.lease_epoch is None:
                 self._granted_count += 1
                 self.lease_epoch = self._granted_count
-            return Leased(request.number, self.lease_epoch, 0)
+            return Leased(request.number, self.lease_epoch, self.committed_offset)
         if self.lease_epoch in (None, OTHER) or self.lease_epoch != request.lease_epoch:
             return FencedError("Fenced.")
         self.lease_epoch = None
@@ -232,6 +238,40 @@ def test_a_refusal_says_nothing_of_what_was_granted_before(member_of: Any, code:
     member.is_wanted = False
     member.settle()
     assert member.lease_epoch is None
+
+
+@pytest.mark.parametrize(("is_same", "offset"), [(True, 7), (False, 3)])
+def test_the_same_lease_goes_on_where_it_was_left(is_same: bool, offset: int) -> None:
+    member = Member()
+    member.settle()
+    member.committed_offset = 3
+    member.lose_touch(7)
+    if not is_same:
+        member.lease_epoch = None
+    member.settle()
+    assert (member.begun_offset, member.known_offset) == (offset, 3)
+
+
+def test_a_seek_back_that_nobody_was_told_of_is_not_finished_work() -> None:
+    member = Member()
+    member.settle()
+    assert member.reading is not None
+    member.reading.goes_back = True
+    member.committed_offset = 3
+    member.lose_touch(1)
+    member.settle()
+    assert member.begun_offset == 3
+
+
+def test_what_is_not_flushed_is_read_again() -> None:
+    """A power cut may have put other messages in its place."""
+    member = Member()
+    member.settle()
+    assert member.reading is not None
+    member.reading.flushed_offset = 5
+    member.lose_touch(7)
+    member.settle()
+    assert member.begun_offset == 5
 
 
 @pytest.mark.parametrize("code", [Code.LEASE_HELD, Code.TOPIC_NOT_FOUND, Code.BAD_REQUEST])

@@ -692,6 +692,54 @@ def test_a_restarted_broker_finds_its_reader_where_it_was(cluster: ReadingCluste
     assert cluster.broker.leases == epochs, "it kept its leases over the restart"
 
 
+def test_who_has_the_same_lease_again_goes_on_where_it_was(cluster: ReadingCluster) -> None:
+    """It lost the queue with its broker, before it had committed; nobody else can have read it since."""
+    member = cluster.started("one", eager=1.0)
+    cluster.run_until(lambda: member.queues == [Q0, Q1])
+    cluster.broker.store("meters", 0, 2)
+    cluster.run_for(10)
+    assert cluster.broker.committed("reports", "meters", 0) is None
+    cluster.broker.crash()
+    cluster.run_until(lambda: member.queues == [])
+    cluster.broker.start()
+    cluster.broker.store("meters", 0, 2)
+    cluster.run_until(lambda: member.queues == [Q0, Q1])
+    cluster.run_for(3_000)
+    assert offsets_seen(member) == [0, 1, 2, 3]
+    assert cluster.broker.committed("reports", "meters", 0) == 4
+
+
+def test_who_gets_another_lease_begins_where_the_group_stands(cluster: ReadingCluster) -> None:
+    member = cluster.started("one", eager=1.0)
+    cluster.run_until(lambda: member.queues == [Q0, Q1])
+    cluster.broker.store("meters", 0, 2)
+    cluster.run_for(10)
+    cluster.broker.crash()
+    cluster.run_until(lambda: member.queues == [])
+    cluster.broker.leases.clear()
+    cluster.broker.start()
+    cluster.run_until(lambda: member.queues == [Q0, Q1])
+    cluster.run_for(3_000)
+    assert offsets_seen(member) == [0, 1, 0, 1]
+
+
+def test_what_another_member_is_to_have_is_given_back_with_what_was_finished(cluster: ReadingCluster) -> None:
+    first = cluster.started("one", eager=1.0)
+    cluster.run_until(lambda: first.queues == [Q0, Q1])
+    cluster.broker.store("meters", 1, 2)
+    cluster.run_for(10)
+    cluster.broker.crash()
+    cluster.run_until(lambda: first.queues == [])
+    refuse_kind(cluster.broker, JoinGroup, StoppingError("Not now."))
+    cluster.broker.start()
+    second = cluster.member("two", eager=1.0)
+    cluster.run_for(10)
+    cluster.broker.refuse = lambda session, request: None
+    cluster.run_until(lambda: (first.queues, second.queues) == ([Q0], [Q1]))
+    cluster.run_for(3_000)
+    assert offsets_seen(first, Q1) + offsets_seen(second, Q1) == [0, 1]
+
+
 def lose_the_end(cluster: ReadingCluster, *, refill: int) -> None:
     """Power off and on: queue 0 loses what lies behind its first batch, and its offsets are given to other messages."""
     cluster.broker.crash()

@@ -45,16 +45,23 @@ class Left(NamedTuple):
     topic_id: int
 
 
+class Doubt(NamedTuple):
+    """A lease that may be ours, and where its queue was left: nobody else has read on while it is the same lease."""
+
+    lease_epoch: int = 0  # not known
+    offset: int = NO_COMMIT
+
+
 class ClaimListener(Protocol):
     """What a claim tells the consumer's core."""
 
     def on_claimed(
         self, queue: MessageQueue, link: Link, offset: int, lease_epoch: int, topic_id: int = 0, *, goes_back: bool = False,
-        flushed_offset: int = -1,
+        flushed_offset: int = -1, committed_offset: int = -1,
     ) -> bool:
         """Read it from here on. False: it is not wanted any more, let it go. `topic_id`: of the topic that the offset belongs to;
         0 where a lease says it. `goes_back`: the broker does not know of a seek. `flushed_offset`: up to there the queue survives
-        a power cut; a lease comes with an offset that does."""
+        a power cut; a lease comes with an offset that does. `committed_offset`: what the broker knows, -1 where nothing."""
 
     def on_unclaimed(self, after_ms: float) -> None:
         """A claim failed, or one of ours ended: look again what to claim, after a while."""
@@ -73,7 +80,7 @@ class LeaseClaims:
 
     def __init__(self, listener: ClaimListener) -> None:
         self.pending: set[MessageQueue] = set()  # being acquired, or released
-        self._doubtful: dict[MessageQueue, int] = {}  # lease epoch, 0: not known
+        self._doubtful: dict[MessageQueue, Doubt] = {}
         self._releases: dict[MessageQueue, tuple[Link, int, int]] = {}  # link, number and lease epoch of those under way
         self._listener = listener
 
@@ -86,18 +93,19 @@ class LeaseClaims:
     def lose(self, reading: Reading, offset: int, error: ZrmqError) -> None:
         """Reading ended without a release. Who was fenced has nothing left to release, nor whose topic was deleted."""
         if not isinstance(error, FencedError | TopicNotFoundError):
-            self._doubtful[reading.queue] = reading.process_queue.lease_epoch
+            left_offset = NO_COMMIT if reading.goes_back else reading.safe_offset(offset)
+            self._doubtful[reading.queue] = Doubt(reading.process_queue.lease_epoch, left_offset)
 
     def settle(self, unwanted: Callable[[MessageQueue], Link | None]) -> None:
         """Find out about leases in doubt: `unwanted` gives the broker's link if it is there and the queue is not to be read."""
-        for queue, lease_epoch in list(self._doubtful.items()):
+        for queue, doubt in list(self._doubtful.items()):
             link = unwanted(queue)
             if link is None or queue in self.pending:
                 continue
             del self._doubtful[queue]
             self.pending.add(queue)
-            if lease_epoch:
-                self._release(queue, link, lease_epoch, NO_COMMIT)
+            if doubt.lease_epoch:
+                self._release(queue, link, doubt.lease_epoch, doubt.offset)
             else:
                 self._acquire(queue, link)
 
@@ -125,15 +133,19 @@ class LeaseClaims:
             return
         self.pending.discard(queue)
         if isinstance(reply, Leased):
-            self._doubtful.pop(queue, None)
-            if not self._listener.on_claimed(queue, link, reply.offset, reply.lease_epoch):
+            doubt = self._doubtful.pop(queue, Doubt())
+            left_offset = doubt.offset if doubt.lease_epoch == reply.lease_epoch else NO_COMMIT
+            offset = max(reply.offset, left_offset)
+            if not self._listener.on_claimed(
+                queue, link, offset, reply.lease_epoch, flushed_offset=offset, committed_offset=reply.offset
+            ):
                 self.pending.add(queue)
-                self._release(queue, link, reply.lease_epoch, NO_COMMIT)
+                self._release(queue, link, reply.lease_epoch, left_offset)
         elif isinstance(reply, ZrmqError):
             if reply.code in NOT_HELD:
                 self._doubtful.pop(queue, None)
             else:  # also where we knew the epoch: it may have ended, and this request have been granted another
-                self._doubtful[queue] = 0
+                self._doubtful[queue] = Doubt()
             if isinstance(reply, ClosedError):
                 return
             if reply.code is not Code.LEASE_HELD:
@@ -157,7 +169,7 @@ class LeaseClaims:
         del self._releases[queue]
         is_open = isinstance(reply, ZrmqError) and reply.code not in NOT_HELD
         if is_open:
-            self._doubtful[queue] = lease_epoch
+            self._doubtful[queue] = Doubt(lease_epoch)
         self._listener.on_unclaimed(RETRY_MS if is_open else 0.0 if isinstance(reply, Done) else HELD_PAUSE_MS)
 
 

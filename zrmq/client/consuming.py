@@ -168,12 +168,12 @@ class ConsumerCore:
 
     def on_claimed(
         self, queue: MessageQueue, link: Link, offset: int, lease_epoch: int, topic_id: int = 0, *, goes_back: bool = False,
-        flushed_offset: int = -1,
+        flushed_offset: int = -1, committed_offset: int = -1,
     ) -> bool:
         """Of `ClaimListener`."""
         if self._is_closed or self._wanted is None or queue not in self._wanted:
             return False
-        reading = self.reader.begin(queue, link, offset, lease_epoch, topic_id, flushed_offset)
+        reading = self.reader.begin(queue, link, offset, lease_epoch, topic_id, flushed_offset, committed_offset)
         reading.goes_back = goes_back
         if self._is_paused:
             self._paused.add(queue)

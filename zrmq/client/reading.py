@@ -103,13 +103,14 @@ class Reader:
     # --- readings -----------------------------------------------------------------------------------------------------
 
     def begin(
-        self, queue: MessageQueue, link: Link, offset: int, lease_epoch: int = 0, topic_id: int = 0, flushed_offset: int = -1
+        self, queue: MessageQueue, link: Link, offset: int, lease_epoch: int = 0, topic_id: int = 0, flushed_offset: int = -1,
+        committed_offset: int = -1,
     ) -> Reading:
-        """Read a queue from an offset on, under a lease that was just given; without one, of the topic with this id, of which is
-        flushed what lies before `flushed_offset`."""
+        """Read a queue from an offset on, under a lease that was just given; without one, of the topic with this id. What lies
+        before `flushed_offset` survives a power cut. The broker knows of `committed_offset`; of none where that is negative."""
         valid_until_ms = partial(_valid_until_ms, link, link.gap_count) if lease_epoch else forever
         reading = self._begin(queue, link, offset, lease_epoch, topic_id, valid_until_ms)
-        reading.flushed_offset = offset if lease_epoch else flushed_offset
+        reading.flushed_offset, reading.committed_offset = flushed_offset, committed_offset
         return reading
 
     def _begin(
@@ -119,8 +120,7 @@ class Reader:
             queue, offset, lease_epoch=lease_epoch, wanted_tags=self._wanted_tags.get(queue.topic), account=self._inbox.account,
             valid_until_ms=valid_until_ms,
         )
-        # A lease comes with what the broker knows, on its disk. Without one, even the place to begin is news to it.
-        reading = self.readings[queue] = Reading(process_queue, link, offset if lease_epoch else -1, topic_id=topic_id)
+        reading = self.readings[queue] = Reading(process_queue, link, committed_offset=-1, topic_id=topic_id)
         self.pull(reading)
         return reading
 

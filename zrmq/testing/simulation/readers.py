@@ -39,10 +39,11 @@ class WatchedCore(ConsumerCore):
 
     def on_claimed(
         self, queue: MessageQueue, link: Link, offset: int, lease_epoch: int, topic_id: int = 0, *, goes_back: bool = False,
-        flushed_offset: int = -1,
+        flushed_offset: int = -1, committed_offset: int = -1,
     ) -> bool:
         is_taken = super().on_claimed(
-            queue, link, offset, lease_epoch, topic_id, goes_back=goes_back, flushed_offset=flushed_offset
+            queue, link, offset, lease_epoch, topic_id, goes_back=goes_back, flushed_offset=flushed_offset,
+            committed_offset=committed_offset,
         )
         if is_taken:
             self.on_begun(queue, topic_id, offset)
