@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from zrmq.client import link, reading
-from zrmq.client.claiming import OffsetClaims
+from zrmq.client.claiming import LeaseClaims, OffsetClaims
 from zrmq.client.committing import Committer
 from zrmq.client.consuming import ConsumerCore
 from zrmq.client.cursor import Cursor
@@ -708,6 +708,17 @@ def begin_behind_what_a_broker_has_lost(patch: Patch) -> None:
     patch.setattr(OffsetClaims, "_found", forgetful)
 
 
+def go_on_where_another_lease_left(patch: Patch) -> None:
+    acquired = LeaseClaims._acquired
+
+    def trusting(self: LeaseClaims, queue: MessageQueue, link: Any, reply: Any, frames: list[bytes]) -> None:
+        if isinstance(reply, Leased) and queue in self._doubtful:
+            self._doubtful[queue] = self._doubtful[queue]._replace(lease_epoch=reply.lease_epoch)
+        acquired(self, queue, link, reply, frames)
+
+    patch.setattr(LeaseClaims, "_acquired", trusting)
+
+
 def forget_that_a_reader_sought_back(patch: Patch) -> None:
     patch.setattr(OffsetClaims, "_begin_at", lambda self, queue, link, offset, topic_id, flushed_offset: (
         self._listener.on_claimed(queue, link, offset, 0, topic_id, flushed_offset=flushed_offset)
@@ -824,6 +835,9 @@ def readers(**pulls: Any) -> WorkPlan:
 
 
 RENEWING = {"work": msgspec.structs.replace(readers(), remake_topics_every_ms=700.0)}
+LEASES_OF_FORMER_TOPICS = {
+    "work": WorkPlan(remake_topics_every_ms=1_500.0), "faults": {"half_open": 1_500.0, "pause": 2_000.0},
+}
 AWAY = {"faults": {"broker_kill": 2_000.0, "broker_restart": 2_000.0}}
 
 VARIANTS = [
