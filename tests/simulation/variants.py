@@ -844,6 +844,7 @@ VARIANTS = [
     Variant("acknowledge before flush", acknowledge_before_flush, {"flush", "lost"}),
     Variant("show before flush", show_before_flush, {"visible", "phantom"}),
     Variant("keep pulls of ended sessions", keep_pulls_of_ended_sessions, {"memory"}),
+    Variant("go on where another lease left", go_on_where_another_lease_left, {"commit", "missed"}, LEASES_OF_FORMER_TOPICS),
     Variant("grant what is held", grant_what_is_held, {"lease", "owner"}),
     Variant("do not log leases", do_not_log_leases, {"views", "owner", "lease"}),
     Variant("forget leases at restart", forget_leases_at_restart, {"owner"}),

@@ -58,7 +58,7 @@ def test_the_cluster_is_its_brokers(admin: Admin) -> None:
 def test_a_broker_tells_its_state(admin: Admin) -> None:
     facts = admin.broker_state("broker-b")
     assert facts["broker_name"] == "broker-b"
-    assert facts["boot"] == 1
+    assert facts["boot"] > 0
 
 
 def test_a_broker_that_does_not_exist(admin: Admin) -> None:

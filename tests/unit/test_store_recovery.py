@@ -89,7 +89,7 @@ def test_what_was_cut_off_does_not_come_back(bench: StoreBench) -> None:
     (queue, _) = bench.topic()
     bench.flush()
     start = bench.store.appended_position
-    torn = bench.store.append_event(TopicDeleted(99))
+    torn = bench.store.append_event(TopicDeleted(99_999_990))  # as long as the start that will be written there
     for _ in range(20):
         bench.append(queue, size=100)
     bench.store.write()
@@ -390,7 +390,8 @@ def test_a_stretch_too_short_for_a_batch_skips_no_offsets(bench: StoreBench) -> 
 
 def test_what_is_damaged_may_have_been_a_start(bench: StoreBench) -> None:
     """A life of the broker must not pass for an earlier one: lease epochs and the name of the life are made of the number."""
-    highest, starts = 1, []
+    first = highest = bench.store.boot
+    starts: list[int] = []
     for _ in range(6):
         for _ in range(2):
             starts.append(bench.store.appended_position)
@@ -403,7 +404,7 @@ def test_what_is_damaged_may_have_been_a_start(bench: StoreBench) -> None:
             bench.rot(position + 42)
         starts.clear()
     assert len(bench.store.recovery.damage) >= 5
-    assert highest < 100, "what was counted once is not counted again at each start"
+    assert highest < first + 100, "what was counted once is not counted again at each start"
 
 
 def test_a_hole_at_the_end_of_a_queue(bench: StoreBench) -> None:
@@ -868,9 +869,9 @@ def test_batches_of_a_topic_that_nobody_knows_are_counted(bench: StoreBench) -> 
 def test_a_job_that_was_begun_before_a_crash_harms_nobody(bench: StoreBench) -> None:
     (queue, _) = bench.topic()
     bench.append(queue)
-    job = bench.store.begin_flush()
+    job, before = bench.store.begin_flush(), bench.store.boot
     bench.files.crash()
     bench.open()
     run(job)
     assert bench.store.failure is None
-    assert bench.store.boot == 2
+    assert bench.store.boot == before + 1

@@ -451,16 +451,29 @@ def test_a_new_segment_that_the_disk_refuses_fails_the_store(bench: StoreBench) 
 
 
 def test_each_opening_counts(bench: StoreBench) -> None:
-    assert bench.store.boot == 1
+    first = bench.store.boot
     assert bench.store.recovery.is_clean
-    assert bench.reopen().boot == 2
+    assert bench.reopen().boot == first + 1
     assert bench.store.recovery.is_clean
-    assert bench.crash().boot == 3
+    assert bench.crash().boot == first + 2
     assert not bench.store.recovery.is_clean
     bench.kill()
-    assert bench.store.boot == 4
+    assert bench.store.boot == first + 3
     events = [content for _, content in log_entries(bench.files)]
-    assert events == [BrokerStarted(1), BrokerStopped(), BrokerStarted(2), BrokerStarted(3), BrokerStarted(4)]
+    assert events == [
+        BrokerStarted(first), BrokerStopped(), BrokerStarted(first + 1), BrokerStarted(first + 2), BrokerStarted(first + 3)
+    ]
+
+
+def test_a_broker_whose_disk_was_emptied_counts_on() -> None:
+    """Lease epochs and topic ids that clients remember of the former disk mean nothing on the new one."""
+    bench = StoreBench()
+    for _ in range(3):
+        bench.crash()
+    former = bench.store.boot
+    bench.clock.advance(10_000)
+    bench.disk = FaultyFiles()
+    assert bench.open().boot > former
 
 
 def test_closing_flushes_and_says_so(bench: StoreBench) -> None:
@@ -494,8 +507,9 @@ def test_a_store_that_cannot_say_goodbye_closes_all_the_same(bench: StoreBench) 
     bench.append(queue)
     bench.files.fail("fdatasync")
     bench.store.close()
+    before = bench.store.boot
     bench.crash()
-    assert bench.store.boot == 2
+    assert bench.store.boot == before + 1
 
 
 def test_a_folder_has_one_store(bench: StoreBench) -> None:

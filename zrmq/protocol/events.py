@@ -32,7 +32,8 @@ class Event(msgspec.Struct, array_like=True, frozen=True):
 
 
 class BrokerStarted(Event, tag=1, frozen=True):
-    """A broker opened this log; `boot` counts the openings. Lease epochs given from here on start with it."""
+    """A broker opened this log; `boot` counts the openings, from the time (s since 2020) of the first one on. Lease epochs given
+    from here on start with it, and no new topic has a smaller id."""
 
     boot: Natural
 

@@ -37,7 +37,7 @@ class TopicDesk:
         check_config(config)
         existing = tables.topics.get(config.topic)
         if existing is None:
-            topic_id = tables.next_topic_id
+            topic_id = max(tables.next_topic_id, self._context.store.boot)  # another one than in a former folder of the broker
             config = self._new(request)
         elif request.create_only:
             self._context.reply_when_safe(session, Topics(request.number, [describe(existing)]))

@@ -162,10 +162,11 @@ class Store:
 
     def _next_boot(self) -> int:
         """More than every start before, some of which may have been said where damage is now. Where the event that said the last
-        is deleted and the views are lost, the time, which is more too."""
-        is_known = self.recovery.has_views or self.recovery.is_complete
-        boot = self.tables.boot + self.recovery.starts_lost + 1
-        return boot if is_known else max(boot, self._clock.time_ms() // 1000 - YEAR_2020_S)
+        is deleted and the views are lost, the time, which is more too; so in a new folder, which may be the next one of a broker
+        whose disk was emptied: what clients remember of the former (lease epochs, topic ids) is not to mean anything here."""
+        is_known = self.tables.boot > 0 and (self.recovery.has_views or self.recovery.is_complete)
+        last = self.tables.boot if is_known else max(self.tables.boot, self._clock.time_ms() // 1000 - YEAR_2020_S)
+        return last + self.recovery.starts_lost + 1
 
     # --- what there is ------------------------------------------------------------------------------------------------
 
@@ -181,7 +182,7 @@ class Store:
 
     @property
     def boot(self) -> int:
-        """How often this folder has been opened, this time included."""
+        """Grows with each opening of the folder."""
         return self.tables.boot
 
     @property
