@@ -279,6 +279,7 @@ class PushConsumer(Consumer):
         except BaseException as error:  # noqa: BLE001 - whoever runs the consumer gets it: a listener called sys.exit
             log.error("listener_ended_consumer", group=self.group, error=repr(error))
             engine.inbox.close(error)
+            engine.retire()
         finally:
             self._ended.set()
 

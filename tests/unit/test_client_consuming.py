@@ -594,6 +594,45 @@ def test_a_lease_stays_in_doubt_while_its_broker_shuts_down(cluster: ReadingClus
     cluster.run_until(lambda: len(first.queues) == len(second.queues) == 1)
 
 
+def refused_by_one_of_two(cluster: ReadingCluster) -> tuple[Member, Member]:
+    """Two members; the second broker has been started again, and a member of the next release was there first."""
+    cluster.add_topic()
+    first, second = cluster.started("one"), cluster.started("two", eager=50.0)
+    cluster.run_for(2_000)
+    cluster.brokers[0].store("meters", 0, 3)
+    cluster.run_for(10)
+    cluster.brokers[1].crash()
+    cluster.run_for(300)
+    other = SubscriptionMismatchError("They read otherwise.")
+    cluster.brokers[1].refuse = lambda session, request: (
+        other if isinstance(request, JoinGroup) and session.client_id == "one" else None
+    )
+    cluster.brokers[1].start()
+    return first, second
+
+
+def test_who_is_refused_leaves_its_queues_to_others() -> None:
+    cluster = ReadingCluster(2)
+    first, second = refused_by_one_of_two(cluster)
+    cluster.run_until(lambda: len(second.queues) == 4)
+    assert isinstance(first.inbox.failure, SubscriptionMismatchError)
+    assert first.queues == []
+    first.close()
+
+
+def test_who_is_refused_finishes_first_what_callers_have() -> None:
+    cluster = ReadingCluster(2)
+    first, second = refused_by_one_of_two(cluster)
+    unit = first.take()
+    assert unit is not None
+    cluster.run_for(20_000)
+    assert len(second.queues) == 2, "its queues are still at work"
+    first.inbox.done(unit)
+    cluster.run_until(lambda: len(second.queues) == 4)
+    cluster.run_for(1_000)
+    assert offsets_seen(second) == [], "what was finished was committed before"
+
+
 def refuse_kind(broker: ReadingBroker, kind: type[Any], error: ZrmqError) -> None:
     broker.refuse = lambda session, request: error if isinstance(request, kind) else None
 

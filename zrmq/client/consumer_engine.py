@@ -57,6 +57,11 @@ class Engine:
         with suppress(ClosedError):  # the consumer is closed: the unit stays unfinished and comes again elsewhere
             self.loop.call_soon_threadsafe(lambda: self._put_back_later(unit, delay_ms))
 
+    def retire(self) -> None:
+        """Nobody will take anything out of the inbox any more: give the queues to others. From any thread."""
+        with suppress(ClosedError):  # the consumer is closed, and has
+            self.loop.call_soon_threadsafe(self.core.retire)
+
     def leave(self, on_done: Callable[[], None]) -> None:
         """The thread's last step: commit, and say goodbye; or tell those who wait for messages that the loop ended by itself."""
         if self.loop.has_ended:

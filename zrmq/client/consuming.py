@@ -21,7 +21,7 @@ import msgspec
 
 from zrmq.client.allocation import Strategy
 from zrmq.client.claiming import LeaseClaims, OffsetClaims
-from zrmq.client.committing import Committer, OnCommitted
+from zrmq.client.committing import COMMIT_TIMEOUT_MS, Committer, OnCommitted
 from zrmq.client.inbox import Inbox
 from zrmq.client.instance import ClientInstance, RouteView
 from zrmq.client.link import Link, OnReply
@@ -191,9 +191,9 @@ class ConsumerCore:
         """Of `ClaimListener`, and of the membership: nothing but the user can help. The callers are told."""
         if not self._is_closed:
             log.error("consumer_refused", group=self._config.group, reason=error.message)
-            self._stop()
             self._inbox.close(error)
             self._end_start()
+            self.retire()
 
     # --- rebalancing --------------------------------------------------------------------------------------------------
 
@@ -466,6 +466,25 @@ class ConsumerCore:
         self._stop()
         for reading in self.reader.readings.values():
             self._inbox.drain(reading.process_queue)
+
+    def retire(self) -> None:
+        """Nobody will ask for messages any more. Leave as soon as callers are through with what they have: while the sessions
+        live, so do the leases, and others wait for our queues."""
+        if not self._is_closed:
+            self._stop()
+            self._leave_when_idle(self._loop.clock.monotonic_ms() + HANDOVER_MS_MAX)
+
+    def _leave_when_idle(self, until_ms: float) -> None:
+        is_busy = any(reading.process_queue.in_flight for reading in self.reader.readings.values())
+        if is_busy and self._loop.clock.monotonic_ms() < until_ms:
+            self._loop.call_later(TICK_MS, lambda: self._leave_when_idle(until_ms))
+        else:
+            self.close(self._leave, COMMIT_TIMEOUT_MS)
+
+    def _leave(self) -> None:
+        for reading in list(self.reader.readings.values()):
+            self.reader.end(reading)
+        self._instance.close()
 
     def close(self, on_closed: Callable[[], None], timeout_ms: int) -> None:
         """Commit what is finished, as far as brokers can be reached, then call back. The instance's BYE gives the leases back."""

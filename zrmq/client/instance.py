@@ -181,8 +181,10 @@ class ClientInstance:
 
     def close(self, on_closed: Callable[[], None] | None = None) -> None:
         """End all sessions; what waits ends with `ClosedError`. `on_closed` is called when the servers have been told, or after
-        500 ms. Only the first call has an effect."""
+        500 ms; of a second call at once."""
         if self._is_closed:
+            if on_closed is not None:
+                on_closed()
             return
         self._is_closed = True
         waits, self._waits = self._waits, []
