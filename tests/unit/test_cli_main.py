@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -82,7 +83,25 @@ def test_wrong_usage(arguments: list[str]) -> None:
 def test_wrong_usage_as_json() -> None:
     result = run("topic", "create", "--json", "meters", "--queues", "0")
     assert result.exit_code == EXIT_USAGE
-    assert "0 is not in the range 1<=x<=1024" in json.loads(result.stderr)["error"]["message"]
+    error = json.loads(result.stderr)["error"]
+    assert "0 is not in the range 1<=x<=1024" in error["message"]
+    assert (error["code"], error["name"]) == (61005, "CONFIG")
+
+
+@pytest.mark.parametrize(
+    "line", ["up --json --nope", "up --nope --json", "topic --json nope", "nope --json", "send --json", "send meters --json"]
+)
+def test_wrong_usage_is_json_wherever_json_is_asked_for(line: str) -> None:
+    result = run(*line.split())
+    assert result.exit_code == EXIT_USAGE
+    assert json.loads(result.stderr)["error"]["name"] == "CONFIG"
+
+
+@pytest.mark.parametrize("line", ["send meters --nope -- --json", "send meters --tag --json --timeout soon x"])
+def test_what_only_looks_like_json_is_not_taken_for_it(line: str) -> None:
+    result = run(*line.split())
+    assert result.exit_code == EXIT_USAGE
+    assert result.stderr.startswith("Usage: zrmq send ")
 
 
 def test_python_m_zrmq_is_the_same_command() -> None:
@@ -154,7 +173,8 @@ def test_a_fault_of_ours_leaves_a_report(failing: Any, tmp_path: Path, monkeypat
     assert "ZeroDivisionError: one by zero" in text
     assert "Traceback" in text
     if as_json:
-        assert json.loads(result.stderr)["error"]["report"] == str(report)
+        error = json.loads(result.stderr)["error"]
+        assert (error["report"], error["code"], error["name"]) == (str(report), 50000, "INTERNAL_ERROR")
 
 
 @pytest.mark.parametrize("as_json", [False, True])
@@ -164,7 +184,7 @@ def test_a_report_that_cannot_be_written_is_told(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
     result = failing(ZeroDivisionError("one by zero"))(*["--json"] * as_json)
     assert result.exit_code == EXIT_FAILED
-    told = "".join(json.loads(result.stderr)["error"].values()) if as_json else result.stderr
+    told = "".join(map(str, json.loads(result.stderr)["error"].values())) if as_json else result.stderr
     assert "nobody thought of (ZeroDivisionError: one by zero)." in told
     assert "Traceback" in told
 
@@ -172,6 +192,22 @@ def test_a_report_that_cannot_be_written_is_told(
 def test_ctrl_c_is_not_done(failing: Any) -> None:
     result = failing(KeyboardInterrupt())()
     assert (result.exit_code, result.stderr.strip()) == (EXIT_FAILED, "Error: Interrupted.")
+    result = failing(KeyboardInterrupt())("--json")
+    told = {"error": {"code": 61003, "name": "CLOSED", "message": "Interrupted."}}
+    assert (result.exit_code, json.loads(result.stderr)) == (EXIT_FAILED, told)
+
+
+@pytest.mark.parametrize(("number", "name"), [(errno.ENOSPC, "DISK_FULL"), (errno.ENOENT, "FOLDER_UNUSABLE")])
+def test_a_file_that_cannot_be_used_has_a_code(number: int, name: str) -> None:
+    """In a process of its own: the command gives its stdout up."""
+    program = (
+        "import sys\nfrom zrmq.cli.failures import Invocation, run_command\n"
+        f"def command():\n    raise OSError({number}, 'No.', '/x')\n"
+        "asked = Invocation()\nasked.as_json = True\nsys.exit(run_command(command, asked))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True)
+    assert done.returncode == EXIT_FAILED
+    assert json.loads(done.stderr)["error"]["name"] == name
 
 
 def test_a_command_may_choose_its_exit_code() -> None:
@@ -212,6 +248,7 @@ def test_nothing_reachable(line: str) -> None:
     result = run(*line.split(), "--nameservers", "tcp://127.0.0.1:1", "--timeout", "1s")
     assert result.exit_code == EXIT_UNREACHABLE
     assert "tcp://127.0.0.1:1" in result.stderr
+    assert "or give the right addresses by --nameservers or ZRMQ_NAMESERVERS." in result.stderr
 
 
 @pytest.mark.parametrize("line", CLIENTS)

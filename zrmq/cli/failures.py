@@ -12,6 +12,8 @@ from typing import Any
 
 import click
 
+from zrmq.errors import Code, ConfigError, InvalidArgumentError, UnreachableError, ZrmqError
+
 EXIT_DONE = 0  # everything that was asked for
 EXIT_FAILED = 1  # not, or not all of it; stderr says why
 EXIT_USAGE = 2  # an argument, option, variable or configuration file cannot be
@@ -39,7 +41,7 @@ def run_command(command: Callable[[], Any], invocation: Invocation) -> int:
     except click.ClickException as error:
         return _end_usage(error, invocation)
     except (click.Abort, KeyboardInterrupt):
-        _tell({"message": "Interrupted."}, invocation)
+        _tell(Code.CLOSED, "Interrupted.", invocation)
         return EXIT_FAILED
     except Exception as error:  # noqa: BLE001 - the last place where an error can be told to a person
         return _end_error(error, invocation)
@@ -47,26 +49,29 @@ def run_command(command: Callable[[], Any], invocation: Invocation) -> int:
 
 def _end_usage(error: click.ClickException, invocation: Invocation) -> int:
     if invocation.as_json or not isinstance(error, click.UsageError):
-        _tell({"message": error.format_message()}, invocation)
+        _tell(Code.CONFIG, error.format_message(), invocation)
     else:
         error.show()
     return error.exit_code
 
 
 def _end_error(error: Exception, invocation: Invocation) -> int:
-    from zrmq.errors import ConfigError, InvalidArgumentError, UnreachableError, ZrmqError
     from zrmq.files import FULL
 
     if isinstance(error, OSError) and error.errno == errno.EPIPE:
         return _drop_output()
     if isinstance(error, OSError) and (error.filename is not None or error.errno in FULL):
-        _tell({"message": f"{error.filename or 'The output'} cannot be used: {error.strerror}. Use another place."}, invocation)
+        sentence = f"{error.filename or 'The output'} cannot be used: {error.strerror}. Use another place."
+        _tell(Code.DISK_FULL if error.errno in FULL else Code.FOLDER_UNUSABLE, sentence, invocation)
         return _drop_output()
     if not isinstance(error, ZrmqError):
         _report(error, invocation)
         return EXIT_FAILED
-    facts = {"code": int(error.code), "name": error.code.name, "message": error.message, "facts": error.plain_facts()}
-    _tell(facts, invocation)
+    sentence = _for_shell(error.message)
+    if invocation.as_json:
+        _tell(error.code, sentence, invocation, facts=error.plain_facts())
+    else:
+        click.echo(f"Error: {sentence} [{int(error.code)} {error.code.name}]", err=True)
     if isinstance(error, InvalidArgumentError | ConfigError):
         return EXIT_USAGE
     return EXIT_UNREACHABLE if isinstance(error, UnreachableError) else EXIT_FAILED
@@ -87,16 +92,22 @@ def _report(error: Exception, invocation: Invocation) -> None:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(f"zrmq {' '.join(sys.argv[1:])}\nPython {sys.version}\n\n{trace}")
     except OSError:  # no folder, no room, no descriptor for it
-        _tell({"message": sentence, "trace": trace} if invocation.as_json else {"message": f"{sentence}\n{trace}"}, invocation)
+        _tell(Code.INTERNAL_ERROR, sentence if invocation.as_json else f"{sentence}\n{trace}", invocation, trace=trace)
     else:
-        _tell({"message": f"{sentence} {path} has the details.", "report": path}, invocation)
+        _tell(Code.INTERNAL_ERROR, f"{sentence} {path} has the details.", invocation, report=path)
 
 
-def _tell(facts: dict[str, Any], invocation: Invocation) -> None:
-    if invocation.as_json:
-        import msgspec
+def _for_shell(sentence: str) -> str:
+    """What the library says to a program, for who typed a command: the flag in place of the argument."""
+    return sentence.replace(" nameservers= ", " --nameservers ")
 
-        click.echo(msgspec.json.encode({"error": facts}).decode(), err=True)
+
+def _tell(code: Code, sentence: str, invocation: Invocation, **more: Any) -> None:
+    """The sentence; as JSON with the code, for programs, and whatever else there is to know."""
+    if not invocation.as_json:
+        click.echo(f"Error: {sentence}", err=True)
         return
-    code = f" [{facts['code']} {facts['name']}]" if "code" in facts else ""
-    click.echo(f"Error: {facts['message']}{code}", err=True)
+    import msgspec
+
+    error = {"code": int(code), "name": code.name, "message": sentence, **more}
+    click.echo(msgspec.json.encode({"error": error}).decode(), err=True)

@@ -53,6 +53,12 @@ class LazyGroup(click.Group):
         command: click.Command = getattr(import_module(COMMANDS[cmd_name][0]), cmd_name.replace("-", "_"))
         return command
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """The group's own part. Until the command has read its options, and where it cannot, `--json` counts wherever it is."""
+        words = args[: args.index("--")] if "--" in args else args
+        ctx.ensure_object(Invocation).as_json = "--json" in words
+        return super().parse_args(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The list of commands, from the table: nothing is imported for it."""
         with formatter.section("Commands"):
