@@ -62,8 +62,27 @@ def test_create_show_list_update_delete(run: Run) -> None:
     ]}
     [updated] = lines(run("topic update meters --queue-count 3 --permission r --json"))
     assert updated == {**facts, "queue_count": 6, "permission": "r"}
+    [unbound] = lines(run("topic update meters --retention none --json"))
+    assert unbound == {**updated, "retention_ms": None}
+    [unbound] = lines(run("topic update meters --retention 5m --retention-bytes none --json"))
+    assert unbound == {**updated, "retention_ms": 300_000, "retention_bytes": None}
     assert run("topic delete meters --yes").stdout == "deleted meters\n"
     assert run("topic show meters").exit_code == 1
+
+
+def test_a_topic_without_bounds_of_its_own_may_be_asked_for(run: Run) -> None:
+    [made] = lines(run("topic create unbound --retention none --retention-bytes none --json"))
+    assert (made["retention_ms"], made["retention_bytes"]) == (None, None)
+
+
+def test_no_permission_is_not_no_bound(run: Run) -> None:
+    assert lines(run("topic create shut --permission none --json"))[0]["permission"] == "none"
+
+
+@pytest.mark.parametrize("command", ["create", "update"])
+def test_the_help_says_what_keeps_messages_longer_than_their_topic(run: Run, command: str) -> None:
+    told = " ".join(run(f"topic {command} --help").stdout.split())
+    assert told.count("none behind what another topic keeps longer: the broker's one log is deleted from its front") == 2
 
 
 def test_topics_as_text(run: Run) -> None:

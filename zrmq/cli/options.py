@@ -14,6 +14,7 @@ from zrmq.config import Option, options, parse_duration
 from zrmq.errors import ConfigError
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 WAIT_MS_MAX = 3_600_000  # as a producer's
 
@@ -38,8 +39,20 @@ def parse_timeout(text: str) -> int:
     """Milliseconds to wait for an answer. Raises `ConfigError`."""
     timeout_ms = parse_duration(text)
     if not 1 <= timeout_ms <= WAIT_MS_MAX:
-        raise ConfigError(f"--timeout is {text!r}; give a time from 1ms to {WAIT_MS_MAX // 60_000}min.")
+        raise ConfigError(f"{text!r} cannot be waited; give a time from 1ms to {WAIT_MS_MAX // 60_000}min.")
     return timeout_ms
+
+
+def read_by(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """The type of an option that `parse` reads: what it refuses (`ConfigError`) is wrong usage, told with the option's name."""
+
+    def read(text: str) -> T:
+        try:
+            return parse(text)
+        except ConfigError as error:
+            raise click.BadParameter(error.message) from error
+
+    return read
 
 
 def examples(*lines: str) -> str:
@@ -64,7 +77,7 @@ def json_option(command: F) -> F:
 def client_options(command: F) -> F:
     """`--nameservers`, `--timeout` (as `timeout_ms`) and `--json`, for commands that are clients of a cluster."""
     timeout = click.option(
-        "--timeout", "timeout_ms", type=parse_timeout, metavar="TIME", default="5s", show_default=True,
+        "--timeout", "timeout_ms", type=read_by(parse_timeout), metavar="TIME", default="5s", show_default=True,
         help="How long to wait for an answer; a number alone is milliseconds.",
     )
     nameservers = click.option(

@@ -27,7 +27,7 @@ def parse_property(text: str) -> tuple[str, str]:
     """Name and value of `K=V`. Raises `click.BadParameter`."""
     name, separator, value = text.partition("=")
     if not separator or not name:
-        raise click.BadParameter(f"{text!r} is no property; write NAME=VALUE.")
+        raise click.BadParameter(f"{text!r} is no property; write NAME=VALUE.", param_hint="'--property'")
     return name, value
 
 

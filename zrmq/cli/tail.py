@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from zrmq.cli.administration import find_topic, open_admin
-from zrmq.cli.options import client_options, examples, parse_time
+from zrmq.cli.options import client_options, examples, parse_time, read_by
 from zrmq.cli.printing import escape, escape_bytes, print_json
 from zrmq.errors import Code, RequestRefusedError
 from zrmq.message import ConsumeFrom, Message, MessageQueue
@@ -41,7 +41,7 @@ def parse_start(text: str) -> ConsumeFrom | int:
 ))
 @click.argument("topic")
 @click.option("--group", help="Read as a member of this consumer group and commit.  [default: read beside all groups]")
-@click.option("--from", "start", type=parse_start, metavar="earliest|latest|TIME", default="latest", show_default=True,
+@click.option("--from", "start", type=read_by(parse_start), metavar="earliest|latest|TIME", default="latest", show_default=True,
               help="Where to begin; a group that has read before goes on where it was.")
 @click.option("--filter", "expression", default="*", help="Only messages with one of these tags: 'kitchen || hall'.")
 @click.option("--count", type=click.IntRange(1), help="End after so many messages.")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from zrmq.cli.administration import find_topic, open_admin
-from zrmq.cli.options import F, client_options, examples
+from zrmq.cli.options import F, client_options, examples, read_by
 from zrmq.cli.printing import print_json, print_table
 from zrmq.config import parse_duration, parse_size
-from zrmq.errors import InvalidArgumentError
+from zrmq.errors import ConfigError, InvalidArgumentError
 from zrmq.message import FlushMode
 from zrmq.protocol.limits import QUEUES_PER_TOPIC_MAX
 
@@ -20,15 +21,35 @@ if TYPE_CHECKING:
 
 QUEUE_COUNT = click.IntRange(1, QUEUES_PER_TOPIC_MAX)
 PERMISSIONS = {"rw": 6, "r": 4, "w": 2, "none": 0}
-FLUSH_MODES = [mode.value for mode in FlushMode]
 PERMISSION_NAMES = {value: name for name, value in PERMISSIONS.items()}
+FLUSH_MODES = [mode.value for mode in FlushMode]
+BOUNDS = ("retention_ms", "retention_bytes")
+NO_BOUND = "none"
+BOUND_MAX = (1 << 62) - 1  # milliseconds or bytes; a broker takes no more
+FROM_THE_FRONT = "but none behind what another topic keeps longer: the broker's one log is deleted from its front"
+RETENTION_HELP = f"Older messages are deleted (72h), {FROM_THE_FRONT}. none takes the bound back."
+RETENTION_BYTES_HELP = f"Oldest messages beyond it are deleted (1GiB), {FROM_THE_FRONT}. none takes the bound back."
+
+
+def bound(parse: Callable[[str], int]) -> Callable[[str], int | str]:
+    """The type of a bound on what is kept: a quantity as `parse` reads it, or `NO_BOUND`."""
+
+    def parse_bound(text: str) -> int | str:
+        if text == NO_BOUND:
+            return NO_BOUND
+        quantity = parse(text)
+        if not 0 < quantity <= BOUND_MAX:
+            raise ConfigError(f"{text!r} is no bound for what is kept; give one above 0 and up to {BOUND_MAX}, or {NO_BOUND}.")
+        return quantity
+
+    return read_by(parse_bound)
 
 
 def settings(command: F) -> F:
     """What can be set for a topic. What is not given stays None."""
     for option in (
-        click.option("--retention-bytes", type=parse_size, metavar="SIZE", help="Oldest messages beyond it are deleted: 1GiB."),
-        click.option("--retention-ms", "--retention", type=parse_duration, metavar="AGE", help="Older ones are deleted: 72h."),
+        click.option("--retention-bytes", type=bound(parse_size), metavar="SIZE|none", help=RETENTION_BYTES_HELP),
+        click.option("--retention-ms", "--retention", type=bound(parse_duration), metavar="AGE|none", help=RETENTION_HELP),
         click.option("--permission", type=click.Choice(list(PERMISSIONS)), help="What clients may do: read, write."),
         click.option("--flush-mode", type=click.Choice(FLUSH_MODES), help="Acknowledge after the flush (sync) or not."),
         click.option("--queue-count", "--queues", type=QUEUE_COUNT, help="Queues at each broker; only ever more."),
@@ -38,13 +59,13 @@ def settings(command: F) -> F:
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:
-    """The settings that were given, as `Admin` takes them."""
-    known = {name: value for name, value in options.items() if value is not None}
+    """The settings that were given, as `Admin` takes them: None is a bound that is taken back."""
+    known = {name: chosen for name, chosen in options.items() if chosen is not None}
     if "permission" in known:
         known["permission"] = PERMISSIONS[known["permission"]]
     if "flush_mode" in known:
         known["flush_mode"] = FlushMode(known["flush_mode"])
-    return known
+    return {name: None if name in BOUNDS and chosen == NO_BOUND else chosen for name, chosen in known.items()}
 
 
 @click.group()
@@ -116,7 +137,9 @@ def create(name: str, nameservers: str | None, timeout_ms: int, as_json: bool, *
         _print_done("left as it is:" if is_known else "created", name, admin.topic(name), as_json)
 
 
-@topic.command(epilog=examples("zrmq topic update meters --queues 8", "zrmq topic update meters --permission r"))
+@topic.command(epilog=examples(
+    "zrmq topic update meters --queues 8", "zrmq topic update meters --permission r", "zrmq topic update meters --retention none"
+))
 @click.argument("name", metavar="TOPIC")
 @settings
 @client_options
@@ -162,6 +185,6 @@ def _print_done(what: str, name: str, brokers: dict[str, TopicInfo], as_json: bo
     if as_json:
         print_json(facts)
     else:
-        kept = [f"retention {facts[key]} {key[10:]}" for key in ("retention_ms", "retention_bytes") if facts[key] is not None]
+        kept = [f"retention {facts[key]} {key[10:]}" for key in BOUNDS if facts[key] is not None]
         settings = [f"flush {facts['flush_mode']}", f"permission {facts['permission']}", *kept]
         click.echo(f"{what} {name}: {facts['queue_count']} queues at {', '.join(facts['brokers'])}, {', '.join(settings)}")
