@@ -115,17 +115,36 @@ def test_a_body_from_the_command_line_may_be_any_bytes(environment: dict[str, st
     assert json.loads(read.stdout)["body_base64"] == "/wE="
 
 
-def test_interrupted_lines_are_not_done(environment: dict[str, str]) -> None:
-    send = subprocess.Popen(
-        command("send", "cut", "-"), env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    with send:
+def send_lines(environment: dict[str, str], topic: str, *options: str) -> subprocess.Popen[bytes]:
+    """A `zrmq send -` that waits for lines."""
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command("send", topic, "-", *options), env=environment, stdin=pipe, stdout=pipe, stderr=pipe)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_lines_are_counted_and_not_done(environment: dict[str, str], number: signal.Signals) -> None:
+    topic = f"cut-{number.name}"
+    with send_lines(environment, topic) as send:
         assert send.stdin is not None
-        assert send.stderr is not None
-        send.stdin.write(b"one\n")
+        send.stdin.write(b"one\ntwo\nhal")
         send.stdin.flush()
-        read = subprocess.run(command("tail", "cut", "--from", "earliest", "--count", "1"), env=environment, capture_output=True)
-        assert read.stdout.endswith(b" one\n")
-        send.send_signal(signal.SIGINT)
+        read = subprocess.run(command("tail", topic, "--from", "earliest", "--count", "2"), env=environment, capture_output=True)
+        assert read.stdout.count(b"\n") == 2
+        send.send_signal(number)
         assert send.wait() == 1
-        assert b"Interrupted." in send.stderr.read()
+        assert send.stdout is not None
+        assert send.stderr is not None
+        assert send.stdout.read() == f"stored 2 messages in {topic}\n".encode()
+        assert send.stderr.read().strip() == b"Error: Interrupted."
+
+
+def test_the_receipt_of_a_line_comes_before_the_next_line(environment: dict[str, str]) -> None:
+    with send_lines(environment, "followed", "--json") as send:
+        assert send.stdin is not None
+        assert send.stdout is not None
+        for number in range(3):
+            send.stdin.write(b"%d\n" % number)
+            send.stdin.flush()
+            assert json.loads(send.stdout.readline())["queue_offset"] == number
+        send.stdin.close()
+        assert send.wait() == 0

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from itertools import count
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
 import zrmq
+from tests.unit.interrupts import Interrupt
 from tests.unit.real_cluster import running_cluster
+from zrmq.cli import send as send_module
 from zrmq.cli.main import main
-from zrmq.cli.send import parse_property, send_lines
+from zrmq.cli.send import CUT_SHORT_MS, LineSending, parse_property, read_lines, send_stdin
 from zrmq.cli.tail import facts_of, parse_start
 from zrmq.client.admin import Admin
 from zrmq.errors import RequestTimeoutError
@@ -159,50 +167,222 @@ def test_a_line_that_cannot_be_sent_as_text(run: Run, topic: str) -> None:
 class Line:
     """What `send_async` gives for a line that a broker stores, or does not."""
 
-    def __init__(self, body: bytes) -> None:
+    def __init__(self, body: bytes, *, is_done: bool) -> None:
         self.body = body
+        self.is_done = is_done
 
     def done(self) -> bool:
-        return False
+        return self.is_done
 
     def result(self) -> bytes:
         if self.body.startswith(b"lost"):
             raise RequestTimeoutError("No answer.", topic="meters")
+        assert self.is_done or not self.body.startswith(b"silent"), "this would be waited for"
         return self.body
 
-    @classmethod
-    def send_async(cls, topic: str, body: bytes) -> Line:
+
+class FakeProducer:
+    """Lines that begin with `late` are done when it is flushed, those with `silent` never; the others at once."""
+
+    def __init__(self) -> None:
+        self.lines: list[Line] = []
+        self.story: list[str] = []
+
+    def send_async(self, topic: str, body: bytes) -> Line:
         check_body(body)
-        return cls(body)
+        self.lines.append(Line(body, is_done=not body.startswith((b"late", b"silent"))))
+        return self.lines[-1]
+
+    def flush(self, timeout_ms: int) -> None:
+        self.story.append(f"flush {timeout_ms}")
+        for line in self.lines:
+            line.is_done = line.is_done or not line.body.startswith(b"silent")
+        if not all(line.is_done for line in self.lines):
+            raise RequestTimeoutError("Some are still on their way.")
+
+    def close(self, timeout_ms: int) -> None:
+        self.story.append(f"close {timeout_ms}")
+
+
+def sending_of(producer: Any, receipts: list[Any], topic: str = "meters") -> LineSending:
+    return LineSending(producer, topic, {}, receipts.append)
 
 
 @pytest.mark.parametrize("last", [b"last", bytes(5 * 1024 * 1024)])
 def test_lines_behind_one_that_a_broker_refused_are_counted_too(last: bytes) -> None:
     receipts: list[Any] = []
-    producer: Any = Line
-    with pytest.raises(RequestTimeoutError, match="^Line 2: No answer") as caught:
-        for receipt in send_lines(producer, "meters", [b"one", b"lost", b"three", b"lost too", last], {}):
-            receipts.append(receipt)
-    assert caught.value.facts == {"topic": "meters", "line": 2}
-    assert receipts == [b"one", b"three", *([last] if last == b"last" else [])]
+    sending = sending_of(FakeProducer(), receipts)
+    with pytest.raises(RequestTimeoutError, match="^Line 3: No answer") as caught:
+        sending.run([b"one", b"late, two", b"lost", b"four", b"lost too", last])
+    assert caught.value.facts == {"topic": "meters", "line": 3}
+    assert receipts == [b"one", b"late, two", b"four", *([last] if last == b"last" else [])]
+    assert (sending.stored, sending.unacknowledged) == (len(receipts), 0)
+
+
+def test_no_more_is_sent_when_a_line_is_known_to_have_failed() -> None:
+    receipts: list[Any] = []
+    producer = FakeProducer()
+    with pytest.raises(RequestTimeoutError, match="^Line 2: No answer"):
+        sending_of(producer, receipts).run([b"one", b"lost", b"three"])
+    assert [line.body for line in producer.lines] == [b"one", b"lost"]
 
 
 def test_receipts_come_while_lines_still_do(nameservers: str, topic: str) -> None:
-    """Whoever feeds the pipe slowly sees each receipt, not all of them at the end."""
-    with zrmq.Producer("test", nameservers=nameservers) as producer:
+    """Whoever feeds the pipe slowly sees each receipt when its line is stored, not with the next line."""
+    read_end, write_end = os.pipe()
+    receipts: list[Any] = []
+    seen: list[bool] = []
 
-        def feed() -> Iterator[bytes]:
-            for number in range(3):
-                yield b"%d\n" % number
-                producer.flush()
-                seen.append(len(receipts))
+    def feed() -> None:
+        for number in range(3):
+            came.clear()
+            os.write(write_end, b"%d\n" % number)
+            seen.append(came.wait(20))
+        os.close(write_end)
 
-        receipts: list[zrmq.SendReceipt] = []
-        seen: list[int] = []
-        for receipt in send_lines(producer, topic, feed(), {}):
-            receipts.append(receipt)
-    assert len(receipts) == 3
-    assert seen[-1] >= 1
+    came = threading.Event()
+    feeder = threading.Thread(target=feed)
+    with zrmq.Producer("test", nameservers=nameservers) as producer, open(read_end, "rb") as stdin:
+        sending = LineSending(producer, topic, {}, lambda receipt: (receipts.append(receipt), came.set()))  # type: ignore[func-returns-value]
+        feeder.start()
+        sending.run(read_lines(stdin, sending.is_waiting))
+        feeder.join()
+    assert seen == [True] * 3
+    assert len(receipts) == sending.stored == 3
+
+
+def test_nobody_looks_around_while_nothing_is_out() -> None:
+    """A pipe that is silent for hours costs nothing."""
+    read_end, write_end = os.pipe()
+    waits: list[float | None] = []
+
+    class Select:
+        @staticmethod
+        def select(*arguments: Any) -> Any:
+            waits.append(arguments[3])
+            return (arguments[0] if len(waits) != 2 else [], [], [])
+
+    with pytest.MonkeyPatch.context() as patched, open(read_end, "rb") as stdin:
+        patched.setattr(send_module, "select", Select)
+        os.write(write_end, b"one\ntwo\r\n\nlast")
+        os.close(write_end)
+        is_waiting = iter([False, True, True])
+        assert list(read_lines(stdin, lambda: next(is_waiting))) == [b"one", b"two\r", b"", None, b"last"]
+    assert waits == [None, send_module.LOOK_S, send_module.LOOK_S]
+
+
+@pytest.mark.parametrize("size", [1, 100_000, 1_000_000])
+def test_a_line_may_come_in_pieces(size: int) -> None:
+    read_end, write_end = os.pipe()
+
+    def feed() -> None:
+        with open(write_end, "wb", buffering=0) as end:
+            for piece in (b"x" * size, b"y\nz", b"\n"):
+                end.write(piece)
+
+    feeder = threading.Thread(target=feed)
+    feeder.start()
+    with open(read_end, "rb") as stdin:
+        assert list(read_lines(stdin, lambda: False)) == [b"x" * size + b"y", b"z"]
+    feeder.join()
+
+
+# --- lines that are cut short -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def meaning() -> Iterator[None]:
+    """What SIGTERM means, before a test and after it."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def interrupted_stdin(monkeypatch: pytest.MonkeyPatch, *bodies: bytes) -> None:
+    """A stdin with these lines, and then Ctrl-C."""
+
+    class Interrupted(io.BytesIO):
+        def __iter__(self) -> Iterator[bytes]:  # type: ignore[override]
+            yield from bodies
+            signal.raise_signal(signal.SIGTERM)
+
+    class Text:
+        buffer = Interrupted()
+
+    monkeypatch.setattr(sys, "stdin", Text)
+
+
+@pytest.mark.parametrize(
+    ("bodies", "told"),
+    [
+        ([b"one\n", b"late\n"], "stored 2 messages in meters\n"),
+        ([b"one\n", b"silent\n", b"late\n"], "stored 2 messages in meters; not acknowledged, so perhaps stored: 1\n"),
+        ([], "stored 0 messages in meters\n"),
+    ],
+)
+def test_what_is_out_at_a_signal_is_waited_for_a_moment_and_counted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], meaning: None, bodies: list[bytes], told: str
+) -> None:
+    interrupted_stdin(monkeypatch, *bodies)
+    producer: Any = FakeProducer()
+    with pytest.raises(KeyboardInterrupt):
+        send_stdin(producer, "meters", {}, as_json=False)
+    assert capsys.readouterr().out == told
+    assert producer.story == [f"flush {CUT_SHORT_MS}", "close 0"]
+
+
+def test_a_line_that_failed_is_told_though_it_was_cut_short(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], meaning: None
+) -> None:
+    interrupted_stdin(monkeypatch, b"late\n", b"lost\n", b"silent\n")
+    producer: Any = FakeProducer()
+    with pytest.raises(RequestTimeoutError, match="^Line 2: No answer"):
+        send_stdin(producer, "meters", {}, as_json=False)
+    assert capsys.readouterr().out == "stored 1 message in meters; not acknowledged, so perhaps stored: 1\n"
+
+
+def test_a_second_ctrl_c_waits_for_nothing() -> None:
+    class Impatient(FakeProducer):
+        def flush(self, timeout_ms: int) -> None:
+            raise KeyboardInterrupt
+
+    producer = Impatient()
+    sending = sending_of(producer, [])
+    with pytest.raises(KeyboardInterrupt):
+        sending.cut_short()
+    assert producer.story == ["close 0"]
+
+
+def test_all_are_counted_though_the_reader_of_the_receipts_got_ctrl_c_too() -> None:
+    def fail(receipt: Any) -> None:
+        raise BrokenPipeError
+
+    producer: Any = FakeProducer()
+    sending = LineSending(producer, "meters", {}, fail)
+    for _ in range(3):
+        sending._send(b"late")
+    with pytest.raises(BrokenPipeError):
+        sending.cut_short()
+    assert (sending.stored, sending.unacknowledged) == (3, 0)
+
+
+def test_wherever_ctrl_c_comes_no_line_is_forgotten_and_none_counted_twice() -> None:
+    for at in count():
+        producer = FakeProducer()
+        receipts: list[Any] = []
+        sending = sending_of(producer, receipts)
+        interrupt = Interrupt(at, send_module)
+        with interrupt.may_come():
+            sending.run([b"one", b"late, two", None, b"three"])
+        sending.cut_short()
+        assert sending.stored <= len(producer.lines) <= sending.stored + sending.unacknowledged <= 3, at
+        assert sending.unacknowledged <= 1, at  # that of the call which it interrupted
+        assert len(receipts) in (sending.stored, sending.stored - 1), at
+        assert len(set(receipts)) == len(receipts), at
+        if not interrupt.came:
+            break
+    assert at > 20
+    assert sending.stored == 3
 
 
 def test_bytes_that_are_no_text(run: Run, topic: str) -> None:
