@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zrmq.cli.main import main
+from zrmq.cli.entry import main
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""`zrmq up`, `zrmq nameserver`, `zrmq broker`: the server roles, each until SIGINT or SIGTERM.
+"""`zrmq up`, `zrmq nameserver`, `zrmq broker`: the server roles, each until SIGINT or SIGTERM; a second one ends it at once.
 
 Everything that can be checked is checked before a port is opened or a folder touched. When a role is ready it prints where it
 listens, on stdout; its log goes to stderr.
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 import msgspec
 
+from zrmq.cli.entry import end_by_ctrl_c
 from zrmq.cli.options import examples, role_options
 from zrmq.cli.printing import print_json
 from zrmq.config import BrokerConfig, NameServerConfig, load, options, tcp_address
@@ -116,6 +117,7 @@ def _load(kind: type[Config], file: str | None, flags: dict[str, Any]) -> Config
     settings = load(kind, file=Path(file) if file else None, environ=os.environ, flags=texts)
     configure_logging(settings.log_format, settings.log_level)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    end_by_ctrl_c()  # what it means again when the role has taken the first: a second one is a kill, which costs nothing stored
     _raise_file_limit()
     return settings
 
