@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
+import weakref
 from contextlib import nullcontext
 from typing import Any
 
@@ -252,6 +254,21 @@ def test_a_dropped_queue_counts_for_nothing(desk: Desk) -> None:
     desk.inbox.finish_below(queue, 4, is_all=True)
     assert desk.take() is None
     assert (queue.commit_offset, desk.inbox.account.messages, desk.inbox.account.size_bytes) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_a_dropped_queue_is_not_remembered(in_order: bool) -> None:
+    desk = Desk(in_order=in_order)
+    queue = desk.queue()
+    desk.put(queue, 4)
+    unit = desk.taken(2)
+    seen = weakref.ref(queue)
+    desk.inbox.drop(queue)
+    desk.inbox.done(unit)
+    assert desk.take() is None
+    del queue, unit
+    gc.collect()
+    assert seen() is None
 
 
 def test_nothing_is_handed_out_after_the_lease_has_lapsed(desk: Desk) -> None:

@@ -100,6 +100,7 @@ class Inbox:
             queue.is_dropped = True
             queue.forget()
             queue.forget_resting()
+            self._scheduled.pop(queue, None)  # who has a unit of it does not come back to it
 
     def pause(self, queue: ProcessQueue, is_paused: bool) -> None:
         """Hand nothing out for a while, and hold nothing either, so that others have the room."""
