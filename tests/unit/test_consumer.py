@@ -350,6 +350,27 @@ def test_pausing_and_resuming(consumers: Callable[..., Any], producer: zrmq.Prod
     until(lambda: seen == [b"one"])
 
 
+def test_a_listener_that_ends_its_consumer_leaves_the_queues_to_others(
+    consumers: Callable[..., Any], producer: zrmq.Producer, name: str
+) -> None:
+    """Not only when somebody closes it: nobody knows of its end where it was only started."""
+    leaving, others = consumers(zrmq.PushConsumer, name), consumers(zrmq.PushConsumer, name)
+
+    def leave(message: Message) -> None:
+        sys.exit(3)
+
+    seen: set[bytes] = set()
+    leaving.subscribe(name, "*", leave)
+    others.subscribe(name, "*", lambda message: seen.add(message.body))
+    leaving.start()
+    producer.send(name, b"leave")
+    others.start()
+    sent = {b"%d" % number for number in range(20)}
+    for body in sent:
+        producer.send(name, body)
+    until(lambda: seen >= {b"leave", *sent})
+
+
 # --- run ----------------------------------------------------------------------------------------------------------------
 
 PROGRAM = """
