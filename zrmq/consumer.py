@@ -288,7 +288,11 @@ class PushConsumer(Consumer):
 
     def _run_unit(self, engine: Engine, unit: Unit) -> None:
         listener, pace = self._listeners[unit.process_queue.queue.topic]
-        outcome = run_unit(unit, listener, pace, engine.loop.clock, in_order=self._in_order)
+        try:
+            outcome = run_unit(unit, listener, pace, engine.loop.clock, in_order=self._in_order)
+        except BaseException:  # the listener ends the consumer: others are to have all of it
+            engine.inbox.done(unit, stop_offset=unit.offset)
+            raise
         engine.inbox.done(unit, [failure.unit for failure in outcome.failures], outcome.stop_offset)
         for failure in outcome.failures:
             if failure.error is None:
