@@ -37,7 +37,7 @@ REQUESTS: list[requests.Request] = [
     requests.Heartbeat(2, 3_000),
     requests.Bye(3, 500),
     requests.RegisterBroker(4, 3_000, BROKER, 9, [ROUTE]),
-    requests.UnregisterBroker(5, 500, "broker-a", 0, 3),
+    requests.UnregisterBroker(5, 500, "broker-a", 0, 3, "0123456789ab"),
     requests.QueryRoute(6, 30_000, ["meters", "alarms"], 0x1234_5678_9ABC_DEF0),
     requests.PutTopic(7, 3_000, TOPIC, True, True),
     requests.DeleteTopic(8, 3_000, "meters"),

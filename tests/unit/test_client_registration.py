@@ -11,7 +11,7 @@ from zrmq.client.link import Identity, Link
 from zrmq.client.registration import Registration
 from zrmq.protocol.requests import AnyReply, BrokerInfo, QueryRoute, TopicRoute
 from zrmq.routing.core import NameServerCore
-from zrmq.transport.memory import MemoryNetwork
+from zrmq.transport.memory import MemoryLoop, MemoryNetwork
 
 ADDRESSES = ["tcp://127.0.0.1:9876", "tcp://127.0.0.1:9877"]
 
@@ -25,11 +25,12 @@ class World:
         self.version, self.listed = 1, 0
         self.topics = [TopicRoute("meters", "broker-a", 4, 6)]
         self.loop = self.network.loop("broker")
-        self.registration = self.register("tcp://127.0.0.1:10911")
+        self.registration = self.register("tcp://127.0.0.1:10911", store_id="one")
 
-    def register(self, broker_address: str) -> Registration:
-        broker = BrokerInfo("test", "broker-a", 0, "MASTER", 1, broker_address, "")
-        return Registration(self.loop, ADDRESSES, broker, lambda: (self.version, self.list), random.Random(2))
+    def register(self, broker_address: str, loop: MemoryLoop | None = None, **more: Any) -> Registration:
+        broker = BrokerInfo("test", "broker-a", 0, "MASTER", 1, broker_address, "", **more)
+        rng = random.Random(broker_address)  # its client id is its own
+        return Registration(loop or self.loop, ADDRESSES, broker, lambda: (self.version, self.list), rng)
 
     def start_nameserver(self, address: str) -> NameServerCore:
         return NameServerCore(self.network.loop(address), address, random.Random(3))
@@ -97,5 +98,16 @@ def test_a_broker_that_was_refused_does_not_sign_off_the_one_that_has_its_name(w
     second = world.register("tcp://127.0.0.1:20911")
     world.network.run_for(2_000)
     second.close()
+    world.network.run_for(100)
+    assert [world.brokers_known(address) for address in ADDRESSES] == [["broker-a"], ["broker-a"]]
+
+
+def test_a_broker_that_hung_does_not_sign_off_the_one_that_took_its_place(world: World) -> None:
+    """It has heard of no refusal yet when it stops."""
+    world.network.run_for(4_000)
+    world.registration._timer.cancel()  # it hangs: connected, and without a heartbeat
+    second = world.register("tcp://127.0.0.1:20911", loop=world.network.loop("second"), store_id="two")
+    world.network.run_until(lambda: second.registered_count == 2)
+    world.registration.close()
     world.network.run_for(100)
     assert [world.brokers_known(address) for address in ADDRESSES] == [["broker-a"], ["broker-a"]]

@@ -31,6 +31,7 @@ from zrmq.protocol.requests import (
     Request,
     Send,
     Sent,
+    UnregisterBroker,
     decode_reply,
     decode_request,
     encode,
@@ -97,6 +98,7 @@ def test_fields_of_a_future_reply_are_ignored(value: requests.Reply) -> None:
 def test_fields_with_a_default_may_be_left_out() -> None:
     assert decode_request(packed(30, 1, 0, "meters", 5)) == Send(1, 0, "meters", 5)
     assert decode_request(packed(31, 1, 0, "meters", 5, 0, 1, 2)) == Pull(1, 0, "meters", 5, 0, 1, 2)
+    assert decode_request(packed(11, 1, 0, "broker-a", 0, 3)) == UnregisterBroker(1, 0, "broker-a", 0, 3, store_id="")
     assert decode_request(packed(1, 1, 0, 1, "c", 1, "admin")) == Hello(1, 0, 1, "c", 1, "admin")
     assert decode_request(packed(20, 1, 0, ["meters"])).config == TopicConfig("meters", 4, 6, FlushMode.SYNC)
     assert decode_reply(packed(130, 1, 0, 5, "sync")) == Sent(1, 0, 5, FlushMode.SYNC)

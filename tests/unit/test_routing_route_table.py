@@ -170,6 +170,25 @@ def test_a_former_life_cannot_unregister_the_present_one(table: RouteTable) -> N
     assert table.unregister("a", 0, 3)
 
 
+def test_a_displaced_broker_cannot_unregister_the_one_in_its_place(table: RouteTable) -> None:
+    """Its epoch counts the starts of another folder, and may be the greater one."""
+    register(table, info(epoch=7, store_id="one"))
+    run_to(table, 0.0, 3_500.0)
+    register(table, info(epoch=1, store_id="two"), now_ms=3_600.0)
+    changes = table.changes
+    for epoch in (0, 1, 7):
+        assert not table.unregister("a", 0, epoch, "one")
+    assert (len(table), table.changes) == (1, changes)
+    assert table.unregister("a", 0, 1, "two")
+
+
+def test_a_broker_that_does_not_say_its_data_leaves_by_its_epoch(table: RouteTable) -> None:
+    register(table, info(epoch=2, store_id="one"))
+    with pytest.raises(RequestRefusedError):
+        table.unregister("a", 0, 1)
+    assert table.unregister("a", 0, 2)
+
+
 def test_silence_makes_suspect_then_gone(table: RouteTable) -> None:
     register(table, info(), meters=4)
     run_to(table, 0.0, 2_750.0)

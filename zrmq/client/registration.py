@@ -57,10 +57,11 @@ class Registration:
     def close(self) -> None:
         """Leave every NameServer that is there, without waiting for its answer."""
         self._timer.cancel()
+        broker = self._broker
         for link in self._links:
             if link.is_open and link not in self._displaced:
                 link.request(
-                    UnregisterBroker, self._broker.broker_name, self._broker.broker_id, self._broker.epoch,
+                    UnregisterBroker, broker.broker_name, broker.broker_id, broker.epoch, broker.store_id,
                     timeout_ms=REQUEST_TIMEOUT_MS, on_reply=lambda reply, payload: None,
                 )
             link.close()

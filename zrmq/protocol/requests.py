@@ -204,11 +204,16 @@ class RegisterBroker(Request, tag=10, frozen=True):
 
 
 class UnregisterBroker(Request, tag=11, frozen=True):
-    """N The broker leaves now. Answered by `Done`."""
+    """N The broker leaves now. Answered by `Done`.
+
+    `store_id` is that of its registration; empty: not said. Where the place is another's, nothing happens: it is not that one
+    which leaves, whatever its epoch, as epochs of different folders say nothing of each other.
+    """
 
     broker_name: Name
     broker_id: Natural
     epoch: Natural
+    store_id: Name = ""
 
 
 class QueryRoute(Request, tag=12, frozen=True):

@@ -187,7 +187,7 @@ class NameServerCore:
 
     def _unregister(self, session: Session, request: UnregisterBroker) -> None:
         _check_is_broker(session)
-        if self._table.unregister(request.broker_name, request.broker_id, request.epoch):
+        if self._table.unregister(request.broker_name, request.broker_id, request.epoch, request.store_id):
             log.info("broker_unregistered", broker_name=request.broker_name, broker_id=request.broker_id, epoch=request.epoch)
         self._send(session.peer, Done(request.number))
 

@@ -88,10 +88,11 @@ class RouteTable:
             self._put_topics(known, topics, request.topics_version)
         return known.topics_version != request.topics_version
 
-    def unregister(self, broker_name: str, broker_id: int, epoch: int) -> bool:
-        """The broker leaves. False: it was not there. Raises `RequestRefusedError` (FORBIDDEN) when a newer one has its place."""
+    def unregister(self, broker_name: str, broker_id: int, epoch: int, store_id: str = "") -> bool:
+        """The broker leaves. False: it was not there, or one with other data has its place (`store_id` empty: not said). Raises
+        `RequestRefusedError` (FORBIDDEN) when a later life of it has that."""
         known = self._registrations.get((broker_name, broker_id))
-        if known is None:
+        if known is None or (store_id and store_id != known.info.store_id):
             return False
         if epoch < known.info.epoch:
             raise _stale(known.info, epoch)
