@@ -40,7 +40,7 @@ REQUESTS: list[requests.Request] = [
     requests.UnregisterBroker(5, 500, "broker-a", 0, 3, "0123456789ab"),
     requests.QueryRoute(6, 30_000, ["meters", "alarms"], 0x1234_5678_9ABC_DEF0),
     requests.PutTopic(7, 3_000, TOPIC, True, True),
-    requests.DeleteTopic(8, 3_000, "meters"),
+    requests.DeleteTopic(8, 3_000, "meters", 2),
     requests.DescribeTopics(9, 3_000, ["meters"]),
     requests.DescribeBroker(10, 3_000),
     requests.Send(11, 3_000, "meters", 5, 499),

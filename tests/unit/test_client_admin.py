@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
+import msgspec
 import pytest
 
 import zrmq
@@ -26,6 +27,9 @@ from zrmq.errors import (
 )
 from zrmq.message import FlushMode
 from zrmq.protocol.events import TopicConfig
+from zrmq.protocol.requests import DeleteTopic, PutTopic
+from zrmq.serving.topics import TopicDesk
+from zrmq.transport.sessions import Session
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +126,38 @@ def test_a_deleted_topic_is_gone(admin: Admin) -> None:
     for call in (admin.topic, admin.delete_topic, admin.update_topic):
         with pytest.raises(TopicNotFoundError, match="'deleted'"):
             call("deleted")
+
+
+def test_a_topic_goes_at_every_broker_though_each_has_its_own_numbers(admin: Admin) -> None:
+    admin._change(admin._ask(PutTopic, TopicConfig("only-there"), only=["broker-b"]))
+    admin.create_topic("numbered")
+    assert len({info.topic_id for info in admin.topic("numbered").values()}) == 2
+    admin.delete_topic("numbered")
+    assert "numbered" not in admin.topics()
+    admin.delete_topic("only-there")
+    assert "only-there" not in admin.topics()
+
+
+def test_a_deletion_that_is_repeated_leaves_the_topic_that_was_made_since(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer is lost with the connection, somebody makes the topic anew, and the request comes again."""
+    delete, asked = TopicDesk.delete, []
+
+    def delete_twice(desk: TopicDesk, session: Session, request: DeleteTopic, frames: list[bytes]) -> None:
+        asked.append(request)
+        unheard = 1 << 60  # the number of no request
+        delete(desk, session, msgspec.structs.replace(request, number=unheard), frames)
+        desk.put(session, PutTopic(unheard, 0, TopicConfig(request.topic)), [])
+        delete(desk, session, request, frames)
+
+    monkeypatch.setattr(TopicDesk, "delete", delete_twice)
+    with running_cluster(tmp_path) as nameservers, Admin(nameservers) as admin:
+        admin.create_topic("meters")
+        former = admin.topic("meters")["broker-a"].topic_id
+        admin.delete_topic("meters")
+        assert [request.topic_id for request in asked] == [former]
+        assert admin.topic("meters")["broker-a"].topic_id == former + 1
 
 
 IMPOSSIBLE: list[dict[str, Any]] = [

@@ -17,6 +17,7 @@ from zrmq.protocol import limits, requests
 from zrmq.protocol.events import TopicConfig
 from zrmq.protocol.requests import (
     CommitOffsets,
+    DeleteTopic,
     DescribeTopics,
     Done,
     Failed,
@@ -98,6 +99,7 @@ def test_fields_of_a_future_reply_are_ignored(value: requests.Reply) -> None:
 def test_fields_with_a_default_may_be_left_out() -> None:
     assert decode_request(packed(30, 1, 0, "meters", 5)) == Send(1, 0, "meters", 5)
     assert decode_request(packed(31, 1, 0, "meters", 5, 0, 1, 2)) == Pull(1, 0, "meters", 5, 0, 1, 2)
+    assert decode_request(packed(21, 1, 0, "meters")) == DeleteTopic(1, 0, "meters", topic_id=0)
     assert decode_request(packed(11, 1, 0, "broker-a", 0, 3)) == UnregisterBroker(1, 0, "broker-a", 0, 3, store_id="")
     assert decode_request(packed(1, 1, 0, 1, "c", 1, "admin")) == Hello(1, 0, 1, "c", 1, "admin")
     assert decode_request(packed(20, 1, 0, ["meters"])).config == TopicConfig("meters", 4, 6, FlushMode.SYNC)

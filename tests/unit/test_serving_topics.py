@@ -75,6 +75,30 @@ def test_a_deleted_topic_is_gone_and_comes_back_empty(desk: BrokerDesk, admin: D
     assert desk.client("admin", epoch=2).pull("meters", 0, 0)[1] == []
 
 
+def test_a_deletion_means_one_topic_and_not_the_next_of_its_name(desk: BrokerDesk, admin: DeskClient) -> None:
+    """It is sent again when its answer is lost, and a producer may have made the topic anew in between."""
+    former = admin.ask(PutTopic, TopicConfig("meters")).topics[0].topic_id
+    assert isinstance(admin.ask(DeleteTopic, "meters", former), Done)
+    assert admin.ask(DeleteTopic, "meters", former).code == Code.TOPIC_NOT_FOUND
+    present = admin.ask(PutTopic, TopicConfig("meters")).topics[0].topic_id
+    admin.send("meters", 0, [b"acknowledged"])
+    refused = admin.ask(DeleteTopic, "meters", former)
+    assert refused.code == Code.TOPIC_NOT_FOUND and "another one has its name" in refused.message
+    assert admin.pull("meters", 0, 0)[1] == [b"acknowledged"]
+    assert isinstance(admin.ask(DeleteTopic, "meters", present), Done)
+
+
+def test_that_the_topic_meant_is_gone_is_said_when_a_power_cut_cannot_undo_it(desk: BrokerDesk, admin: DeskClient) -> None:
+    former = admin.ask(PutTopic, TopicConfig("meters")).topics[0].topic_id
+    admin.post(DeleteTopic, "meters", former)
+    admin.post(PutTopic, TopicConfig("meters"))
+    number = admin.post(DeleteTopic, "meters", former)
+    desk.turn(flush=False)
+    assert admin.reply(number) is None
+    desk.turn()
+    assert admin.reply(number).code == Code.TOPIC_NOT_FOUND
+
+
 @pytest.mark.parametrize(
     "config",
     [

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from random import Random
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 TIMEOUT_MS = 5_000
 
 Answers = dict[str, AnyReply | ZrmqError]  # by broker name
+Fields = tuple[object, ...]  # of a request, behind its number and timeout
 OnFailure = Callable[[str, ZrmqError], None]
 T = TypeVar("T")
 Finish = Callable[[T | ZrmqError], None]
@@ -157,11 +158,22 @@ class Admin:
             self._change(self._ask(PutTopic, _configure(info.config, changes), only=[broker_name]))
 
     def delete_topic(self, name: str) -> None:
-        """Delete the topic with its messages and offsets at every broker. Raises `TopicNotFoundError` when none has it."""
+        """Delete the topic with its messages and offsets at every broker. Raises `TopicNotFoundError` when none has it.
+
+        Deletes what has the name at the time of the call. A topic that somebody makes under it meanwhile, as producers in use do,
+        stays: it may have messages that were acknowledged.
+        """
         check_topic(name)
-        answers = self._ask(DeleteTopic, name)
-        if all(_is_code(answer, Code.TOPIC_NOT_FOUND) for answer in answers.values()):
+        described = self._ask(DescribeTopics, [name])
+        known = {broker: answer for broker, answer in described.items() if not _is_code(answer, Code.TOPIC_NOT_FOUND)}
+        if not known:
             raise TopicNotFoundError(f"Topic {name!r} does not exist; 'zrmq topic list' shows those that do.", topic=name)
+        meant = {
+            broker: (name, info.topic_id)
+            for broker, answer in known.items() if not isinstance(answer, ZrmqError) for info in _expect(Topics, answer).topics
+        }
+        answers = known | (self._ask_each(DeleteTopic, meant) if meant else {})
+        # One that is not found any more is gone, be it by the request that is repeated when its answer is lost.
         self._change({broker: answer for broker, answer in answers.items() if not _is_code(answer, Code.TOPIC_NOT_FOUND)})
 
     # --- consumer groups ----------------------------------------------------------------------------------------------
@@ -196,7 +208,11 @@ class Admin:
 
     def _ask(self, kind: type[Request], *fields: object, only: Sequence[str] | None = None) -> Answers:
         """One request to each live master, or to `only` these, at once; what each of them said."""
-        return self._wait(partial(self._begin_asking, kind, fields, only))
+        return self._wait(partial(self._begin_asking, kind, lambda broker_name: fields, only))
+
+    def _ask_each(self, kind: type[Request], fields: Mapping[str, Fields]) -> Answers:
+        """Requests of one kind to these brokers, at once, with each one's own fields."""
+        return self._wait(partial(self._begin_asking, kind, fields.__getitem__, list(fields)))
 
     def _list(self, answers: Answers, absent: Code) -> Answers:
         """The good answers; a broker that does not have the thing says `absent`, which is an answer too."""
@@ -238,19 +254,19 @@ class Admin:
         self._instance.await_broker(finish, self._timeout_ms)
 
     def _begin_asking(
-        self, kind: type[Request], fields: tuple[object, ...], only: Sequence[str] | None, finish: Finish[Answers]
+        self, kind: type[Request], fields_of: Callable[[str], Fields], only: Sequence[str] | None, finish: Finish[Answers]
     ) -> None:
         def ask(error: ZrmqError | None) -> None:
             if error is not None:
                 finish(error)
                 return
-            _Round(self._instance, only, finish).ask(kind, fields, self._timeout_ms)
+            _Round(self._instance, only, finish).ask(kind, fields_of, self._timeout_ms)
 
         self._begin_route(ask)
 
 
 class _Round:
-    """The same request to several brokers; `finish` gets all answers when the last is there. Loop thread only."""
+    """Requests of one kind to several brokers; `finish` gets all answers when the last is there. Loop thread only."""
 
     def __init__(
         self, instance: ClientInstance, only: Sequence[str] | None, finish: Finish[Answers]
@@ -261,7 +277,7 @@ class _Round:
         self._answers: Answers = {}
         self._finish = finish
 
-    def ask(self, kind: type[Request], fields: tuple[object, ...], timeout_ms: int) -> None:
+    def ask(self, kind: type[Request], fields_of: Callable[[str], Fields], timeout_ms: int) -> None:
         """Ask all of them."""
         if not self._names:
             self._finish(no_broker(self._instance))
@@ -270,7 +286,7 @@ class _Round:
             if link is None:
                 self._take(name, _unknown(name), [])
             else:
-                link.request(kind, *fields, timeout_ms=timeout_ms, on_reply=partial(self._take, name))
+                link.request(kind, *fields_of(name), timeout_ms=timeout_ms, on_reply=partial(self._take, name))
 
     def _take(self, name: str, answer: AnyReply | ZrmqError, frames: list[bytes]) -> None:
         self._answers[name] = answer

@@ -245,9 +245,14 @@ class PutTopic(Request, tag=20, frozen=True):
 
 
 class DeleteTopic(Request, tag=21, frozen=True):
-    """B Delete the topic with its messages and offsets. Answered by `Done`."""
+    """B Delete the topic with its messages and offsets. Answered by `Done`.
+
+    `topic_id`: which topic of that name is meant, as `TopicInfo` tells it. TOPIC_NOT_FOUND when that one is gone, though another
+    may have the name by now. 0: whichever has it; the repetition of a request that was done then deletes the next one.
+    """
 
     topic: Name
+    topic_id: Natural = 0
 
 
 class DescribeTopics(Request, tag=22, frozen=True):

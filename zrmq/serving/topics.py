@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from zrmq.errors import Code, InvalidArgumentError, RequestRefusedError
+from zrmq.errors import Code, InvalidArgumentError, RequestRefusedError, TopicNotFoundError
 from zrmq.protocol import limits
 from zrmq.protocol.events import PERMISSION_READ, PERMISSION_WRITE, TopicConfig, TopicDeleted, TopicPut
 from zrmq.protocol.requests import DeleteTopic, DescribeTopics, Done, PutTopic, QueueState, TopicInfo, TopicRoute, Topics
@@ -50,8 +50,15 @@ class TopicDesk:
         self._context.reply_when_safe(session, Topics(request.number, [describe(tables.topics[config.topic])]))
 
     def delete(self, session: Session, request: DeleteTopic, frames: list[bytes]) -> None:
-        """Delete a topic; answered when that is flushed."""
+        """Delete a topic; answered when that is flushed, and so is that the one meant is gone."""
         topic = self._context.topic(request.topic)
+        if request.topic_id not in (0, topic.topic_id):
+            name, broker_name = request.topic, self._context.config.broker_name
+            raise TopicNotFoundError(
+                f"The topic {name!r} that was to go is deleted at broker {broker_name} already, and another one has its name;"
+                " delete that with 'zrmq topic delete' if it is not wanted either.",
+                topic=name, broker_name=broker_name,
+            )
         self._context.store.append_event(TopicDeleted(topic.topic_id))
         self._on_deleted(topic)
         self._changed()

@@ -91,7 +91,7 @@ class VirtualAdmin:
             return
         config = reply.topics[0].config
         if change is None:
-            self._delete(broker_name, config, link)
+            self._delete(broker_name, config, reply.topics[0].topic_id, link)
             return
         config = change(config)
         self._world.note(NAME, "changes_topic", f"{broker_name} {config}")
@@ -110,7 +110,7 @@ class VirtualAdmin:
 
     # --- deleted and made again ---------------------------------------------------------------------------------------
 
-    def _delete(self, broker_name: str, config: TopicConfig, link: Link) -> None:
+    def _delete(self, broker_name: str, config: TopicConfig, topic_id: int, link: Link) -> None:
         if (broker_name, config.topic) in self._remaking:
             return
         self._remaking.add((broker_name, config.topic))
@@ -118,7 +118,7 @@ class VirtualAdmin:
         self.settled.pop((broker_name, config.topic), None)
         self._asked.pop((broker_name, config.topic), None)  # what is still under way comes before this
         on_reply = partial(self._deleted, broker_name, config)
-        link.request(DeleteTopic, config.topic, timeout_ms=ASK_MS, on_reply=on_reply)
+        link.request(DeleteTopic, config.topic, topic_id, timeout_ms=ASK_MS, on_reply=on_reply)
 
     def _deleted(self, broker_name: str, config: TopicConfig, reply: AnyReply | ZrmqError, frames: list[bytes]) -> None:
         """Or nobody knows. It is made again in any case."""
