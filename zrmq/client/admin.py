@@ -153,7 +153,12 @@ class Admin:
         self._wait(partial(self._begin_route, topic=name))
 
     def update_topic(self, name: str, **changes: Any) -> None:
-        """Change these settings of the topic at every broker that has it. Raises as `topic` and `create_topic`."""
+        """Change these settings of the topic at every broker that has it. Raises as `topic` and `create_topic`.
+
+        Each broker is sent the whole configuration, as it was read with these changes, and is sent it again when its answer is
+        lost. So of two admins who change one topic at the same time, either may undo what the other has changed, and make a topic
+        again that the other has deleted: look at `topic` afterwards.
+        """
         for broker_name, info in self.topic(name).items():
             self._change(self._ask(PutTopic, _configure(info.config, changes), only=[broker_name]))
 

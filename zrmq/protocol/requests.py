@@ -237,6 +237,8 @@ class PutTopic(Request, tag=20, frozen=True):
 
     `create_only`: an existing topic is left as it is (what producers and consumers send before first use: refused with
     TOPIC_NOT_FOUND where the broker's auto-create is off and `auto_create` is set). Queues cannot be taken away.
+
+    Nothing tells a repetition from a new request, so it may undo what another admin has changed in between.
     """
 
     config: TopicConfig
