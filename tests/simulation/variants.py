@@ -892,7 +892,7 @@ VARIANTS = [
     Variant("go on where it was after a seek back", go_on_where_it_was_after_a_seek_back, {"missed"}, PULLING),
     Variant("settle what a poll took", settle_what_a_poll_took, {"commit"}, PULLING),
     Variant("say that a commit is done before its flush", say_that_a_commit_is_done_before_its_flush, {"commit", "again"}, {
-        "faults": {"broker_power_cut": 700.0}, "flush_ms": (1.0, 40.0),
+        "faults": {"broker_power_cut": 700.0, "consumer_crash": 700.0}, "flush_ms": (1.0, 40.0),
     }),
     Variant("say at once that a commit is done", say_at_once_that_a_commit_is_done, {"commit"}, PULLING),
     Variant("do not commit assigned queues at close", do_not_commit_assigned_queues_at_close, {"commit"}, {"work": readers()}),
@@ -942,7 +942,7 @@ VARIANTS = [
     ),
     Variant("call flushed what is visible", call_flushed_what_is_visible, {"commit", "missed"}, FLUSHING),
     Variant("acknowledge as the topic was once", acknowledge_as_the_topic_was_once, {"flush", "lost"}, FLUSHING),
-    Variant("go on behind what was lost", go_on_behind_what_was_lost, {"missed"}, {
+    Variant("go on behind what was lost", go_on_behind_what_was_lost, {"missed", "commit"}, {
         "work": readers(), "faults": {"broker_power_cut": 1_000.0},
         "topics": tuple(TopicPlan(f"topic-{number}", 2, FlushMode.ASYNC) for number in range(3)),
     }),
