@@ -79,6 +79,58 @@ def test_nothing_grows_older_because_the_clock_is_set_forward() -> None:
     assert bench.store.start_position > 0
 
 
+def test_nothing_grows_older_because_the_clock_is_set_back_and_forward_again() -> None:
+    bench = StoreBench(retention_ms=12 * HOUR_MS)
+    (queue, _) = bench.topic()
+    bench.fill_segments(queue, 1)
+    bench.clock.step(-HOUR_MS * 24 * 365)
+    for _ in range(24):
+        bench.clock.advance(HOUR_MS)
+        bench.maintain()
+        bench.fill_segments(queue, 1)
+        bench.checkpoint()
+    kept = bench.segments()
+    assert 12 <= len(kept) <= 14, "what is older goes by any clock"
+    bench.clock.step(HOUR_MS * 24 * 365)
+    bench.maintain(3)
+    assert bench.segments() == kept
+    bench.clock.advance(HOUR_MS * 6)
+    bench.maintain(3)
+    assert 6 <= len(bench.segments()) <= 8
+
+
+def test_what_was_stored_before_the_clock_was_set_back_is_right_when_the_next_run_has_the_time() -> None:
+    bench = StoreBench(retention_ms=HOUR_MS)
+    (queue, _) = bench.topic()
+    bench.fill_segments(queue, 3)
+    bench.clock.step(-HOUR_MS * 24 * 365)
+    bench.maintain()
+    bench.checkpoint()
+    bench.crash()
+    bench.clock.step(HOUR_MS * 24 * 365)
+    bench.reopen()
+    bench.maintain(3)
+    assert bench.store.start_position == 0
+
+
+def test_a_clock_that_was_ahead_keeps_nothing_for_ever() -> None:
+    bench = StoreBench(retention_ms=HOUR_MS)
+    bench.clock.step(HOUR_MS * 24 * 365)
+    (queue, _) = bench.topic()
+    bench.fill_segments(queue, 2)
+    bench.maintain(3)
+    bench.rot(3000)
+    bench.clock.step(-HOUR_MS * 24 * 365)
+    bench.fill_segments(queue, 2)
+    bench.reopen()
+    bench.maintain(3)
+    assert bench.store.start_position == 0, "nobody knows yet how old it is"
+    assert len(bench.store.damage) == 1, "nor is it left alone by the search for damage"
+    bench.clock.advance(HOUR_MS)
+    bench.maintain(3)
+    assert bench.store.start_position == 4 * SEGMENT_BYTES
+
+
 def test_what_an_earlier_run_stored_keeps_its_age_when_the_clock_is_set_forward() -> None:
     bench = old_bench()
     bench.clock.step(-2 * HOUR_MS)

@@ -106,3 +106,15 @@ def test_force_takes_as_many_as_it_needs() -> None:
 def test_force_and_age_together() -> None:
     made = segments({1: (0, 50)}, {1: (HOUR * 2, 50)}, {1: (0, 50)}, {1: (0, 50)})
     assert count(made, PLAIN, excess_bytes=1) == 2
+
+
+def test_a_stamp_from_the_future_is_as_old_as_what_was_stored_behind_it() -> None:
+    future, old, new = {1: (-HOUR * 99, 50)}, {1: (HOUR + 1, 50)}, {1: (HOUR, 50)}
+    assert count(segments(future, future, old, new), PLAIN) == 3
+    assert count(segments(future, new, old, new), PLAIN) == 0, "the next one is nearest"
+    assert count(segments(future, future, future), PLAIN) == 0, "nothing tells an age"
+    assert count(segments(future, {}, old, new), PLAIN) == 3, "a segment all of which is damaged has no stamp"
+    assert count(segments({}, {1: (HOUR + 1, 50)}, {}, last_ms=NOW + 1), PLAIN) == 0
+    bounded = topics(a=TopicConfig("a", retention_ms=HOUR * 2))
+    assert count(segments(future, old, new), bounded) == 0
+    assert count(segments(future, {1: (HOUR * 2 + 1, 50)}, new), bounded) == 2

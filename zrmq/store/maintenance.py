@@ -31,7 +31,7 @@ INTERVAL_MS = 1_000  # between two looks at the disk
 SCRUB_BYTES = 4 << 20  # checked by one job
 TRIMS_MAX = 200  # queues cut at their front by one call; each may read from a file
 WARN_AGAIN_MS = 3_600_000
-STEP_MS = 60_000  # what the wall clock gains on the steady one from one look to the next when somebody has set it
+STEP_MS = 60_000  # what the wall clock gains or loses on the steady one between two looks when somebody has set it
 
 Damage = tuple[int, int]  # stretch of the log: position, end
 
@@ -111,16 +111,21 @@ class Upkeep:
     # --- segments -----------------------------------------------------------------------------------------------------
 
     def _notice_step(self, now_ms: float) -> None:
-        """A clock that is set forward (a box without a battery has found the time) makes nothing older that it stamped before."""
+        """A clock that is set forward (a box without a battery has found the time) makes nothing older that it stamped before.
+
+        Not even what it stamped after it had been set back: what this run stores is never from before its own beginning. Stamps
+        that are ahead of a clock set back stay as they are: they may be the right ones, and retention does not go by them.
+        """
         wall_ms = self._clock.time_ms()
         (seen_wall_ms, seen_ms), self._seen_ms = self._seen_ms, (wall_ms, now_ms)
         until_ms = seen_wall_ms + round(now_ms - seen_ms)
         step_ms = wall_ms - until_ms
-        if step_ms < STEP_MS:
+        if abs(step_ms) < STEP_MS:
             return
-        log.warning("clock_set_forward", step_ms=step_ms)
-        for segment in self._log.segments:
-            segment.rejuvenate(self._late_since_ms, until_ms, step_ms)
+        log.warning("clock_set_forward" if step_ms > 0 else "clock_set_back", step_ms=abs(step_ms))
+        if step_ms > 0:
+            for segment in self._log.segments:
+                segment.rejuvenate(self._late_since_ms, until_ms, step_ms)
         self._late_since_ms += step_ms
 
     def _excess_bytes(self) -> int:
@@ -169,12 +174,13 @@ class Upkeep:
     # --- damage -------------------------------------------------------------------------------------------------------
 
     def _next_scrub(self) -> tuple[Segment, int] | None:
-        """Where to look on for damage: in the segment begun, or in the first closed one whose last check is long ago."""
+        """Where to look on for damage: in the segment begun, or in the first closed one whose last check is long ago; or was made
+        by a clock that was as far ahead."""
         if self._scrubbing is not None and self._scrubbing[0] in self._log.segments:
             return self._scrubbing
-        due_ms = self._clock.time_ms() - self._config.scrub_ms
+        now_ms, scrub_ms = self._clock.time_ms(), self._config.scrub_ms
         closed = (segment for segment in self._log.segments[:-1] if segment.end <= self._log.flushed_position)
-        segment = next((segment for segment in closed if segment.scrubbed_ms < due_ms), None)
+        segment = next((segment for segment in closed if abs(now_ms - segment.scrubbed_ms) > scrub_ms), None)
         return (segment, segment.start) if segment is not None else None
 
     def _begin_reindex(self, job: Maintenance) -> None:

@@ -36,7 +36,7 @@ def _is_expired(
 ) -> bool:
     segment = segments[index]
     if not segment.shares:
-        return now_ms - segment.last_ms > retention_ms
+        return _age_ms(segments, index, segment.last_ms, now_ms) > retention_ms
     for topic_id, share in segment.shares.items():
         topic = topics.get(topic_id)
         if topic is not None and not _is_share_expired(segments, index, topic, share, now_ms, retention_ms):
@@ -49,10 +49,17 @@ def _is_share_expired(
 ) -> bool:
     config = topic.config
     if config.retention_ms is None and config.retention_bytes is None:
-        return now_ms - share.last_ms > retention_ms
-    if config.retention_ms is not None and now_ms - share.last_ms > config.retention_ms:
+        return _age_ms(segments, index, share.last_ms, now_ms) > retention_ms
+    if config.retention_ms is not None and _age_ms(segments, index, share.last_ms, now_ms) > config.retention_ms:
         return True
     return config.retention_bytes is not None and _bytes_behind(segments, index, topic.topic_id) >= config.retention_bytes
+
+
+def _age_ms(segments: Sequence[Segment], index: int, stamp_ms: int, now_ms: int) -> int:
+    """How old at least is what was stamped so in a segment."""
+    if stamp_ms > now_ms:
+        stamp_ms = next((segment.last_ms for segment in segments[index + 1 :] if 0 < segment.last_ms <= now_ms), stamp_ms)
+    return now_ms - stamp_ms
 
 
 def _bytes_behind(segments: Sequence[Segment], index: int, topic_id: int) -> int:
