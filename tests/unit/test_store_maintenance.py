@@ -79,6 +79,29 @@ def test_nothing_grows_older_because_the_clock_is_set_forward() -> None:
     assert bench.store.start_position > 0
 
 
+@pytest.mark.parametrize("failures", [0, 2])
+def test_younger_stamps_are_saved_when_nothing_else_has_changed(failures: int) -> None:
+    """The clock is found, nothing more is stored, and the power goes."""
+    bench = StoreBench(retention_ms=HOUR_MS)
+    (queue, _) = bench.topic()
+    bench.fill_segments(queue, 3)
+    bench.checkpoint()
+    bench.maintain(5)
+    position = bench.store.appended_position
+    bench.clock.step(120 * HOUR_MS)
+    bench.maintain()
+    bench.files.fail("commit", times=failures)
+    for _ in range(1 + failures):
+        assert bench.store.appended_position == bench.store.checkpoint_position == position
+        run(bench.store.begin_checkpoint())
+        assert bench.store.begin_checkpoint() is None, "not before its time again"
+        bench.clock.advance(30_000)
+    assert bench.store.begin_checkpoint() is None
+    bench.crash()
+    bench.maintain(3)
+    assert bench.store.start_position == 0
+
+
 def test_nothing_grows_older_because_the_clock_is_set_back_and_forward_again() -> None:
     bench = StoreBench(retention_ms=12 * HOUR_MS)
     (queue, _) = bench.topic()

@@ -45,6 +45,7 @@ class Upkeep:
     ) -> None:
         self.free_bytes: int | None = None  # of the file system, as last seen
         self.reindexing: list[Queue] = []  # whose entries are being made anew
+        self.corrected_ms = -1.0  # when stamps were last made younger, by the steady clock
         self._clock = clock
         self._config = config
         self._log = commit_log
@@ -126,6 +127,7 @@ class Upkeep:
         if step_ms > 0:
             for segment in self._log.segments:
                 segment.rejuvenate(self._late_since_ms, until_ms, step_ms)
+            self.corrected_ms = now_ms
         self._late_since_ms += step_ms
 
     def _excess_bytes(self) -> int:

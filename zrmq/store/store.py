@@ -431,9 +431,11 @@ class Store:
 
     def _is_checkpoint_due(self) -> bool:
         unsaved_bytes = self._log.appended_position - self._saved_position
-        if unsaved_bytes >= self._config.checkpoint_bytes:
-            return True
-        return unsaved_bytes > 0 and self._clock.monotonic_ms() - self._saved_ms >= self._config.checkpoint_ms
+        if unsaved_bytes >= self._config.checkpoint_bytes or self._upkeep.corrected_ms > self._saved_ms:
+            return True  # stamps that a clock set forward has left too old are all that the next start would go by
+        if self._clock.monotonic_ms() - self._saved_ms < self._config.checkpoint_ms:
+            return False
+        return unsaved_bytes > 0 or any(segment.last_ms != segment.saved_ms[0] for segment in self._log.segments)
 
     def _finish_checkpoint(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = None
