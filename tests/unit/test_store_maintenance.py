@@ -309,6 +309,35 @@ def test_a_disk_that_fills_up_takes_the_oldest_segment_at_each_look() -> None:
     assert spares(bench) == [], "recycling would free nothing"
 
 
+def test_a_full_disk_that_lets_go_of_nothing_costs_no_more_than_one_segment() -> None:
+    bench = old_bench(8, retention_ms=HOUR_MS * 99, free_delete_bytes=10 * SEGMENT_BYTES, free_refuse_bytes=0, free_warn_bytes=0)
+    bench.files.capacity_bytes = bench.files.used_bytes + int(8.5 * SEGMENT_BYTES)
+    bench.maintain()
+    bench.files.fail("unlink", times=99, path="commitlog")
+    bench.maintain(6)
+    assert len(bench.segments()) == 8
+    assert bench.store.start_position == SEGMENT_BYTES
+    bench.files.heal()
+    bench.maintain()
+    assert bench.segments()[0] == bench.store.start_position == SEGMENT_BYTES
+    bench.maintain(3)
+    assert bench.segments()[0] == 2 * SEGMENT_BYTES, "as many as it needs, then"
+
+
+def test_nothing_is_recycled_while_a_full_disk_lets_go_of_nothing() -> None:
+    bench = old_bench(6, retention_ms=HOUR_MS * 99, free_delete_bytes=10 * SEGMENT_BYTES, free_refuse_bytes=0, free_warn_bytes=0)
+    bench.files.capacity_bytes = bench.files.used_bytes + int(8.5 * SEGMENT_BYTES)
+    bench.maintain()
+    bench.files.fail("unlink", times=99, path="commitlog")
+    bench.maintain(2)
+    bench.clock.advance(HOUR_MS * 99)
+    bench.maintain()
+    bench.files.heal()
+    bench.maintain()
+    assert bench.segments() == [5 * SEGMENT_BYTES]
+    assert spares(bench) == []
+
+
 def test_queue_files_go_with_the_log() -> None:
     bench = StoreBench(retention_ms=HOUR_MS)
     bench.store._views.shelf._entries_per_file = 100

@@ -130,12 +130,17 @@ class Upkeep:
             self.corrected_ms = now_ms
         self._late_since_ms += step_ms
 
+    @property
+    def _is_disk_low(self) -> bool:
+        return self.free_bytes is not None and self.free_bytes < self._config.free_delete_bytes
+
     def _excess_bytes(self) -> int:
         """How much has to go, expired or not."""
         bytes_max = self._config.store_bytes_max
         excess_bytes = max(self._log.size_bytes - bytes_max, 0) if bytes_max else 0
-        is_disk_low = self.free_bytes is not None and self.free_bytes < self._config.free_delete_bytes
-        return max(excess_bytes, 1) if is_disk_low else excess_bytes  # one segment; then the disk is looked at again
+        if self._is_disk_low and not self._unremoved:  # else more would leave the log, and nothing would be free for it
+            return max(excess_bytes, 1)  # one segment; then the disk is looked at again
+        return excess_bytes
 
     def _expired_count(self, saved_position: int, excess_bytes: int) -> int:
         return expired_count(
@@ -156,7 +161,7 @@ class Upkeep:
         removed: list[tuple[Segment, Path | None]] = []
         for _ in range(count):
             segment = self._log.take_front()
-            may_recycle = not is_forced and segment.end - segment.start == self._log.segment_bytes
+            may_recycle = not (is_forced or self._is_disk_low) and segment.end - segment.start == self._log.segment_bytes
             spares = len(self._log.spares) + sum(spare is not None for _, spare in removed)
             is_kept = may_recycle and spares < config.spare_segments_max
             removed.append((segment, self._log.next_spare() if is_kept else None))
