@@ -9,7 +9,8 @@ import pytest
 
 from tests.unit.store_bench import FOLDER, QUEUES, StoreBench, describe, fold, run
 from zrmq.protocol.events import GroupDeleted, GroupSubscribed, LeaseGranted, OffsetsCommitted, TopicDeleted
-from zrmq.store.consume_queue import ENTRY_BYTES, ROW_TAIL_BYTES_MAX, TAIL_BYTES_MAX
+from zrmq.store.checkpoint import Checkpoint
+from zrmq.store.consume_queue import ENTRY_BYTES, ROW_TAIL_BYTES_MAX, TAIL_BYTES_MAX, Shelf
 
 LONG = ROW_TAIL_BYTES_MAX // ENTRY_BYTES + 1
 
@@ -259,6 +260,46 @@ def test_files_that_cannot_be_removed_are_removed_later(bench: StoreBench) -> No
     bench.checkpoint()
     assert bench.files.listdir(QUEUES) == []
     saved_right(bench)
+
+
+@pytest.mark.parametrize("how", ["listdir fails", "unlink fails", "kill", "power cut"])
+def test_queue_files_that_were_to_go_when_it_ended_go_later(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those of queues that get no messages any more."""
+    monkeypatch.setattr(Shelf.__init__, "__defaults__", (64,))  # entries per file
+    bench = StoreBench(retention_ms=10_000)
+    quiet, other = bench.topic("quiet", 2)
+    (busy,) = bench.topic("busy", 1)
+    for _ in range(LONG * 2):
+        bench.append(quiet, size=10)
+        bench.append(other, size=10)
+    bench.fill_segments(busy, 1)
+    bench.checkpoint()
+    folders = [QUEUES / "quiet@1" / "0", QUEUES / "quiet@1" / "1"]
+    assert [len(bench.files.listdir(folder)) for folder in folders] == [3, 3]
+    bench.clock.advance(20_000)
+    bench.maintain(2)
+    if how.endswith("fails"):
+        bench.files.fail(how.split()[0], errno.EMFILE, path="quiet@1/0")
+        bench.checkpoint()
+        assert [len(bench.files.listdir(folder)) for folder in folders] == [3, 1], "one queue's folder keeps no other's files"
+    else:
+        job = bench.store.begin_checkpoint(force=True)
+        assert isinstance(job, Checkpoint)
+        job._database.save(job.saved)
+        bench.kill() if how == "kill" else bench.crash()
+        assert [len(bench.files.listdir(folder)) for folder in folders] == [3, 3]
+        assert bench.store.recovery.queues_reindexed == 0
+    position = bench.store.checkpoint_position
+    bench.append(bench.queue("busy"))
+    bench.flush()
+    bench.checkpoint()
+    assert bench.store.checkpoint_position > position
+    assert [len(bench.files.listdir(folder)) for folder in folders] == [1, 1]
+    looks = bench.files.counts["listdir"]
+    bench.append(bench.queue("busy"))
+    bench.flush()
+    bench.checkpoint()
+    assert bench.files.counts["listdir"] == looks, "nothing is left to be looked for"
 
 
 def test_the_first_save_after_the_views_were_lost_has_everything(bench: StoreBench) -> None:

@@ -74,10 +74,20 @@ class Checkpoint(Job):
             save.sync()
         self._database.save(self.saved)
         self.is_saved = True
+        self._clean()
+
+    def _clean(self) -> None:
+        """Remove what nobody needs any more; what one queue's folder refuses keeps no other's files."""
+        refused = None
         for save in self._queues:
-            save.clean()
+            try:
+                save.clean()
+            except OSError as error:
+                refused = error
         for folder in self._dead_folders:
             remove_tree(self._files, folder)
+        if refused is not None:
+            raise refused
 
     def finish(self) -> None:
         if self.is_saved:

@@ -209,8 +209,8 @@ class ConsumeQueue:
     """The entries of one queue. Loop thread only. Small: a broker has up to 10,000 of them, most of them quiet."""
 
     __slots__ = (
-        "_folder", "_hints", "filed", "first", "first_position", "is_spilling", "max_timestamp_ms", "queue", "saved_min_offset",
-        "saved_next_offset", "shelf", "synced", "tail",
+        "_folder", "_hints", "cleaned", "filed", "first", "first_position", "is_spilling", "max_timestamp_ms", "queue",
+        "saved_min_offset", "saved_next_offset", "shelf", "synced", "tail",
     )
 
     def __init__(self, queue: Queue, shelf: Shelf) -> None:
@@ -222,6 +222,7 @@ class ConsumeQueue:
         self.first_position = _NOWHERE
         self.max_timestamp_ms = 0
         self.is_spilling = False  # a job counts on the numbers: neither spill nor trim
+        self.cleaned = 0  # files all of whose entries are below are removed; a crash may have come between, so 0 at a start
         self.saved_min_offset = self.saved_next_offset = 0  # what views.db has
         self.shelf = shelf
         self._folder: Path | None = None
@@ -385,8 +386,9 @@ class ConsumeQueue:
 
     @property
     def is_saved(self) -> bool:
-        """Whether views.db has the queue as it is."""
-        return self.saved_next_offset == self.queue.next_offset and self.saved_min_offset == self.queue.min_offset
+        """Whether views.db has the queue as it is, and files that the queue has done with are removed."""
+        is_clean = self.shelf.next_file(self.cleaned) > self.first
+        return is_clean and self.saved_next_offset == self.queue.next_offset and self.saved_min_offset == self.queue.min_offset
 
     def begin_save(self) -> QueueSave:
         """What has to be written for the queue to be on disk as it is now; `finish_save` belongs to it."""
@@ -401,6 +403,7 @@ class ConsumeQueue:
             del self.tail[: len(save.spill)]
             self.filed += len(save.spill) // ENTRY_BYTES
             self.synced = max(self.synced, save.row.filed)
+            self.cleaned = save.cleaned
             self.saved_min_offset, self.saved_next_offset = save.row.min_offset, save.row.next_offset
 
     def restore(self, row: QueueRow) -> None:
@@ -418,13 +421,14 @@ class ConsumeQueue:
 class QueueSave:
     """One queue's part of a checkpoint: its row, and what goes to its files before the row may be saved."""
 
-    __slots__ = ("_synced", "index", "row", "spill", "spill_at")
+    __slots__ = ("_synced", "cleaned", "index", "row", "spill", "spill_at")
 
     def __init__(self, index: ConsumeQueue, spill: bytes) -> None:
         queue = index.queue
         self.index = index
         self.spill = spill
         self.spill_at = index.filed
+        self.cleaned = index.cleaned
         self.row = QueueRow(
             queue.topic.topic_id, queue.queue_id, queue.min_offset, queue.next_offset, index.first,
             index.filed + len(spill) // ENTRY_BYTES, index.first_position, index.max_timestamp_ms,
@@ -444,8 +448,10 @@ class QueueSave:
 
     def clean(self) -> None:
         """Remove files that the row, which is saved by now, does not speak of. Any thread. Raises `OSError`."""
-        if self.row.first:
-            self.index.shelf.remove_below(self.index.folder, self.row.first)
+        shelf = self.index.shelf
+        if shelf.next_file(self.cleaned) <= self.row.first:
+            shelf.remove_below(self.index.folder, self.row.first)
+            self.cleaned = self.row.first
 
 
 def _checked(entry: QueueEntry) -> QueueEntry:
