@@ -15,6 +15,7 @@ from zrmq.store import maintenance
 from zrmq.store.job import Job
 from zrmq.store.maintenance import TRIMS_MAX
 from zrmq.store.relocation import Relocation
+from zrmq.store.segment import segment_name
 
 HOUR_MS = 3_600_000
 
@@ -638,6 +639,28 @@ def test_a_long_segment_is_searched_in_slices(monkeypatch: pytest.MonkeyPatch) -
         bench.maintain()
         rounds += 1
     assert 3 < rounds < 9
+
+
+def test_a_segment_that_cannot_be_opened_for_a_while_is_searched_later() -> None:
+    bench = StoreBench()
+    (queue, _) = bench.topic()
+    bench.fill_segments(queue, 2)
+    bench.rot(3000)
+    bench.files.fail("open", errno.EMFILE, path=segment_name(0))
+    bench.maintain()
+    assert bench.store.damage == []
+    bench.maintain()
+    assert len(bench.store.damage) == 1
+
+
+def test_a_segment_that_cannot_be_opened_at_all_does_not_end_the_search() -> None:
+    bench = StoreBench()
+    (queue, _) = bench.topic()
+    bench.fill_segments(queue, 2)
+    bench.rot(SEGMENT_BYTES + 3000)
+    bench.files.fail("open", errno.EACCES, times=99, path=segment_name(0))
+    bench.maintain(3)
+    assert len(bench.store.damage) == 1
 
 
 def test_a_segment_deleted_while_it_is_searched() -> None:
