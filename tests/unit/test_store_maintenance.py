@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -517,6 +518,44 @@ def test_a_spare_that_cannot_be_made_leaves_nothing(number: int) -> None:
     assert bench.store.failure is None
     bench.maintain()
     assert len(spares(bench)) == 1
+
+
+def under_quota(segments: int, **config: Any) -> StoreBench:
+    """A log that may have so many segments and no more, on a disk that says that it has room."""
+    bench = StoreBench(retention_ms=HOUR_MS * 99, **config)
+
+    def refuse(operation: str, path: Path) -> None:
+        if operation in ("allocate", "pwritev") and path.name.startswith("spare") and bench.files.size(path) < SEGMENT_BYTES:
+            raise OSError(errno.EDQUOT, "Disk quota exceeded", str(path))
+
+    (queue, _) = bench.topic()
+    bench.fill_segments(queue, segments - 1)
+    bench.checkpoint()
+    bench.files.before = refuse
+    return bench
+
+
+def test_a_quota_costs_the_oldest_segment_for_each_new_one() -> None:
+    bench = under_quota(4, free_delete_bytes=SEGMENT_BYTES, free_refuse_bytes=0)
+    for _ in range(200):
+        bench.append(bench.queue(), size=500)
+        bench.flush()
+        bench.checkpoint()
+        bench.maintain()
+    assert bench.store.appended_position > 8 * SEGMENT_BYTES
+    assert 3 <= len(bench.segments()) <= 4, "no more than are needed go"
+    assert bench.store.damage == []
+
+
+def test_a_quota_costs_nothing_where_no_segment_may_go_for_room() -> None:
+    bench = under_quota(4, free_delete_bytes=0)
+    with pytest.raises(DiskFullError):
+        for _ in range(200):
+            bench.append(bench.queue(), size=500)
+            bench.flush()
+            bench.checkpoint()
+            bench.maintain()
+    assert bench.segments()[0] == 0
 
 
 def test_a_roll_while_a_spare_is_being_made_makes_one_itself() -> None:

@@ -61,6 +61,7 @@ class Upkeep:
         self._next_ms = -1.0
         self._next_warning_ms = -1.0
         self._is_trimming = True
+        self._is_spare_refused = False  # the disk has room, but not for us (a quota): the oldest segment becomes the next
         self._scrubbing: tuple[Segment, int] | None = None  # how far
 
     def queue_damaged(self, queue: Queue) -> None:
@@ -138,7 +139,8 @@ class Upkeep:
         """How much has to go, expired or not."""
         bytes_max = self._config.store_bytes_max
         excess_bytes = max(self._log.size_bytes - bytes_max, 0) if bytes_max else 0
-        if self._is_disk_low and not self._unremoved:  # else more would leave the log, and nothing would be free for it
+        is_wanting = self._is_disk_low or self._is_spare_refused
+        if is_wanting and not self._unremoved:  # else more would leave the log, and nothing would be free for it
             return max(excess_bytes, 1)  # one segment; then the disk is looked at again
         return excess_bytes
 
@@ -161,9 +163,10 @@ class Upkeep:
         removed: list[tuple[Segment, Path | None]] = []
         for _ in range(count):
             segment = self._log.take_front()
-            may_recycle = not (is_forced or self._is_disk_low) and segment.end - segment.start == self._log.segment_bytes
+            may_recycle = self._is_spare_refused or not (is_forced or self._is_disk_low)
             spares = len(self._log.spares) + sum(spare is not None for _, spare in removed)
-            is_kept = may_recycle and spares < config.spare_segments_max
+            is_whole = segment.end - segment.start == self._log.segment_bytes
+            is_kept = may_recycle and is_whole and spares < config.spare_segments_max
             removed.append((segment, self._log.next_spare() if is_kept else None))
             log.info("segment_deleted", position=segment.start, forced=is_forced, recycled=is_kept)
         self._is_trimming = self._is_trimming or bool(removed)
@@ -205,6 +208,7 @@ class Upkeep:
         self._running = None
         self._unremoved = job.removed
         self._log.spares += job.spares
+        self._is_spare_refused = job.is_spare_refused and self._config.free_delete_bytes > 0
         if job.free_bytes is not None:
             self.free_bytes = job.free_bytes
             self._warn_of_full_disk(job.free_bytes)
@@ -252,6 +256,7 @@ class Maintenance(Job):
         self.reindex_segments: list[Segment] = []
         self.reindex_end = 0
         self.spares: list[Path] = []
+        self.is_spare_refused = False  # there was no room for a new one
         self.free_bytes: int | None = None
         self.damage: list[Damage] = []
         self.scrubbed_to: int | None = None
@@ -301,6 +306,7 @@ class Maintenance(Job):
             self._files.unlink(path)
             if error.errno not in FULL:
                 raise
+            self.is_spare_refused = True
         else:
             self.spares.append(path)
         finally:
