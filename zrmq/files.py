@@ -94,7 +94,7 @@ class Files(Protocol):
         """Remove a file; nothing happens if there is none."""
 
     def rmdir(self, folder: Path) -> None:
-        """Remove an empty folder; nothing happens if there is none."""
+        """Remove an empty folder; nothing happens if there is none. A link to one stays: somebody wants it elsewhere."""
 
     def open_folder(self, folder: Path) -> OpenFolder:
         """Open a folder that is there."""
@@ -218,7 +218,7 @@ class DiskFiles:
         path.unlink(missing_ok=True)
 
     def rmdir(self, folder: Path) -> None:
-        if folder.exists():
+        if folder.exists() and not folder.is_symlink():
             os.rmdir(folder)
 
     def open_folder(self, folder: Path) -> OpenFolder:

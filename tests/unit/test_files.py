@@ -13,7 +13,7 @@ import pytest
 
 from zrmq import files as files_module
 from zrmq.errors import FolderLockedError
-from zrmq.files import DiskFiles, OpenFile, read_fully, write_fully
+from zrmq.files import DiskFiles, OpenFile, read_fully, remove_tree, write_fully
 
 
 class Whimsical:
@@ -128,6 +128,16 @@ def test_a_lock_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
 def test_free_space_is_that_of_the_file_system(tmp_path: Path) -> None:
     facts = os.statvfs(tmp_path)
     assert abs(DiskFiles().free_bytes(tmp_path) - facts.f_bavail * facts.f_frsize) < 1 << 30
+
+
+def test_a_link_in_the_place_of_a_folder_is_emptied_and_stays(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere" / "meters@1" / "0").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "meters@1" / "0" / "a").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    remove_tree(DiskFiles(), tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert DiskFiles().listdir(tmp_path / "link") == []
+    DiskFiles().mkdir(tmp_path / "link" / "meters@2")
 
 
 @pytest.mark.parametrize("who", ["parent", "child"])
