@@ -10,7 +10,7 @@ import pytest
 
 from tests.unit.store_bench import FOLDER, LOG, QUEUES, SEGMENT_BYTES, StoreBench, run
 from zrmq.errors import DiskFullError
-from zrmq.protocol.events import TopicDeleted
+from zrmq.protocol.events import OffsetsCommitted, TopicDeleted
 from zrmq.protocol.requests import PullStatus
 from zrmq.store import maintenance
 from zrmq.store.job import Job
@@ -122,6 +122,31 @@ def test_nothing_grows_older_because_the_clock_is_set_back_and_forward_again() -
     bench.clock.advance(HOUR_MS * 6)
     bench.maintain(3)
     assert 6 <= len(bench.segments()) <= 8
+
+
+@pytest.mark.parametrize("steps", [[HOUR_MS * 24 * 365], [HOUR_MS, HOUR_MS * 24 * 365 - HOUR_MS]])
+@pytest.mark.parametrize("has_messages", [True, False])
+def test_nor_what_came_into_the_segment_in_which_it_was_set_back(steps: list[int], has_messages: bool) -> None:
+    bench = StoreBench(retention_ms=12 * HOUR_MS)
+    (queue, _) = bench.topic()
+    if has_messages:
+        bench.append(queue)
+    bench.maintain()
+    bench.clock.step(-HOUR_MS * 24 * 365)
+    bench.maintain()
+    bench.clock.advance(24 * HOUR_MS)
+    while not has_messages and len(bench.segments()) == 1:
+        bench.store.append_event(OffsetsCommitted("g", "", [(1, 0, 0)]))
+    bench.fill_segments(queue, 2 - len(bench.segments()))
+    bench.checkpoint()
+    bench.clock.advance(6 * HOUR_MS)
+    for step_ms in steps:
+        bench.clock.step(step_ms)
+        bench.maintain(3)
+    assert bench.store.start_position == 0
+    bench.clock.advance(6 * HOUR_MS)
+    bench.maintain(3)
+    assert bench.store.start_position == SEGMENT_BYTES
 
 
 def test_what_was_stored_before_the_clock_was_set_back_is_right_when_the_next_run_has_the_time() -> None:
