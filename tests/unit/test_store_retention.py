@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from zrmq.protocol.events import TopicConfig
-from zrmq.store.retention import expired_count
+from zrmq.store.retention import AHEAD_MS, expired_count
 from zrmq.store.segment import Segment
 from zrmq.store.tables import Topic
 
@@ -109,12 +109,14 @@ def test_force_and_age_together() -> None:
 
 
 def test_a_stamp_from_the_future_is_as_old_as_what_was_stored_behind_it() -> None:
-    future, old, new = {1: (-HOUR * 99, 50)}, {1: (HOUR + 1, 50)}, {1: (HOUR, 50)}
+    future, old, new = {1: (-AHEAD_MS - 1, 50)}, {1: (HOUR + 1, 50)}, {1: (HOUR, 50)}
     assert count(segments(future, future, old, new), PLAIN) == 3
     assert count(segments(future, new, old, new), PLAIN) == 0, "the next one is nearest"
     assert count(segments(future, future, future), PLAIN) == 0, "nothing tells an age"
     assert count(segments(future, {}, old, new), PLAIN) == 3, "a segment all of which is damaged has no stamp"
-    assert count(segments({}, {1: (HOUR + 1, 50)}, {}, last_ms=NOW + 1), PLAIN) == 0
+    assert count(segments({}, {}, old, new, last_ms=NOW + AHEAD_MS + 1), PLAIN) == 0
+    assert count([*segments({}, last_ms=NOW + AHEAD_MS + 1), *segments(old, new)], PLAIN) == 2
+    assert count(segments({1: (-AHEAD_MS, 50)}, old, new), PLAIN) == 0, "that is soon past"
     bounded = topics(a=TopicConfig("a", retention_ms=HOUR * 2))
     assert count(segments(future, old, new), bounded) == 0
     assert count(segments(future, {1: (HOUR * 2 + 1, 50)}, new), bounded) == 2

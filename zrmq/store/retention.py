@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from zrmq.store.segment import Segment, Share
 from zrmq.store.tables import Topic
 
+AHEAD_MS = 3_600_000  # a stamp that is no more in the future keeps its segment so much longer, which does no harm
+
 
 def expired_count(
     segments: Sequence[Segment], topics: Mapping[int, Topic], *, now_ms: int, retention_ms: int, saved_position: int,
@@ -57,7 +59,7 @@ def _is_share_expired(
 
 def _age_ms(segments: Sequence[Segment], index: int, stamp_ms: int, now_ms: int) -> int:
     """How old at least is what was stamped so in a segment."""
-    if stamp_ms > now_ms:
+    if stamp_ms > now_ms + AHEAD_MS:
         stamp_ms = next((segment.last_ms for segment in segments[index + 1 :] if 0 < segment.last_ms <= now_ms), stamp_ms)
     return now_ms - stamp_ms
 
