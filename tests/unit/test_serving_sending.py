@@ -138,6 +138,24 @@ def test_a_stopping_broker_takes_nothing_new_and_answers_what_it_took(desk: Brok
     assert isinstance(producer.reply(taken), Sent)
 
 
+def test_a_stopping_broker_answers_the_repetition_of_what_it_has_stored(desk: BrokerDesk, producer: DeskClient) -> None:
+    batch = producer.batch([b"x"])
+    first = producer.ask(Send, "meters", 0, 0, payload=[batch])
+    desk.core.stop()
+    again = producer.ask(Send, "meters", 0, 0, payload=[batch])
+    assert (again.duplicate, again.base_offset) == (True, first.base_offset)
+    assert producer.send("meters", 0, [b"y"]).code == Code.STOPPING
+
+
+def test_what_was_stored_before_the_topic_became_read_only_is_recognized(desk: BrokerDesk, producer: DeskClient) -> None:
+    batch = producer.batch([b"x"])
+    first = producer.ask(Send, "meters", 0, 0, payload=[batch])
+    desk.topic("meters", permission=4)
+    again = producer.ask(Send, "meters", 0, 0, payload=[batch])
+    assert (again.duplicate, again.base_offset) == (True, first.base_offset)
+    assert producer.send("meters", 0, [b"y"]).code == Code.FORBIDDEN
+
+
 def test_a_full_disk_refuses_and_takes_again_when_space_returns(desk: BrokerDesk, producer: DeskClient) -> None:
     desk.files.capacity_bytes = desk.files.used_bytes
     replies = [producer.send("meters", 0, [bytes(100_000)]) for _ in range(30)]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from zrmq.clock import Clock
-from zrmq.errors import Code, InvalidFrameError, NoSessionError, StoppingError, ZrmqError
+from zrmq.errors import Code, InvalidFrameError, NoSessionError, ZrmqError
 from zrmq.logs import get_logger
 from zrmq.protocol import limits
 from zrmq.protocol.requests import (
@@ -47,7 +47,7 @@ from zrmq.serving.offsets import OffsetDesk
 from zrmq.serving.outbox import HasRoom, Outbox
 from zrmq.serving.outbox import Send as SendFrames
 from zrmq.serving.pulling import Pulling
-from zrmq.serving.sending import Sending
+from zrmq.serving.sending import Sending, stopping_error
 from zrmq.serving.topics import TopicDesk
 from zrmq.store.store import Store
 from zrmq.store.tables import Topic
@@ -152,9 +152,8 @@ class BrokerCore:
         if handler is None:
             name = type(request).__name__
             raise InvalidFrameError(f"A broker does not answer {name}; ask a NameServer.", code=Code.UNSUPPORTED)
-        if self._stopping and type(request) in (Send, JoinGroup, AcquireLease, PutTopic):
-            name = self.config.broker_name
-            raise StoppingError(f"Broker {name} is shutting down; use another one, or this one when it is back.")
+        if self._stopping and type(request) in (JoinGroup, AcquireLease, PutTopic):
+            raise stopping_error(self.config.broker_name)
         handler(session, request, frames)
 
     def _without_session(self, peer: bytes, request: Any) -> None:
@@ -204,7 +203,7 @@ class BrokerCore:
 
     def stop(self) -> None:
         """Take no new work: clients go elsewhere with what is left. What was accepted is still answered."""
-        self._stopping = True
+        self._stopping = self.sending.is_stopping = True
 
     def _topic_deleted(self, topic: Topic) -> None:
         self.pulling.drop_topic(topic)

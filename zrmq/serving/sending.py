@@ -1,8 +1,11 @@
-"""Send: one batch checked, deduplicated, stamped and appended; the answer waits for the flush."""
+"""Send: one batch checked, deduplicated, stamped and appended; the answer waits for the flush.
+
+What is stored already gets its receipt whatever would be said of a new batch, or its producer would take it for one that is not.
+"""
 
 from __future__ import annotations
 
-from zrmq.errors import Code, InvalidArgumentError, OutOfOrderError, RequestRefusedError
+from zrmq.errors import Code, InvalidArgumentError, OutOfOrderError, RequestRefusedError, StoppingError
 from zrmq.message import FlushMode
 from zrmq.protocol.batch import BatchHeader, open_batch
 from zrmq.protocol.events import PERMISSION_WRITE
@@ -19,6 +22,7 @@ class Sending:
         self._context = context
         self._store = context.store
         self._outbox = context.outbox
+        self.is_stopping = False
         self.batches_in = 0
         self.records_in = 0
         self.bytes_in = 0
@@ -49,16 +53,11 @@ class Sending:
     def _check(self, request: Send, frames: list[bytes]) -> tuple[Queue, BatchHeader]:
         if len(frames) != 2:
             raise InvalidArgumentError(f"A send carries one batch as its payload and got {len(frames) - 1} frames.")
-        queue = self._context.queue(request.topic, request.queue_id)
-        if not queue.topic.config.permission & PERMISSION_WRITE:
-            raise RequestRefusedError(
-                f"Topic {request.topic!r} takes no messages at broker {self._context.config.broker_name}; use another broker.",
-                code=Code.FORBIDDEN, topic=request.topic,
-            )
-        return queue, open_batch(frames[1])
+        return self._context.queue(request.topic, request.queue_id), open_batch(frames[1])
 
     def _find_duplicate(self, request: Send, queue: Queue, header: BatchHeader) -> Sent | None:
-        """The original receipt of a batch that is stored already. Raises `OutOfOrderError` when its predecessor is missing.
+        """The original receipt of a batch that is stored already. Raises for one that is not and that may not be appended:
+        `StoppingError`, FORBIDDEN, or `OutOfOrderError` when its predecessor is missing.
 
         The original may be stored and not yet flushed: the caller holds this receipt like any other.
         """
@@ -68,6 +67,13 @@ class Sending:
             self.batches_duplicate += 1
             base_offset, store_timestamp_ms, _ = original
             return Sent(request.number, base_offset, store_timestamp_ms, topic.config.flush_mode, True)
+        if self.is_stopping:
+            raise stopping_error(self._context.config.broker_name)
+        if not topic.config.permission & PERMISSION_WRITE:
+            raise RequestRefusedError(
+                f"Topic {request.topic!r} takes no messages at broker {self._context.config.broker_name}; use another broker.",
+                code=Code.FORBIDDEN, topic=request.topic,
+            )
         if request.follows and not tables.has_stored(header.producer_id, topic.topic_id, queue.queue_id, request.follows):
             raise OutOfOrderError(
                 f"The batch follows sequence {request.follows}, which queue {queue.queue_id} of {topic.config.topic!r} does not"
@@ -80,3 +86,8 @@ class Sending:
         self.batches_in += 1
         self.records_in += header.record_count
         self.bytes_in += header.length
+
+
+def stopping_error(broker_name: str) -> StoppingError:
+    """What a broker says that takes nothing new."""
+    return StoppingError(f"Broker {broker_name} is shutting down; use another one, or this one when it is back.")
