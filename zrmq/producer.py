@@ -481,7 +481,7 @@ def _settled(spans: list[Span], count: int, refusal: ZrmqError | None) -> Receip
         if isinstance(outcome, ZrmqError):
             first_error = first_error or outcome
             failed += range(begin, end)
-            if isinstance(outcome, RequestTimeoutError):
+            if span.batch.may_be_stored or isinstance(outcome, RequestTimeoutError):
                 unknown += range(begin, end)
     first_error = first_error or refusal
     if first_error is None:

@@ -14,10 +14,13 @@ from zrmq.client import lanes as lanes_module
 from zrmq.client.batch import Extras
 from zrmq.client.lanes import Lanes
 from zrmq.errors import (
+    Code,
     DiskFullError,
     InvalidArgumentError,
     PayloadTooLargeError,
+    RequestRefusedError,
     RequestTimeoutError,
+    StoppingError,
     UnreachableError,
     ZrmqError,
     refused,
@@ -34,6 +37,7 @@ class BrokerLane:
     def __init__(self, broker: StoringBroker) -> None:
         self.broker = broker
         self.is_closed = False
+        self.was_resent = False
         self.before: ZrmqError | None = None
         self.after: ZrmqError | None = None
         self.requests = 0
@@ -219,6 +223,17 @@ def test_trouble_without_retries_is_raised() -> None:
     desk.opened["a"].before = DiskFullError("full")
     with pytest.raises(DiskFullError):
         desk.send_and_turn()
+
+
+def test_a_refusal_of_what_the_lane_has_sent_twice_leaves_the_first_time_open() -> None:
+    desk = one(retries=0)
+    for error in (StoppingError("stopping"), RequestRefusedError("Another release.", code=Code.VERSION_UNSUPPORTED)):
+        desk.opened["a"].before, desk.opened["a"].was_resent = error, True
+        with pytest.raises(RequestTimeoutError, match="unknown whether"):
+            desk.send_and_turn()
+        desk.opened["a"].was_resent = False
+        with pytest.raises(RequestRefusedError, match=error.message):
+            desk.send_and_turn()
 
 
 def test_an_unanswered_message_is_recognised_by_its_queue() -> None:

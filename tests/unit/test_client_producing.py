@@ -33,7 +33,7 @@ from zrmq.errors import (
 )
 from zrmq.message import MessageQueue
 from zrmq.protocol.events import PERMISSION_READ
-from zrmq.protocol.requests import Send
+from zrmq.protocol.requests import Hello, Reply, Request, Send
 
 A0, A1, B0 = MessageQueue("t", "a", 0), MessageQueue("t", "a", 1), MessageQueue("t", "b", 0)
 
@@ -510,6 +510,140 @@ def test_failures_are_logged_together(capsys: pytest.CaptureFixture[str]) -> Non
     assert len(lines) == 1
     assert "messages=25" in lines[0]
     assert "DISK_FULL" in lines[0]
+
+
+# --- what may be stored all the same --------------------------------------------------------------------------------------
+
+
+def stored_unheard(desk: Desk, target: Target = "t", **options: Any) -> SendHandle:
+    """A message that broker a has stored, with the answer lost."""
+    a = desk.cluster["a"]
+    a.loses_answers = True
+    handle = desk.send(b"once", target, **options)
+    desk.network.run_until(lambda: b"once" in a.bodies)
+    a.loses_answers = False
+    return handle
+
+
+def refuse_repetitions(desk: Desk, error: ZrmqError) -> None:
+    """Before broker a looks for what it has stored."""
+
+    def refuse(request: Request, frame: bytes) -> Reply:
+        raise error
+
+    desk.cluster["a"]._store = refuse  # type: ignore[method-assign]
+    desk.network.break_connections("producer", "a")
+
+
+@pytest.mark.parametrize("retries", [0, 2])
+def test_the_refusal_of_a_repetition_does_not_say_that_nothing_is_stored(retries: int) -> None:
+    desk = Desk(FakeCluster("a", queue_count=1), "t", retries=retries)
+    handle = stored_unheard(desk)
+    refuse_repetitions(desk, StoppingError("Shutting down."))
+    desk.finish(handle)
+    error = error_of(handle)
+    assert isinstance(error, RequestTimeoutError)
+    assert "refused: Shutting down. It is unknown whether" in error.message
+    assert handle.batch.may_be_stored
+
+
+def test_a_broker_that_stays_away_after_its_refusal_leaves_it_open_too() -> None:
+    desk = one()
+    handle = stored_unheard(desk)
+    refuse_repetitions(desk, StoppingError("Shutting down."))
+    desk.network.run_for(250)
+    desk.cluster["a"].crash()
+    desk.finish(handle)
+    assert isinstance(error_of(handle), RequestTimeoutError)
+
+
+def test_a_session_refused_for_good_says_nothing_about_what_was_sent_before() -> None:
+    desk = one()
+    a = desk.cluster["a"]
+    handle = stored_unheard(desk)
+    answer = a._answer
+
+    def refuse_hello(peer: bytes, request: Request, frames: list[bytes]) -> Reply:
+        if isinstance(request, Hello):
+            raise RequestRefusedError("Use the same release.", code=Code.VERSION_UNSUPPORTED)
+        return answer(peer, request, frames)
+
+    a._answer = refuse_hello  # type: ignore[method-assign]
+    desk.network.break_connections("producer", "a")
+    desk.finish(handle)
+    error = error_of(handle)
+    assert isinstance(error, RequestTimeoutError)
+    assert "Use the same release." in error.message
+
+
+@pytest.mark.parametrize("code", [Code.STORE_FAILED, Code.INTERNAL_ERROR])
+def test_a_refusal_that_leaves_it_open_is_told_as_it_is(code: Code) -> None:
+    desk = one()
+    desk.cluster["a"].refuse = lambda request: RequestRefusedError("Trouble.", code=code)
+    handle = desk.send()
+    desk.finish(handle)
+    assert (error_of(handle).code, handle.batch.may_be_stored) == (code, True)
+
+
+def test_what_a_full_disk_refuses_is_not_stored_there_whatever_came_before() -> None:
+    desk = one()
+    handle = stored_unheard(desk)
+    desk.cluster["a"].logs.clear()  # the power went
+    desk.cluster["a"].refuse = lambda request: DiskFullError("full")
+    desk.network.break_connections("producer", "a")
+    desk.finish(handle)
+    assert (error_of(handle).code, handle.batch.may_be_stored) == (Code.DISK_FULL, False)
+
+
+def test_closing_tells_apart_what_was_sent_and_what_was_not() -> None:
+    desk = one()
+    sent = stored_unheard(desk)
+    kept = desk.send(b"later", timeout_ms=60_000)
+    desk.core.close()
+    assert "unknown whether" in error_of(sent).message
+    assert "was not stored" in error_of(kept).message
+    assert (sent.batch.may_be_stored, kept.batch.may_be_stored) == (True, False)
+
+
+def test_what_may_be_stored_waits_for_a_broker_that_leaves_and_comes_back() -> None:
+    desk = two()
+    a, b = desk.cluster["a"], desk.cluster["b"]
+    desk.core.faults.record_failure("b", desk.network.now_ms)  # so that a gets it
+    handle = stored_unheard(desk)
+    desk.core.faults.record("b", 0, desk.network.now_ms)
+    a.registration.close()
+    desk.network.run_until(lambda: desk.core.route is not None and "a" not in desk.core.route.brokers)
+    a.crash()
+    a.start()
+    desk.finish(handle)
+    assert (handle.result().broker_name, handle.result().duplicate) == ("a", True)
+    assert b.bodies == []
+
+
+def test_a_batch_whose_store_failed_waits_like_one_without_an_answer() -> None:
+    """As long as no other broker is there its queue is where it is recognised; also when that is not reachable for a moment."""
+    desk = two()
+    a, b = desk.cluster["a"], desk.cluster["b"]
+    b.crash()
+    desk.network.run_until(lambda: desk.core.reachable == {"a"})
+    store = a._store
+
+    def store_and_fail(request: Send, frame: bytes) -> Reply:
+        store(request, frame)
+        raise RequestRefusedError("The disk failed.", code=Code.STORE_FAILED)
+
+    a._store = store_and_fail  # type: ignore[method-assign]
+    handle = desk.send(b"once")
+    desk.network.run_until(lambda: handle.batch.is_sealed and handle.batch.refusal is not None)
+    a._store = store  # type: ignore[method-assign]
+    a.crash()
+    b.start()
+    desk.network.run_until(lambda: desk.core.reachable == {"b"})
+    desk.network.run_for(200)
+    a.start()
+    desk.finish(handle)
+    assert (handle.result().broker_name, handle.result().duplicate) == ("a", True)
+    assert b.bodies == []
 
 
 # --- deadlines ------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import pytest
 
 import zrmq
 from tests.unit.real_cluster import await_brokers, running_cluster
+from tests.unit.test_client_producing import one
 from zrmq.client import accumulator as accumulator_module
 from zrmq.client.batch import Batch, SendHandle, Span
 from zrmq.client.link import Identity
@@ -41,7 +42,7 @@ from zrmq.errors import (
 )
 from zrmq.fabric import Fabric
 from zrmq.message import FlushMode, Message, MessageQueue, Record
-from zrmq.producer import Producer
+from zrmq.producer import Producer, _settled
 from zrmq.protocol import limits
 from zrmq.protocol.batch import decode_messages, iter_batches
 from zrmq.protocol.requests import Pull, Pulled, PullStatus
@@ -210,6 +211,20 @@ def test_of_records_that_fail_the_first_ones_error_is_raised_and_all_are_named(
     assert caught.value.facts["failed_indexes"] == [*range(1_000, 2_000), *range(3_000, 3_500)]
     assert caught.value.facts["unknown_indexes"] == [*range(3_000, 3_500)]
     assert "Of 3500 records 2000 are stored, 500 may be" in caught.value.message
+
+
+def test_whatever_it_failed_with_what_may_be_stored_is_named() -> None:
+    desk = one()
+    handles = [desk.send(b"%d" % number) for number in range(2)]
+    sent = desk.send(b"2", MessageQueue("t", "a", 0))
+    desk.cluster["a"].loses_answers = True
+    desk.network.run_until(lambda: len(desk.cluster["a"].sends) == 2)
+    kept = desk.send(b"3", timeout_ms=60_000)
+    desk.core.close()
+    spans = [Span(handles[0].batch, 0, 2), Span(sent.batch, 0, 1), Span(kept.batch, 0, 1)]
+    with pytest.raises(ClosedError) as caught:
+        _settled(spans, 4, None)
+    assert (caught.value.facts["failed_indexes"], caught.value.facts["unknown_indexes"]) == ([0, 1, 2, 3], [0, 1, 2])
 
 
 def test_once_a_record_has_failed_no_more_are_handed_over(producer: Producer, monkeypatch: pytest.MonkeyPatch) -> None:

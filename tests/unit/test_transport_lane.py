@@ -273,6 +273,9 @@ def test_a_server_that_dies_with_the_request_in_hand_is_asked_again_when_it_is_b
     asker.join(DEADLINE_S)
     assert [answer.base_offset for answer in answers] == [7]
     assert again.kinds == ["Hello", "Send"]
+    assert lane.was_resent
+    send(lane)
+    assert not lane.was_resent
 
 
 def test_a_session_that_must_be_over_is_not_tried(place: Place, desk: Desk) -> None:

@@ -101,7 +101,7 @@ class Batch:
 
     __slots__ = (
         "accumulator", "attempts", "avoid", "bodies", "callbacks", "deadline_ms", "extras", "filler", "first_born_ms",
-        "first_sequence", "forget", "frame", "is_sealed", "is_turned_away", "last_born_ms", "last_sequence", "opened_ms",
+        "first_sequence", "forget", "frame", "is_sealed", "last_born_ms", "last_sequence", "may_be_stored", "opened_ms",
         "outcome", "producer_id", "record_count", "records", "refusal", "room_bytes", "sent_ms", "size_bytes", "target",
         "timeout_ms", "waiters",
     )
@@ -127,6 +127,7 @@ class Batch:
         self.waiters: list[Lock] = []
         self.callbacks: list[tuple[SendHandle, Callable[[SendHandle], None]]] = []
         self.forget: Callable[[], None] = _nothing  # the request it was last sent with
+        self.may_be_stored = False  # an earlier sending than the one under way got no answer, or one that leaves it open
 
     @property
     def topic(self) -> str:
@@ -163,7 +164,6 @@ class Batch:
         self.frame = b""
         self.attempts = 0  # that were refused or came to nothing
         self.refusal: ZrmqError | None = None  # the last one: what it ends with if it is not stored in time
-        self.is_turned_away = False  # a full disk has refused it, and it was not sent anywhere since
         self.avoid = NO_NAMES  # names of brokers that it left and that may have stored it all the same
         self.sent_ms = 0.0
         self.record_count = len(self.bodies)

@@ -18,7 +18,7 @@ from typing import Protocol
 
 from zrmq.client.accumulator import Accumulator
 from zrmq.client.batch import Extras, Lock, OwnedLock, SendHandle, columns_of, interrupted_error
-from zrmq.client.producing import BROKERS_TROUBLE, FAILOVER_AFTER_MS, ProducerCore
+from zrmq.client.producing import BROKERS_TROUBLE, FAILOVER_AFTER_MS, ProducerCore, unknown_error
 from zrmq.errors import InvalidFrameError, RequestTimeoutError, UnreachableError, ZrmqError
 from zrmq.logs import get_logger
 from zrmq.message import MessageQueue, SendReceipt, message_id
@@ -33,6 +33,8 @@ log = get_logger("producer")
 
 class Lane(Protocol):
     """A `zrmq.transport.lane.Lane`."""
+
+    was_resent: bool
 
     def request(
         self, kind: type[Request], *fields: object, payload: Frames = (), timeout_ms: int
@@ -94,6 +96,7 @@ class Lanes:
             frame = self._encoded(body, extras, sequence)
             started_ms = self._now_ms()
             sent = self._request(slot.lane, queue, frame, timeout_ms)
+            was_resent = slot.lane.was_resent
         finally:
             slot.lock.release()
         if isinstance(sent, Sent):
@@ -106,6 +109,7 @@ class Lanes:
         batch = self._accumulator.encoded_batch(
             target, self._producer_id, sequence, frame, size_bytes, started_ms + timeout_ms
         )
+        batch.may_be_stored = was_resent
         self._post(partial(self._core.adopt, batch, queue, sent))
         return SendHandle(batch, 0).result()
 
@@ -127,9 +131,11 @@ class Lanes:
                 raise
             return error
         except ZrmqError as error:
-            if error.code not in BROKERS_TROUBLE:
-                raise
-            return error
+            if error.code in BROKERS_TROUBLE:
+                return error
+            if lane.was_resent:
+                raise unknown_error(queue.topic, timeout_ms, error) from error
+            raise
         if not isinstance(reply, Sent):
             name = type(reply).__name__
             raise InvalidFrameError(f"Broker {queue.broker_name} answered a send with {name}; upgrade it.")

@@ -11,6 +11,7 @@
 - A batch of unknown outcome stays with its queue, where a resend is recognised, until `failover_after_ms`; then it moves to
   another broker, unless it is bound to its queue. It never goes back to a broker that may have it. A refusal that is the
   broker's trouble (disk full, stopping, ...) moves it at once, or is tried again after a pause, `retries` times in all.
+- A refusal is about one sending. Of a batch that may have been stored by an earlier one nobody is told that it was not.
 - Every batch ends once: acknowledged, refused for good, or at its deadline.
 
 Loop thread only, but for `route`, `reachable` and `faults`, which any thread may read.
@@ -59,6 +60,9 @@ REPORT_MS = 1_000.0  # failures are logged together, at most so often
 BROKERS_TROUBLE = frozenset({  # refusals that are not the batch's fault: another broker, or the same one later, may take it
     Code.DISK_FULL, Code.STORE_FAILED, Code.STOPPING, Code.NOT_READY, Code.TOO_MANY_REQUESTS, Code.INTERNAL_ERROR,
     Code.TOPIC_NOT_FOUND, Code.FORBIDDEN,
+})
+OPEN_OUTCOMES = frozenset({  # errors that say themselves that nobody knows whether the batch was stored
+    Code.REQUEST_TIMEOUT, Code.STORE_FAILED, Code.INTERNAL_ERROR, Code.CLOSED,
 })
 
 log = get_logger("producer")
@@ -171,15 +175,15 @@ class ProducerCore:
         line.add(batch)
         if isinstance(batch.target, str):
             self._topics[batch.target].placed += 1
+        batch.may_be_stored |= error.code in OPEN_OUTCOMES
         if isinstance(error, RequestRefusedError):
-            batch.attempts, batch.refusal, batch.is_turned_away = 1, error, error.code is Code.DISK_FULL
+            batch.attempts, batch.refusal = 1, error
             line.resume_ms = now_ms + PAUSE_MS_MIN
             if error.code is Code.TOPIC_NOT_FOUND:
                 self._create_again(queue.topic)
         if batch.attempts > self._config.retries:
             self._end(line, batch, error)
         elif self._config.retries and self._may_leave(line, batch, now_ms):
-            batch.attempts = 1
             self._leave(line, batch)
 
     def queues(self, topic: str) -> list[MessageQueue]:
@@ -197,7 +201,9 @@ class ProducerCore:
         self._accumulator.refuse(closed_error)
         left = self._accumulator.unfinished()
         if left:
-            unknown = sum(batch.message_count for line in self._lines.values() for batch in line.unanswered)
+            for line in self._lines.values():
+                _leave_open(line.unanswered)
+            unknown = sum(batch.message_count for batch in left if batch.may_be_stored)
             messages = sum(batch.message_count for batch in left)
             log.warning("messages_given_up", messages=messages, batches=len(left), of_unknown_outcome=unknown)
         for batch in left:
@@ -228,8 +234,11 @@ class ProducerCore:
         self._soon()
 
     def on_link_lost(self, broker_name: str, link: Link) -> None:
-        """Of `InstanceListener`. What is on its way stays with the link, which sends it again."""
+        """Of `InstanceListener`. What is on its way stays with the link, which sends it again: the answer will be to that."""
         self._links.pop(broker_name, None)
+        for line in self._lines.values():
+            if line.queue.broker_name == broker_name:
+                _leave_open(line.unanswered)
         self._publish_reachable()
         self.faults.record_failure(broker_name, self._now_ms())
         self._end_push(broker_name)
@@ -386,7 +395,7 @@ class ProducerCore:
                 Send, line.queue.topic, line.queue.queue_id, follows,
                 payload=(frame,), timeout_ms=timeout_ms, on_reply=partial(self._answered, line, batch),
             )
-            batch.sent_ms, batch.is_turned_away = now_ms, False
+            batch.sent_ms = now_ms
             batch.forget = partial(link.cancel, number)
 
     def _send_one_way(self, topic: _Topic) -> None:
@@ -437,8 +446,10 @@ class ProducerCore:
             )
             line.acknowledged(batch)
             self._ended(line, batch, stored)
-        elif isinstance(reply, OutOfOrderError | ClosedError):  # closed: the broker left the route, and its link with it
+        elif isinstance(reply, OutOfOrderError):
             self._send_again(line, batch, now_ms)
+        elif isinstance(reply, ClosedError):  # the broker left the route, and its link with it; `_fail_over` does the rest
+            line.refused(batch)
         elif isinstance(reply, ZrmqError):
             self._refused(line, batch, reply, now_ms)
         else:
@@ -447,7 +458,11 @@ class ProducerCore:
 
     def _refused(self, line: _Line, batch: Batch, error: ZrmqError, now_ms: float) -> None:
         batch.attempts += 1
-        batch.refusal, batch.is_turned_away = error, error.code is Code.DISK_FULL
+        batch.refusal = error
+        if error.code in OPEN_OUTCOMES:
+            batch.may_be_stored = True
+        elif error.code is Code.DISK_FULL and not batch.avoid:
+            batch.may_be_stored = False  # of what is stored no disk is too full
         if error.code not in BROKERS_TROUBLE or batch.attempts > self._config.retries:
             self._end(line, batch, error)
             return
@@ -477,9 +492,10 @@ class ProducerCore:
         )
 
     def _leave(self, line: _Line, batch: Batch) -> None:
-        """Back to the ready ones. Its broker may have stored it, now or before; only a full disk says for certain that not."""
-        if not batch.is_turned_away:
+        """Back to the ready ones, and never again to a broker that may have stored it."""
+        if batch.may_be_stored:
             batch.avoid |= {line.queue.broker_name}
+        batch.attempts = batch.attempts or 1  # also of one that was refused for the sake of those before it
         line.remove(batch)
         self._drop_if_empty(line)
         self._topics[batch.topic].put_back(batch)
@@ -517,6 +533,8 @@ class ProducerCore:
 
     def _finish(self, batch: Batch, outcome: Stored | ZrmqError) -> None:
         if isinstance(outcome, ZrmqError):
+            if batch.may_be_stored and outcome.code not in OPEN_OUTCOMES:
+                outcome = unknown_error(batch.topic, batch.timeout_ms, outcome)
             if not self._failed:
                 self._loop.call_later(REPORT_MS, self._report_failures)
             self._failed[outcome.code.name] += batch.message_count
@@ -553,6 +571,8 @@ class ProducerCore:
     def _end_overdue(self, line: _Line, now_ms: float) -> None:
         for batch in line:
             if batch.deadline_ms <= now_ms:
+                if batch in line.unanswered:
+                    batch.may_be_stored = True
                 batch.forget()
                 self._end(line, batch, self._overdue_error(batch))
 
@@ -562,26 +582,21 @@ class ProducerCore:
         if unanswered and now_ms - unanswered[0].sent_ms > NOTICED_MS:
             self.faults.record(line.queue.broker_name, now_ms - unanswered[0].sent_ms, now_ms)
         for batch in line:
-            is_waiting = batch not in unanswered
-            is_late = self._link(line.queue.broker_name) is None if is_waiting else (
-                now_ms - batch.sent_ms > self._config.failover_after_ms
-            )
+            is_unanswered = batch in unanswered
+            is_late = now_ms - batch.sent_ms > self._config.failover_after_ms
+            if not is_unanswered:
+                is_late = self._link(line.queue.broker_name) is None and (is_late or not batch.may_be_stored)
             if is_late and batch.attempts < self._config.retries and self._may_leave(line, batch, now_ms):
                 batch.attempts += 1
+                batch.may_be_stored |= is_unanswered
                 batch.forget()
                 self._leave(line, batch)
 
     def _overdue_error(self, batch: Batch) -> ZrmqError:
         """What a batch ends with at its deadline."""
-        if batch.refusal is not None:
-            return batch.refusal
-        if batch.sent_ms:
-            return RequestTimeoutError(
-                f"No broker answered within {batch.timeout_ms} ms; it is unknown whether the message was stored. Send"
-                " it again if a second copy does no harm.",
-                topic=batch.topic, timeout_ms=batch.timeout_ms,
-            )
-        return self._unreachable_error(batch)
+        if batch.may_be_stored or (batch.sent_ms and batch.refusal is None):
+            return unknown_error(batch.topic, batch.timeout_ms, batch.refusal)
+        return batch.refusal or self._unreachable_error(batch)
 
     def _no_nameserver_error(self, timeout_ms: int) -> UnreachableError:
         names = ", ".join(self._instance.nameservers)
@@ -623,8 +638,25 @@ def closed_error() -> ClosedError:
     return ClosedError("The producer is closed; make a new one.")
 
 
+def unknown_error(topic: str, timeout_ms: int, refusal: ZrmqError | None) -> RequestTimeoutError:
+    """What a message ends with that may have been stored. `refusal`: what was said to another sending of it."""
+    why = f"No broker answered within {timeout_ms} ms; it"
+    if refusal is not None:
+        why = f"A sending of the message got no answer, and another one was refused: {refusal.message} It"
+    return RequestTimeoutError(
+        f"{why} is unknown whether the message was stored. Send it again if a second copy does no harm.",
+        topic=topic, timeout_ms=timeout_ms,
+    )
+
+
+def _leave_open(batches: list[Batch]) -> None:
+    """Their answers will never come."""
+    for batch in batches:
+        batch.may_be_stored = True
+
+
 def _given_up_error(batch: Batch) -> ClosedError:
+    known = "it is unknown whether it was stored" if batch.may_be_stored else "it was not stored"
     return ClosedError(
-        "The producer was closed before the message was acknowledged; it is unknown whether it was stored. Flush before closing.",
-        topic=batch.topic,
+        f"The producer was closed before the message was acknowledged; {known}. Flush before closing.", topic=batch.topic
     )

@@ -67,6 +67,7 @@ class Lane:
         self.address = address
         self.welcome: Welcome | None = None
         self.undecodable_count = 0
+        self.was_resent = False  # the last request: an answer to it says nothing about the sending before
         self._identity = identity
         self._clock = clock or SystemClock()
         self._now_ms = self._clock.monotonic_ms
@@ -95,19 +96,19 @@ class Lane:
         deadline_ms = self._now_ms() + timeout_ms
         number = self._number = self._number + 1
         frames = (encode(kind(number, timeout_ms, *fields)), *payload)
-        was_sent = False
+        self.was_resent = False
         try:
             while True:
                 self._ensure_session(deadline_ms)
                 answer = self._ask(number, frames, deadline_ms, self._session)
                 if answer is not None:
                     return answer
-                if was_sent:
+                if self.was_resent:
                     self._hello_ms = self._now_ms()  # lost twice in one request: no faster than the pause allows
-                was_sent = True
+                self.was_resent = True
                 self._session = 0
         except _OverdueError as error:
-            raise self._timeout_error(kind, timeout_ms, was_sent or error.was_sent) from None
+            raise self._timeout_error(kind, timeout_ms, self.was_resent or error.was_sent) from None
         except zmq.ContextTerminated as error:
             raise ClosedError("What this lane is embedded in was closed; close producers first.", address=self.address) from error
 

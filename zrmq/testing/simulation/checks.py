@@ -254,7 +254,7 @@ def _check_copies(world: World, checks: dict[str, LogCheck]) -> None:
         posting = world.promises.postings[body]
         if count > _copies_max(posting) + world.promises.is_damaged(body):
             raise BrokenPromise("double", f"{posting} is stored {count} times.")
-        if world.promises.is_known_unstored(posting):
+        if count and world.promises.is_known_unstored(posting):
             raise BrokenPromise("answer", f"{posting} is stored, although its producer was told: {posting.error}")
 
 

@@ -11,7 +11,8 @@ from math import inf
 from typing import Any, NamedTuple
 
 from zrmq.client.batch import OneWay, SendHandle, Target
-from zrmq.errors import UnreachableError, ZrmqError
+from zrmq.client.producing import OPEN_OUTCOMES
+from zrmq.errors import ZrmqError
 from zrmq.message import FlushMode, Message, MessageQueue, SendReceipt
 from zrmq.protocol.events import (
     AnyEvent,
@@ -266,7 +267,7 @@ class Promises:
 
     def is_known_unstored(self, posting: Posting) -> bool:
         """Whether its producer was told that it is not stored."""
-        return type(posting.error) is UnreachableError
+        return posting.error is not None and posting.error.code not in OPEN_OUTCOMES
 
     # --- consumers ----------------------------------------------------------------------------------------------------
 
