@@ -377,6 +377,26 @@ def test_an_exception_while_a_message_is_handed_over_leaves_nothing_that_never_e
         desk.send_now(timeout_ms=8_000)
     assert desk.accumulator.unfinished() == []
     assert desk.accumulator.buffered_bytes == 0
+    desk.opened["a"].after = None
+    assert desk.send_now() is not None, "its lane is free"
+
+
+def test_nothing_passes_a_message_that_is_being_handed_over() -> None:
+    """Its queue remembers the last 32 of the lanes; were it passed by so many, it would be stored again."""
+    desk = one()
+    desk.opened["a"].after = RequestTimeoutError("no answer")
+    receipts: list[SendReceipt | None] = []
+    thread = threading.Thread(target=lambda: receipts.append(desk.send_now(A0, b"once", 8_000)))
+    thread.start()
+    wait_until(lambda: bool(desk.posted))  # the loop's thread is in somebody's callback
+    desk.opened["a"].after = None
+    assert desk.send_now(A0) is None
+    desk.posted.pop()()
+    desk.network.run_until(lambda: not desk.accumulator.unfinished())
+    thread.join(30)
+    assert receipts[0] is not None
+    assert receipts[0].duplicate
+    assert desk.send_now(A0) is not None
 
 
 def test_a_handed_over_message_ends_when_the_core_is_closed() -> None:

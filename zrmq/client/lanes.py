@@ -17,7 +17,7 @@ from itertools import count
 from typing import Protocol
 
 from zrmq.client.accumulator import Accumulator
-from zrmq.client.batch import Extras, Lock, OwnedLock, SendHandle, columns_of, interrupted_error
+from zrmq.client.batch import Batch, Extras, Lock, OwnedLock, SendHandle, columns_of, interrupted_error
 from zrmq.client.producing import BROKERS_TROUBLE, FAILOVER_AFTER_MS, ProducerCore, unknown_error
 from zrmq.errors import InvalidFrameError, RequestTimeoutError, UnreachableError, ZrmqError
 from zrmq.logs import get_logger
@@ -44,12 +44,14 @@ class Lane(Protocol):
 
 
 class _Slot:
-    """The lane to one broker. Who holds the lock may use it."""
+    """The lane to one broker. Who holds the lock may use it, unless a message of it is being handed over to the I/O thread: of what
+    passes that one a queue remembers so much only, and then takes it for a new one."""
 
     def __init__(self, lock: Lock, address: str, lane: Lane) -> None:
         self.lock = lock
         self.address = address
         self.lane = lane
+        self.is_handing_over = False
 
 
 class Lanes:
@@ -91,12 +93,21 @@ class Lanes:
         if taken is None:
             return None
         queue, slot = taken
+        batch = None
         try:  # at once: an exception in between (Ctrl-C, say) leaves the lane taken for ever
             sequence = next(self._sequences)
             frame = self._encoded(body, extras, sequence)
             started_ms = self._now_ms()
             sent = self._request(slot.lane, queue, frame, timeout_ms)
-            was_resent = slot.lane.was_resent
+            if not isinstance(sent, Sent):
+                deadline_ms = started_ms + timeout_ms
+                batch = self._accumulator.encoded_batch(target, self._producer_id, sequence, frame, size_bytes, deadline_ms)
+                batch.may_be_stored = slot.lane.was_resent
+                slot.is_handing_over = True
+                self._post(partial(self._hand_over, slot, batch, queue, sent))
+        except BaseException:
+            slot.is_handing_over = False
+            raise
         finally:
             slot.lock.release()
         if isinstance(sent, Sent):
@@ -106,12 +117,15 @@ class Lanes:
                 queue.topic, queue.broker_name, queue.queue_id, sent.base_offset, message_id(self._producer_id, sequence),
                 sent.store_timestamp_ms, sent.durability, sent.duplicate,
             )
-        batch = self._accumulator.encoded_batch(
-            target, self._producer_id, sequence, frame, size_bytes, started_ms + timeout_ms
-        )
-        batch.may_be_stored = was_resent
-        self._post(partial(self._core.adopt, batch, queue, sent))
+        assert batch is not None
         return SendHandle(batch, 0).result()
+
+    def _hand_over(self, slot: _Slot, batch: Batch, queue: MessageQueue, error: ZrmqError) -> None:
+        """In the loop's thread. From here on the topic is not idle, and nobody asks for a lane."""
+        try:
+            self._core.adopt(batch, queue, error)
+        finally:
+            slot.is_handing_over = False
 
     def _encoded(self, body: bytes, extras: Extras | None, sequence: int) -> bytes:
         now_ms = self._accumulator.clock.time_ms()
@@ -151,9 +165,9 @@ class Lanes:
             queue = queues[(turn + step) % len(queues)]
             slot = self._slot(queue.broker_name)
             if slot is not None and slot.lock.acquire(False):
-                if self._slots.get(queue.broker_name) is slot:
+                if self._slots.get(queue.broker_name) is slot and not slot.is_handing_over:
                     return queue, slot
-                slot.lock.release()  # replaced or closed meanwhile
+                slot.lock.release()  # replaced or closed meanwhile, or not to be passed
         return None
 
     def _slot(self, broker_name: str) -> _Slot | None:
