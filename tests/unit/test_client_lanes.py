@@ -283,6 +283,29 @@ def test_a_broker_that_moved_gets_a_new_lane() -> None:
     assert desk.opened["a"] is not old
 
 
+def test_lanes_of_brokers_that_left_are_closed_when_the_next_one_is_opened() -> None:
+    desk = two()
+    left = desk.opened.pop("a")
+    desk.cluster["a"].registration.close()
+    desk.cluster["a"].crash()
+    desk.network.run_until(lambda: desk.core.route is not None and "a" not in desk.core.route.brokers)
+    desk.lanes._slots["b"].address = "tcp://127.0.0.1:1"
+    assert desk.send_now() is not None
+    assert left.is_closed
+    assert set(desk.lanes._slots) == {"b"}
+
+
+def test_a_lane_of_a_broker_that_left_is_kept_while_it_is_used() -> None:
+    desk = two()
+    left, slot = desk.opened["a"], desk.lanes._slots["a"]
+    desk.cluster["a"].registration.close()
+    desk.network.run_until(lambda: desk.core.route is not None and "a" not in desk.core.route.brokers)
+    desk.lanes._slots["b"].address = "tcp://127.0.0.1:1"
+    slot.is_handing_over = True
+    assert desk.send_now() is not None
+    assert (left.is_closed, desk.lanes._slots["a"]) == (False, slot)
+
+
 def test_without_a_socket_there_is_no_lane() -> None:
     desk = LaneDesk(FakeCluster("a", queue_count=2), "t")
 

@@ -745,6 +745,21 @@ def test_one_way_messages_take_a_new_connection_when_the_broker_was_silent() -> 
     assert [body for entry in desk.cluster["a"].one_way for body in entry.bodies] == [b"before", b"after"]
 
 
+def test_one_way_connections_to_addresses_that_nobody_has_any_more_are_closed() -> None:
+    desk = one()
+    a = desk.cluster["a"]
+    for port in (21_000, 22_000):
+        a.crash()
+        desk.network.run_until(lambda: not desk.core.reachable)
+        desk.send(b"lost", OneWay("t"))  # the route still shows the broker
+        desk.network.run_for(10)
+        a.address, a.ingest_address = f"tcp://127.0.0.1:{port}", f"tcp://127.0.0.1:{port + 1}"
+        a.start()
+        desk.network.run_until(lambda: bool(desk.core.reachable))
+    desk.finish(desk.send(b"kept", OneWay("t")))
+    assert set(desk.core._pushes) == {a.ingest_address}
+
+
 # --- the end --------------------------------------------------------------------------------------------------------------
 
 

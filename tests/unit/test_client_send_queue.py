@@ -20,6 +20,7 @@ class FakeBatch:
 
     first_sequence: int
     record_count: int = 1
+    producer_id: int = 7
 
     @property
     def last_sequence(self) -> int:
@@ -51,6 +52,15 @@ def test_sends_in_order_and_names_the_unanswered_predecessor() -> None:
 
 def test_an_answered_predecessor_is_not_named() -> None:
     line, (a, b) = line_of(2, window_max=1)
+    assert send_all(line) == [(a, 0)]
+    line.acknowledged(a)
+    assert send_all(line) == [(b, 0)]
+
+
+def test_a_predecessor_that_cannot_be_named_is_waited_for() -> None:
+    """A sequence means something beside its producer id only: a broker may have another batch of that number."""
+    line, (a, b) = line_of(2)
+    a.producer_id = 99
     assert send_all(line) == [(a, 0)]
     line.acknowledged(a)
     assert send_all(line) == [(b, 0)]

@@ -44,8 +44,8 @@ class Lane(Protocol):
 
 
 class _Slot:
-    """The lane to one broker. Who holds the lock may use it, unless a message of it is being handed over to the I/O thread: of what
-    passes that one a queue remembers so much only, and then takes it for a new one."""
+    """The lane to one broker. Who holds the lock may use it, but not while a message of it is being handed over to the I/O thread:
+    its queue would forget it once enough others have passed, and store it again."""
 
     def __init__(self, lock: Lock, address: str, lane: Lane) -> None:
         self.lock = lock
@@ -188,18 +188,27 @@ class Lanes:
             old = self._slots.get(broker_name)
             if self._is_closed or (old is not None and old.address == address):
                 return old
-            if old is not None:  # the broker moved
-                if not old.lock.acquire(False):
-                    return None
-                del self._slots[broker_name]
-                old.lane.close()
-                old.lock.release()
+            if old is not None and not self._drop(broker_name):  # the broker moved
+                return None
+            present = () if self._core.route is None else self._core.route.brokers
+            for name in self._slots.keys() - present:
+                self._drop(name)
             try:
                 slot = self._slots[broker_name] = _Slot(self._new_lock(), address, self._open_lane(address))
             except UnreachableError as error:
                 log.warning("lane_not_opened", broker_name=broker_name, reason=error.message)
                 return None
             return slot
+
+    def _drop(self, broker_name: str) -> bool:
+        """Close the lane of a broker that is there no more. False: it is in use."""
+        slot = self._slots[broker_name]
+        if slot.is_handing_over or not slot.lock.acquire(False):
+            return False
+        del self._slots[broker_name]
+        slot.lane.close()
+        slot.lock.release()
+        return True
 
     def close(self) -> None:
         """Close every lane; one in use first gets its answer, or waits for that as long as a failover takes."""

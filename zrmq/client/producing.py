@@ -222,6 +222,7 @@ class ProducerCore:
     def on_route(self, route: RouteView) -> None:
         """Of `InstanceListener`."""
         self.route = route
+        self._close_pushes({broker.ingest_address for broker in route.brokers.values()})
         self._connect()
         self._soon()
 
@@ -422,6 +423,11 @@ class ProducerCore:
         push = None if broker is None else self._pushes.pop(broker.ingest_address, None)
         if push is not None:
             push.close()
+
+    def _close_pushes(self, present: set[str]) -> None:
+        """Those to addresses that no broker has any more; they would try to connect for ever."""
+        for address in self._pushes.keys() - present:
+            self._pushes.pop(address).close()
 
     def _push(self, queue: MessageQueue, batch: Batch) -> bool:
         broker = None if self.route is None else self.route.brokers.get(queue.broker_name)

@@ -6,9 +6,9 @@
 
 Promise: the batches of one line that a broker stores, it stores in the order of the line, whatever is refused, lost or resent.
 What keeps it: connections are first in, first out; each batch names the one before it as long as that has no answer, and a
-broker that has not stored that one refuses; after any refusal nothing new goes out until every answer is there, then all of it
-goes out again in order. Batches that were stored after all are recognised by the broker, because the window is shorter than the
-list of batches it remembers per producer and queue.
+broker that has not stored that one refuses; one of another producer id, which it could not name, is waited for; after any
+refusal nothing new goes out until every answer is there, then all of it goes out again in order. Batches that were stored after
+all are recognised by the broker, because the window is shorter than the list of batches it remembers per producer and queue.
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ class Sequenced(Protocol):
     @property
     def last_sequence(self) -> int:
         """Sequence of its last record."""
+
+    @property
+    def producer_id(self) -> int:
+        """Whose sequences these are."""
 
 
 B = TypeVar("B", bound=Sequenced)
@@ -67,15 +71,20 @@ class SendQueue(Generic[B]):
         self._waiting.append(batch)
 
     def next(self) -> tuple[B, int] | None:
-        """The batch to send now and the sequence it follows (0: none); None while the window is full or rewinds.
+        """The batch to send now and the sequence it follows (0: none); None while the window is full or rewinds, or the
+        one before it is of another producer id and has no answer.
 
         The caller sends it, in the order of these calls, and reports exactly one of `acknowledged`, `refused`, `remove` for it.
         """
         if self._refused or not self._waiting or len(self._sent) >= self.window_max:
             return None
-        batch = self._waiting.popleft()
-        follows = self._sent[-1].last_sequence if self._sent else 0
-        self._sent.append(batch)
+        batch, follows = self._waiting[0], 0
+        if self._sent:
+            before = self._sent[-1]
+            if before.producer_id != batch.producer_id:
+                return None
+            follows = before.last_sequence
+        self._sent.append(self._waiting.popleft())
         return batch, follows
 
     def acknowledged(self, batch: B) -> None:
