@@ -512,6 +512,39 @@ def test_failures_are_logged_together(capsys: pytest.CaptureFixture[str]) -> Non
     assert "DISK_FULL" in lines[0]
 
 
+@pytest.mark.parametrize("is_session_lost", [False, True])
+def test_a_topic_is_not_idle_while_what_was_given_up_may_still_arrive(is_session_lost: bool) -> None:
+    """Of a queue: a lane, which is another connection, would overtake it."""
+    desk = one()
+    desk.network.loops["a"].pause()
+    handles = [desk.send(b"late", A0, timeout_ms=100)]
+    desk.finish(handles[0])
+    handles += [desk.send(b"late too", A0, timeout_ms=100)]
+    desk.finish(*handles)
+    assert [type(error_of(handle)) for handle in handles] == [RequestTimeoutError] * 2
+    assert not desk.accumulator.is_idle("t")
+    assert desk.accumulator.unfinished() == []
+    assert desk.accumulator.buffered_bytes == 0
+    desk.network.loops["a"].resume()
+    if is_session_lost:
+        desk.network.break_connections("producer", "a")
+        desk.network.run_until(lambda: not desk.core.reachable)
+    else:
+        desk.network.run_for(10)
+        assert not desk.accumulator.is_idle("t"), "nobody knows yet that it has arrived"
+        desk.finish(desk.send(b"next", A0))
+        assert desk.cluster["a"].bodies == [b"late", b"late too", b"next"]
+    assert desk.accumulator.is_idle("t")
+    assert desk.core._late == {}
+
+
+def test_what_may_go_to_any_queue_keeps_no_order_and_its_topic_is_idle() -> None:
+    desk = one()
+    desk.cluster["a"].loses_answers = True
+    desk.finish(desk.send(timeout_ms=100))
+    assert desk.accumulator.is_idle("t")
+
+
 # --- what may be stored all the same --------------------------------------------------------------------------------------
 
 

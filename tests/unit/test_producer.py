@@ -200,9 +200,9 @@ def test_of_records_that_fail_the_first_ones_error_is_raised_and_all_are_named(
         append_all(*arguments)
         all_added.set()
 
-    def fail_some(batch: Batch, outcome: Any) -> None:
+    def fail_some(batch: Batch, outcome: Any, **options: Any) -> None:
         all_added.wait(30)  # else the rest is not even tried
-        finish(batch, errors.get(batch.first_sequence - begin, outcome))
+        finish(batch, errors.get(batch.first_sequence - begin, outcome), **options)
 
     monkeypatch.setattr(producer._accumulator, "append_all", tell_when_added)
     monkeypatch.setattr(producer._accumulator, "finish", fail_some)
@@ -231,7 +231,7 @@ def test_once_a_record_has_failed_no_more_are_handed_over(producer: Producer, mo
     """A broker that is gone would be tried for each of them, buffer after buffer."""
     finish = producer._accumulator.finish
     monkeypatch.setattr(
-        producer._accumulator, "finish", lambda batch, outcome: finish(batch, UnreachableError("gone"))
+        producer._accumulator, "finish", lambda batch, outcome, **options: finish(batch, UnreachableError("gone"), **options)
     )
     records = [Record(bytes(8_000), message_group=f"g{number % 3}") for number in range(30_000)]  # more than the buffer takes
     producer.send_async("meters", b"x")

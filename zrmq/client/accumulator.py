@@ -455,14 +455,15 @@ class Accumulator:
         return batch
 
     def is_idle(self, topic: str) -> bool:
-        """Whether nothing of the topic waits here or is on its way. For the calling thread's own messages this is exact."""
+        """Whether nothing of the topic waits here, is on its way, or may still arrive although it was given up. For the calling
+        thread's own messages this is exact."""
         return not self._unfinished.get(topic)
 
     def unfinished(self) -> list[Batch]:
         """Every batch that has no outcome yet."""
         self._check_free()
         with self._lock:
-            return [batch for batches in self._unfinished.values() for batch in batches]
+            return [batch for batches in self._unfinished.values() for batch in batches if batch.outcome is None]
 
     def refuse(self, make_error: Callable[[], ZrmqError]) -> None:
         """Take nothing more: `append` raises, also where it waits for room. What is here goes on its way."""
@@ -541,20 +542,29 @@ class Accumulator:
         """What is held at the moment, as `buffer_bytes` counts, used or granted."""
         return self._buffered_bytes
 
-    def finish(self, batch: Batch, outcome: Stored | ZrmqError) -> None:
-        """The batch's one outcome: its memory is free, who waits for it goes on, its callbacks are called."""
+    def finish(self, batch: Batch, outcome: Stored | ZrmqError, *, is_late: bool = False) -> None:
+        """The batch's one outcome: its memory is free, who waits for it goes on, its callbacks are called.
+
+        `is_late`: it may still arrive at its broker, and its topic is not idle before `forget`.
+        """
         with self._lock:
-            self._end(batch, outcome)
+            self._end(batch, outcome, is_late=is_late)
             callbacks, batch.callbacks = batch.callbacks, []
         for handle, callback in callbacks:
             _call(callback, handle)
 
-    def _end(self, batch: Batch, outcome: Stored | ZrmqError) -> None:
+    def forget(self, batch: Batch) -> None:
+        """A late one, which arrives no more or has."""
+        with self._lock:
+            del self._unfinished[batch.topic][batch]
+
+    def _end(self, batch: Batch, outcome: Stored | ZrmqError, *, is_late: bool = False) -> None:
         assert batch.outcome is None
         batch.outcome = outcome
         batch.records, batch.frame = None, b""
         self._buffered_bytes -= batch.size_bytes
-        del self._unfinished[batch.topic][batch]
+        if not is_late:
+            del self._unfinished[batch.topic][batch]
         self._release_room()
         for lock in batch.waiters:
             lock.release()

@@ -44,8 +44,8 @@ class Lane(Protocol):
 
 
 class _Slot:
-    """The lane to one broker. Who holds the lock may use it, but not while a message of it is being handed over to the I/O thread:
-    its queue would forget it once enough others have passed, and store it again."""
+    """The lane to one broker. Who holds the lock may use it, but not while a message of it is being handed over to the I/O
+    thread: its queue would forget it once enough others have passed, and store it again."""
 
     def __init__(self, lock: Lock, address: str, lane: Lane) -> None:
         self.lock = lock

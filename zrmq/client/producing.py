@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable
 from functools import partial
-from math import ceil
+from math import ceil, inf
 from random import Random
 
 import msgspec
@@ -126,6 +126,7 @@ class ProducerCore:
         self._topics: dict[str, _Topic] = {}
         self._lines: dict[MessageQueue, _Line] = {}  # those that are not empty
         self._pushes: dict[str, Connection] = {}
+        self._late: dict[str, dict[str, tuple[Batch, float]]] = {}  # by broker name and topic: see `_keep_late`
         self._creating: set[str] = set()
         self._is_due = False
         self._is_closed = False
@@ -240,7 +241,8 @@ class ProducerCore:
         for line in self._lines.values():
             if line.queue.broker_name == broker_name:
                 _leave_open(line.unanswered)
-        self._publish_reachable()
+        self._publish_reachable()  # before no lane is kept from being used any more
+        self._forget_late(broker_name, inf)
         self.faults.record_failure(broker_name, self._now_ms())
         self._end_push(broker_name)
         self._soon()
@@ -452,6 +454,8 @@ class ProducerCore:
             )
             line.acknowledged(batch)
             self._ended(line, batch, stored)
+            if self._late:
+                self._forget_late(queue.broker_name, batch.sent_ms)
         elif isinstance(reply, OutOfOrderError):
             self._send_again(line, batch, now_ms)
         elif isinstance(reply, ClosedError):  # the broker left the route, and its link with it; `_fail_over` does the rest
@@ -545,7 +549,30 @@ class ProducerCore:
                 self._loop.call_later(REPORT_MS, self._report_failures)
             self._failed[outcome.code.name] += batch.message_count
             self._last_failure = outcome
-        self._accumulator.finish(batch, outcome)
+        self._accumulator.finish(batch, outcome, is_late=self._keep_late(batch, outcome))
+
+    def _keep_late(self, batch: Batch, outcome: Stored | ZrmqError) -> bool:
+        """Whether a batch that ends is to keep its topic from lanes: it is bound to its queue and may yet arrive, and a lane, which is
+        another connection, would overtake it. One of a topic and broker is enough."""
+        if not isinstance(outcome, RequestTimeoutError) or not isinstance(batch.target, MessageQueue):
+            return False
+        name = batch.target.broker_name
+        if self._link(name) is None:
+            return False  # before any lane is used again there is a new session, and nothing of the former is taken any more
+        late, now_ms = self._late.setdefault(name, {}), self._now_ms()
+        first = late.get(batch.topic)
+        late[batch.topic] = (batch if first is None else first[0], now_ms)
+        return first is None
+
+    def _forget_late(self, broker_name: str, until_ms: float) -> None:
+        """What the broker's link had before then has arrived, for what was sent later is answered, or it never will."""
+        late = self._late.get(broker_name, {})
+        for topic, (batch, given_up_ms) in list(late.items()):
+            if given_up_ms < until_ms:
+                del late[topic]
+                self._accumulator.forget(batch)
+        if not late:
+            self._late.pop(broker_name, None)
 
     def _report_failures(self) -> None:
         if self._failed:
