@@ -273,6 +273,22 @@ def test_a_short_timeout_is_over_when_the_lane_gives_up() -> None:
         desk.send_now(timeout_ms=500)
 
 
+def test_what_follows_a_bound_message_that_was_given_up_does_not_overtake_it() -> None:
+    """It may lie in the lane's connection, and those that follow take another one: so it is sent there too."""
+    desk = one()
+    desk.opened["a"].before = RequestTimeoutError("on its way")
+    with pytest.raises(RequestTimeoutError, match="on its way"):
+        desk.send_now(A0, b"first", timeout_ms=500)
+    desk.opened["a"].before = None
+    assert desk.send_now(A0, b"second") is None, "no lane is free for it"
+    (adopt,) = desk.posted
+    adopt()
+    assert not desk.accumulator.is_idle("t")
+    desk.finish(desk.send(b"second", A0))
+    assert [entry.bodies for entry in desk.cluster["a"].logs["t", 0]][-2:] == [[b"first"], [b"second"]]
+    assert desk.accumulator.is_idle("t")
+
+
 def test_a_broker_that_moved_gets_a_new_lane() -> None:
     desk = one()
     old = desk.opened.pop("a")

@@ -98,7 +98,7 @@ class Lanes:
             sequence = next(self._sequences)
             frame = self._encoded(body, extras, sequence)
             started_ms = self._now_ms()
-            sent = self._request(slot.lane, queue, frame, timeout_ms)
+            sent = self._request(slot.lane, queue, frame, timeout_ms, queue is target)
             if not isinstance(sent, Sent):
                 deadline_ms = started_ms + timeout_ms
                 batch = self._accumulator.encoded_batch(target, self._producer_id, sequence, frame, size_bytes, deadline_ms)
@@ -118,6 +118,8 @@ class Lanes:
                 sent.store_timestamp_ms, sent.durability, sent.duplicate,
             )
         assert batch is not None
+        if timeout_ms <= FAILOVER_AFTER_MS and isinstance(sent, RequestTimeoutError):
+            raise sent  # its time is over; it goes once more by the way of those that follow it, or they might overtake it
         return SendHandle(batch, 0).result()
 
     def _hand_over(self, slot: _Slot, batch: Batch, queue: MessageQueue, error: ZrmqError) -> None:
@@ -135,13 +137,13 @@ class Lanes:
         )
 
     @staticmethod
-    def _request(lane: Lane, queue: MessageQueue, frame: bytes, timeout_ms: int) -> Sent | ZrmqError:
-        """Ask. Returns an error that the I/O thread may make good, raises any other."""
+    def _request(lane: Lane, queue: MessageQueue, frame: bytes, timeout_ms: int, is_bound: bool) -> Sent | ZrmqError:
+        """Ask. Returns an error that the I/O thread is to know of, raises any other."""
         lane_timeout_ms = min(timeout_ms, int(FAILOVER_AFTER_MS))
         try:
             reply, _ = lane.request(Send, queue.topic, queue.queue_id, 0, payload=(frame,), timeout_ms=lane_timeout_ms)
         except (RequestTimeoutError, UnreachableError) as error:
-            if timeout_ms <= FAILOVER_AFTER_MS:
+            if timeout_ms <= FAILOVER_AFTER_MS and not (is_bound and isinstance(error, RequestTimeoutError)):
                 raise
             return error
         except ZrmqError as error:

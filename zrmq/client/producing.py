@@ -552,8 +552,8 @@ class ProducerCore:
         self._accumulator.finish(batch, outcome, is_late=self._keep_late(batch, outcome))
 
     def _keep_late(self, batch: Batch, outcome: Stored | ZrmqError) -> bool:
-        """Whether a batch that ends is to keep its topic from lanes: it is bound to its queue and may yet arrive, and a lane, which is
-        another connection, would overtake it. One of a topic and broker is enough."""
+        """Whether a batch that ends is to keep its topic from lanes: it is bound to its queue and may yet arrive, and a lane is
+        another connection, which would overtake it. One of a topic and broker is enough."""
         if not isinstance(outcome, RequestTimeoutError) or not isinstance(batch.target, MessageQueue):
             return False
         name = batch.target.broker_name
