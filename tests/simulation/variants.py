@@ -11,7 +11,7 @@ from zlib import crc32
 import msgspec
 import pytest
 
-from zrmq.client import link, reading
+from zrmq.client import link, producing, reading
 from zrmq.client.claiming import LeaseClaims, OffsetClaims
 from zrmq.client.committing import Committer
 from zrmq.client.consuming import ConsumerCore
@@ -609,6 +609,7 @@ def send_to_another_queue(patch: Patch) -> None:
 
 def say_of_what_was_sent_that_it_was_not(patch: Patch) -> None:
     patch.setattr(ProducerCore, "_overdue_error", ProducerCore._unreachable_error)
+    patch.setattr(producing, "unknown_error", lambda topic, timeout_ms, refusal: refusal)
 
 
 def refuse_without_a_reason(patch: Patch) -> None:
