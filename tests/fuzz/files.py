@@ -126,7 +126,7 @@ def _disk_of(image: Image) -> FaultyFiles:
 def _empty_database() -> bytes:
     files = FaultyFiles(1)
     files.mkdir(FOLDER)
-    ViewsDb(files, VIEWS).wipe()
+    ViewsDb(files, VIEWS).begin()
     return files.connect(VIEWS).serialize()
 
 

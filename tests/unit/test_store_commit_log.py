@@ -264,10 +264,11 @@ def test_the_front_is_taken_off(commit_log: CommitLog, files: FaultyFiles) -> No
     assert commit_log.read(100, 10) == b""
     assert files.listdir(FOLDER)[0] == segment_name(0), "the file is the caller's"
     assert commit_log.size_bytes == 3 * SEGMENT_BYTES
-    commit_log.remove_before(3 * SEGMENT_BYTES)
+    assert [segment.start for segment in commit_log.take_before(3 * SEGMENT_BYTES)] == [SEGMENT_BYTES, 2 * SEGMENT_BYTES]
     assert commit_log.start == 3 * SEGMENT_BYTES
-    commit_log.remove_before(99 * SEGMENT_BYTES)
+    commit_log.take_before(99 * SEGMENT_BYTES)
     assert len(commit_log.segments) == 1, "the last one stays"
+    assert len(files.listdir(FOLDER)) == 4, "so are theirs"
 
 
 def test_scanning_stops_where_it_is_told_to(commit_log: CommitLog, files: FaultyFiles) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ from zrmq.protocol.events import (
 from zrmq.protocol.requests import PullStatus
 from zrmq.store.relocation import Relocation
 from zrmq.store.segment import segment_name
+from zrmq.testing.files import PowerCut
 
 
 @pytest.fixture
@@ -284,6 +287,50 @@ def test_the_last_flushed_batch_is_protected_by_the_views(bench: StoreBench) -> 
     assert bench.store.recovery.end_position == end
     assert bench.queue().next_offset == 2
     assert bench.store.read(bench.queue(), 1, 1000).status is PullStatus.CORRUPT
+
+
+@pytest.mark.parametrize("has_views", [True, False])
+def test_what_proves_a_flush_is_kept_before_it_is_erased(has_views: bool) -> None:
+    """Only an entry behind the torn one says how far the log was flushed. The start erases it, and may be cut short itself."""
+
+    def damaged() -> tuple[StoreBench, int]:
+        bench = StoreBench()
+        (queue, _) = bench.topic()
+        bench.append(queue)
+        bench.flush()
+        if has_views:
+            bench.checkpoint()
+        start = bench.store.appended_position
+        bench.append(queue, count=3)
+        bench.append(queue)
+        bench.flush()
+        flushed = bench.store.flushed_position
+        bench.append(queue)
+        bench.append(queue)
+        bench.store.write()
+        bench.files.kill()
+        bench.rot(start + 20)
+        bench.rot(flushed + 20)
+        return bench, start
+
+    def check(bench: StoreBench, start: int) -> None:
+        assert bench.open().recovery.damage[0][0] == start
+        assert [body[:4] for body in bodies_of(bench)[:2]] == [b"7/1 ", b"7/5 "]
+
+    for operation, error_number, path in (("commit", errno.ENOSPC, ""), ("fdatasync", errno.EIO, "commitlog")):
+        bench, start = damaged()
+        bench.files.fail(operation, error_number, path=path)
+        with pytest.raises(FolderUnusableError):
+            bench.open()
+        bench.files.heal()
+        check(bench, start)
+    for changes in range(12):
+        bench, start = damaged()
+        bench.files.cut_power_after(changes)
+        with suppress(PowerCut):
+            bench.open()
+        bench.files.crash()
+        check(bench, start)
 
 
 def test_a_stretch_that_is_damage_in_front_and_torn_behind(bench: StoreBench) -> None:
@@ -593,6 +640,29 @@ def test_a_log_without_its_end_is_not_gone_on_with(bench: StoreBench) -> None:
         bench.open()
     replace_file(bench.files, LOG / names[-1], kept)
     assert len(bench.open().tables.topics) == 1
+
+
+def test_a_start_that_is_refused_removes_nothing_of_an_older_log() -> None:
+    bench = StoreBench(retention_ms=10_000)
+    bench.topic()
+    bench.fill_segments(bench.queue(), 4)
+    bench.flush()
+    older = {name: read_file(bench.files, LOG / name) for name in bench.files.listdir(LOG)}
+    bench.fill_segments(bench.queue(), 4)
+    bench.flush()
+    bench.checkpoint()
+    bench.clock.advance(20_000)
+    bench.maintain(8)
+    bench.checkpoint()
+    bench.store.close()
+    assert bench.segments()[0] > 4 * SEGMENT_BYTES
+    remove_tree(bench.files, LOG)
+    bench.files.mkdir(LOG)
+    for name, data in older.items():
+        replace_file(bench.files, LOG / name, data)
+    with pytest.raises(FolderUnusableError, match="files are missing. Bring them back; or delete views.db"):
+        bench.open()
+    assert bench.files.listdir(LOG) == list(older)
 
 
 def test_the_way_out_that_the_error_names_works(bench: StoreBench) -> None:

@@ -34,7 +34,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Files, Path]:
 @pytest.fixture
 def database(place: tuple[Files, Path]) -> Iterator[ViewsDb]:
     made = ViewsDb(place[0], place[1] / "views.db")
-    made.wipe()
+    made.begin()
     yield made
     made.close()
 
@@ -128,20 +128,37 @@ def test_old_windows_are_forgotten(database: ViewsDb) -> None:
 
 def test_a_start_takes_the_clean_end_back(database: ViewsDb) -> None:
     database.save(Saved(meta=meta(stopped=1)))
-    database.mark_started()
+    database.mark_started(700)
     loaded = database.load()
     assert loaded is not None
-    assert loaded.meta == meta(stopped=0)
-    database.wipe()
-    database.mark_started()
+    assert loaded.meta == meta(stopped=0, flushed_position=700)
+
+
+def test_what_a_start_knows_to_be_flushed_is_kept_without_anything_saved(database: ViewsDb) -> None:
     assert database.load() is None
+    assert database.flushed_position == 0
+    database.mark_started(700)
+    for _ in range(2):
+        assert database.load() is None
+        assert database.flushed_position == 700
+        database.begin()
+    database.save(full())
+    assert database.load() == full()
+    assert database.flushed_position == 600
+
+
+def test_rows_without_a_position_are_damage(database: ViewsDb) -> None:
+    database.save(full())
+    database._open().execute("delete from meta where name <> 'flushed_position'")
+    with pytest.raises(DamageError):
+        database.load()
 
 
 def test_a_failed_save_changes_nothing() -> None:
     files = FaultyFiles()
     files.mkdir(Path("/data"))
     database = ViewsDb(files, Path("/data/views.db"))
-    database.wipe()
+    database.begin()
     database.save(full())
     files.fail("commit")
     with pytest.raises(sqlite3.OperationalError):
@@ -156,7 +173,7 @@ def test_a_failed_save_changes_nothing() -> None:
 def test_a_save_is_synced(tmp_path: Path) -> None:
     """In WAL mode SQLite's usual setting gives saves back at a power cut; segments may have been deleted by then."""
     database = ViewsDb(DiskFiles(), tmp_path / "views.db")
-    database.wipe()
+    database.begin()
     connection = database._open()
     assert connection.execute("pragma synchronous").fetchone() == (2,)
     assert connection.execute("pragma journal_mode").fetchone() == ("wal",)
@@ -183,7 +200,7 @@ def test_what_cannot_be_read_is_damage_and_can_be_wiped(place: tuple[Files, Path
     files, folder = place
     path = folder / "views.db"
     database = ViewsDb(files, path)
-    database.wipe()
+    database.begin()
     database.save(full())
     statements = {
         "version": "pragma user_version = 99",
@@ -200,7 +217,7 @@ def test_what_cannot_be_read_is_damage_and_can_be_wiped(place: tuple[Files, Path
         replace_file(files, path, b"SQLite format 3\0" + b"no more" * 999)
     with pytest.raises(DamageError, match="cannot be read"):
         database.load()
-    database.wipe()
+    database.begin()
     assert database.load() is None
     database.save(full())
     assert database.load() is not None
@@ -215,7 +232,7 @@ def test_what_another_program_has_locked_is_not_damage(tmp_path: Path) -> None:
             return connection
 
     database = ViewsDb(Impatient(), tmp_path / "views.db")
-    database.wipe()
+    database.begin()
     database.save(full())
     database.close()
     shell = sqlite3.connect(tmp_path / "views.db", isolation_level=None)
@@ -237,7 +254,7 @@ def test_what_cannot_be_opened_is_not_damage(tmp_path: Path) -> None:
 def test_what_cannot_be_opened_without_room_is_not_damage(tmp_path: Path) -> None:
     """SQLite makes a file beside it before it reads, which is an I/O error where no block is left."""
     database = ViewsDb(DiskFiles(), tmp_path / "views.db")
-    database.wipe()
+    database.begin()
     database.save(full())
     database.close()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

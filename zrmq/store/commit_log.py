@@ -352,10 +352,14 @@ class CommitLog:
 
     # --- the front ----------------------------------------------------------------------------------------------------
 
-    def remove_before(self, position: int) -> None:
-        """Remove segments that end at or before `position`: retention had done so, and a crash brought them back."""
+    def take_before(self, position: int) -> list[Segment]:
+        """Take segments that end at or before `position` out of the log: retention had done so, and a crash brought them back.
+
+        Their files are the caller's to remove, once it is known that this is the log from which they were deleted."""
+        taken = []
         while len(self.segments) > 1 and self.segments[0].end <= position:
-            self._unlink(self.segments.pop(0).path)
+            taken.append(self.take_front())
+        return taken
 
     def take_front(self) -> Segment:
         """Take the oldest segment out of the log. Its file is the caller's, to remove or to recycle."""

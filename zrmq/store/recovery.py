@@ -15,6 +15,9 @@ front of the doubtful place *and behind it*, is what is known:
     |----1----|xxxxxxxxx2xxxxxxxxxxxx|----------3----------|-----4-----|~~~~5~~~~|
                                                                        ^ the log ends here
 
+What is known goes into views.db before anything is erased or removed: the entry that said so may be erased, and the start that
+erases it may be cut short.
+
 A damaged stretch without a header may have held batches of any queue. Their offsets were told to producers and consumers, and who
 goes on at an offset would pass over what is stored in its place. So a queue whose last batch lies in front of such a stretch goes
 on behind all offsets that the stretch may have held, and the log says so: `RecoveryReport.advances`.
@@ -71,24 +74,29 @@ def recover(commit_log: CommitLog, views: Views, database: ViewsDb) -> RecoveryR
     """
     whole = WholeLog(commit_log)
     saved = _load(commit_log, database, whole)
+    returned: list[Segment] = []
     if saved is None:
-        whole.look_through()
+        whole.look_through(database.flushed_position)
         if not whole.is_complete:
             log.error("state_lost", missing=whole.missing)
-        database.wipe()
+        database.begin()
         remove_tree(commit_log.files, views.shelf.folder)
     else:
         _restore(saved, commit_log, views)
-        commit_log.remove_before(saved.meta.log_start)
+        returned = commit_log.take_before(saved.meta.log_start)
     start = saved.meta.applied_position if saved else commit_log.start
     queues_reindexed = _reindex(commit_log, views, start)
-    replay = Replay(commit_log, views, whole.topics, saved.meta.flushed_position if saved else 0)
+    replay = Replay(commit_log, views, whole.topics, database.flushed_position)
     has_ended_there = saved is not None and bool(saved.meta.stopped) and not _goes_on(commit_log, start)
     if has_ended_there:
         _require(commit_log, start, start)
         end = start
     else:
         end = replay.run(start)
+    database.mark_started(replay.flushed)  # before the entries go that say so, for this start may be cut short too
+    for segment in returned:
+        commit_log.files.unlink(segment.path)
+    if not has_ended_there:
         replay.settle(end)
     commit_log.begin_at(end)
     _show(commit_log, views)
@@ -240,11 +248,10 @@ class WholeLog:
         ]
         self.is_complete = commit_log.start == 0 and not self._gaps
 
-    def look_through(self) -> None:
-        """Read its events, unless nothing is missing anyway."""
+    def look_through(self, flushed: int) -> None:
+        """Read its events, unless nothing is missing anyway. `flushed`: as far as it is known to have been on disk."""
         if self.is_complete:
             return
-        flushed = 0
         doubtful: list[int] = []
         relocated: list[tuple[int, int]] = []  # from and to where
         for found in self._log.scan(self._log.start):
@@ -317,7 +324,7 @@ def _load(commit_log: CommitLog, database: ViewsDb, whole: WholeLog) -> Saved | 
     try:
         return database.load()
     except DamageError as error:
-        whole.look_through()
+        whole.look_through(flushed=0)
         if not whole.is_complete:
             missing = " and ".join(f"{position} to {end}" for position, end in whole.missing)
             raise FolderUnusableError(

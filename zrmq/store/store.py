@@ -145,7 +145,6 @@ class Store:
         self._saved_position = self.recovery.replayed_from if self.recovery.has_views else 0
         for index in self._views.indexes():
             self._upkeep.trim(index)
-        self._database.mark_started()
         self.append_event(BrokerStarted(self._next_boot()))
         for event in self.recovery.advances:
             self.append_event(event)

@@ -109,9 +109,10 @@ class ViewsDb:
         self._files = files
         self._path = path
         self._connection: sqlite3.Connection | None = None
+        self.flushed_position = 0  # what `load` has found of it, be anything else saved or not
 
     def load(self) -> Saved | None:
-        """Everything that was saved; None if nothing was: then `wipe` before saving.
+        """Everything that was saved; None if nothing was: then `begin` before saving.
 
         Raises `DamageError` when something is there that cannot be read, be it damaged or of another format version;
         `FolderUnusableError` when it may be whole and is out of reach; `OSError`.
@@ -124,7 +125,9 @@ class ViewsDb:
             connection = self._open()
             version = connection.execute("pragma user_version").fetchone()[0]
             if version == VIEWS_FORMAT_VERSION:
-                return _load(connection)
+                saved = _load(connection)
+                self.flushed_position = saved.meta.flushed_position if saved else _flushed_position(connection)
+                return saved
             reason = f"its format version is {version}, this zrmq reads {VIEWS_FORMAT_VERSION}"
         except (sqlite3.Error, msgspec.MsgspecError, TypeError, ValueError) as error:
             self._require_damage(error)
@@ -149,8 +152,10 @@ class ViewsDb:
                 path=str(self._path), reason=reason,
             ) from error
 
-    def wipe(self) -> None:
-        """Begin with an empty database. Raises `OSError` too."""
+    def begin(self) -> None:
+        """Begin with an empty database, but for the flushed position: nobody else may know it any more. Raises `OSError` too."""
+        if self.flushed_position:
+            return
         self.close()
         for suffix in ("", "-wal", "-shm", "-journal"):
             self._files.unlink(self._path.with_name(self._path.name + suffix))
@@ -161,9 +166,9 @@ class ViewsDb:
         """All of it, or nothing."""
         self._transact(lambda connection: _save(connection, saved))
 
-    def mark_started(self) -> None:
-        """From now on the log may be longer than the views know."""
-        self._transact(lambda connection: connection.execute("update meta set value = 0 where name = 'stopped'"))
+    def mark_started(self, flushed_position: int) -> None:
+        """From now on the log may be longer than the views know, and what said how far it was flushed may go."""
+        self._transact(lambda connection: _mark_started(connection, flushed_position))
 
     def close(self) -> None:
         """Close the database."""
@@ -196,6 +201,16 @@ def _create(connection: sqlite3.Connection) -> None:
     connection.execute(f"pragma user_version = {VIEWS_FORMAT_VERSION}")
 
 
+def _mark_started(connection: sqlite3.Connection, flushed_position: int) -> None:
+    connection.execute("update meta set value = 0 where name = 'stopped'")
+    _put(connection, "meta", 2, [("flushed_position", flushed_position)])
+
+
+def _flushed_position(connection: sqlite3.Connection) -> int:
+    rows = connection.execute("select value from meta").fetchall()
+    return msgspec.convert(rows[0][0], Natural) if rows else 0
+
+
 def _save(connection: sqlite3.Connection, saved: Saved) -> None:
     for topic_id in saved.topics_deleted:
         for table in ("topics", "queues", "offsets", "windows"):
@@ -222,8 +237,8 @@ def _put(connection: sqlite3.Connection, table: str, columns: int, rows: Any) ->
 
 def _load(connection: sqlite3.Connection) -> Saved | None:
     rows = {table: connection.execute(f"select * from {table}").fetchall() for table in _TABLES}
-    if not rows["meta"]:
-        return None
+    if [name for name, _ in rows["meta"]] in ([], ["flushed_position"]) and not any(rows[table] for table in _TABLES[1:]):
+        return None  # a start ended before the first save
     rows["topics"] = [(topic_id, _config_decoder.decode(config)) for topic_id, config in rows["topics"]]
     rows["groups"] = [(name, *_group_decoder.decode(state)) for name, state in rows["groups"]]
     rows["segments"] = [(*row[:3], _shares_decoder.decode(row[3])) for row in rows["segments"]]
