@@ -19,10 +19,19 @@ from zrmq.errors import (
     StoreFailedError,
 )
 from zrmq.files import DiskFiles, replace_file
-from zrmq.protocol.batch import BatchHeader
-from zrmq.protocol.events import BrokerStarted, BrokerStopped, GroupSubscribed, OffsetsCommitted
+from zrmq.protocol.batch import KIND_EVENT, BatchHeader, encode_entry
+from zrmq.protocol.events import (
+    BrokerStarted,
+    BrokerStopped,
+    GroupSubscribed,
+    LeaseGranted,
+    OffsetsCommitted,
+    SessionTimeoutChanged,
+    encode_event,
+)
 from zrmq.protocol.requests import PullStatus
 from zrmq.store.config import StoreConfig
+from zrmq.store.segment import encode_segment_header, segment_name
 from zrmq.store.store import Store
 from zrmq.testing.files import FaultyFiles
 
@@ -474,6 +483,41 @@ def test_a_broker_whose_disk_was_emptied_counts_on() -> None:
     bench.clock.advance(10_000)
     bench.disk = FaultyFiles()
     assert bench.open().boot > former
+
+
+def test_no_clock_leads_to_a_lease_that_cannot_be_read() -> None:
+    """Lease epochs are made of the boot number."""
+    bench = StoreBench()
+    bench.clock.step(4_102_444_800_000 - bench.clock.time_ms())  # the year 2100
+    bench.disk = FaultyFiles()
+    former = bench.open().boot
+    bench.topic()
+    bench.store.append_event(LeaseGranted("g", 1, 0, "c", (former << 32) + 1))
+    bench.flush()
+    assert bench.crash().boot == former + 1
+    assert bench.store.tables.groups["g"].leases[1, 0].lease_epoch == (former << 32) + 1
+
+
+def test_no_loss_leads_to_a_lease_that_cannot_be_read(bench: StoreBench) -> None:
+    """Ninety gigabytes are gone and the views with them: by their size they may have held more starts than there are numbers."""
+    bench.files.kill()
+    start = 90_000_000_000 // SEGMENT_BYTES * SEGMENT_BYTES
+    entry = encode_entry(
+        KIND_EVENT, encode_event(SessionTimeoutChanged(5)), epoch=0, position=start + 64, flushed_position=start + 64,
+        store_timestamp_ms=1,
+    )
+    content = encode_segment_header(start, SEGMENT_BYTES) + entry
+    replace_file(bench.files, LOG / segment_name(start), content.ljust(SEGMENT_BYTES, b"\0"))
+    bench.files.unlink(FOLDER / "views.db")
+    assert bench.open().recovery.starts_lost > 1 << 31
+    assert bench.store.boot < 1 << 31
+    bench.topic()
+    bench.store.append_event(LeaseGranted("g", 1, 0, "c", (bench.store.boot << 32) + 1))
+    bench.flush()
+    bench.crash()
+    bench.store.append_event(BrokerStarted((1 << 31) - 1))
+    bench.flush()
+    assert bench.crash().boot == (1 << 31) - 1, "there is no greater one"
 
 
 def test_closing_flushes_and_says_so(bench: StoreBench) -> None:

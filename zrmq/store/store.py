@@ -57,7 +57,10 @@ log = get_logger("store")
 
 LOOK_AGAIN_MS = 100.0  # between two looks whether a full disk has room again
 DAMAGE_MAX = 1_000  # stretches remembered
-YEAR_2020_S = 1_577_836_800  # boot numbers made of the time count from here: times 2**32 they are epochs, which have 63 bits
+YEAR_2020_S = 1_577_836_800  # boot numbers made of the time count from here
+BOOT_MAX = (1 << 31) - 1  # times 2**32 it is an epoch, and these have 63 bits
+BOOT_SECONDS_MAX = 1 << 30  # until 2054; a clock beyond is wrong, and half of all numbers are left for the starts that follow
+STARTS_LOST_MAX = 1 << 20  # between two known ones, be the stretch without a header as long as it may
 
 
 class Placed(NamedTuple):
@@ -162,10 +165,13 @@ class Store:
     def _next_boot(self) -> int:
         """More than every start before, some of which may have been said where damage is now. Where the event that said the last
         is deleted and the views are lost, the time, which is more too; so in a new folder, which may be the next one of a broker
-        whose disk was emptied: what clients remember of the former (lease epochs, topic ids) is not to mean anything here."""
-        is_known = self.tables.boot > 0 and (self.recovery.has_views or self.recovery.is_complete)
-        last = self.tables.boot if is_known else max(self.tables.boot, self._clock.time_ms() // 1000 - YEAR_2020_S)
-        return last + self.recovery.starts_lost + 1
+        whose disk was emptied: what clients remember of the former (lease epochs, topic ids) is not to mean anything here.
+
+        Neither a wrong clock nor a large loss may lead beyond `BOOT_MAX`: the log would hold what no start can read."""
+        last = self.tables.boot
+        if not last or not (self.recovery.has_views or self.recovery.is_complete):
+            last = max(last, min(self._clock.time_ms() // 1000 - YEAR_2020_S, BOOT_SECONDS_MAX))
+        return min(last + min(self.recovery.starts_lost, STARTS_LOST_MAX) + 1, BOOT_MAX)
 
     # --- what there is ------------------------------------------------------------------------------------------------
 
