@@ -504,6 +504,106 @@ def test_an_unreadable_sector_costs_only_what_is_in_it(bench: StoreBench) -> Non
     assert 7 <= len(bodies_of(bench)) < 13, "what shares the file system's block of 4 KiB is lost with it"
 
 
+def test_what_cannot_be_read_at_the_end_is_not_taken_for_never_written(bench: StoreBench) -> None:
+    (queue, _) = bench.topic()
+    bench.append(queue)
+    bench.flush()
+    bench.checkpoint()
+    known = bench.store.appended_position
+    bench.fill_segments(queue, 3)
+    before, files, segments = bodies_of(bench), bench.files.listdir(LOG), bench.segments()
+    bench.files.kill()
+    for start in segments:
+        bench.files.bad_ranges[LOG / segment_name(start)] = [(0 if start else known, SEGMENT_BYTES)]
+    with pytest.raises(FolderUnusableError, match="does not give .* may go on there. Check the disk") as caught:
+        bench.open()
+    assert caught.value.facts["end"] > known
+    assert bench.files.listdir(LOG) == files
+    bench.files.bad_ranges.clear()
+    bench.open()
+    assert bodies_of(bench) == before
+
+
+def test_records_at_the_end_that_cannot_be_read_may_have_been_acknowledged(bench: StoreBench) -> None:
+    (queue, _) = bench.topic()
+    bench.append(queue, size=9000)
+    bench.flush()
+    bench.files.kill()
+    path = LOG / segment_name(0)
+    bench.files.bad_ranges[path] = [(8200, 8300)]
+    with pytest.raises(FolderUnusableError, match="does not give positions 8192 to"):
+        bench.open()
+    bench.files.bad_ranges.clear()
+    bench.files.replace(path, 8192, bytes(4096))  # what the error says: a copy with zeros
+    bench.open()
+    assert bodies_of(bench) == []
+
+
+def test_no_segment_is_removed_that_cannot_be_read(bench: StoreBench) -> None:
+    """The end of the log is torn, and whether what lies behind it ever was a part of it nobody can tell."""
+    (queue, _) = bench.topic()
+    bench.flush()
+    torn = bench.append(queue).end_position
+    while len(bench.segments()) < 2:
+        bench.append(queue, size=1000)
+    bench.store.write()
+    bench.files.kill()
+    overwrite(bench, torn - 1, b"\xff")
+    path = LOG / segment_name(SEGMENT_BYTES)
+    bench.files.bad_ranges[path] = [(0, 10)]
+    with pytest.raises(FolderUnusableError, match="does not give"):
+        bench.open()
+    bench.files.bad_ranges.clear()
+    assert bench.open().recovery.cut_bytes > 0
+    assert bench.segments() == [0]
+
+
+def test_a_bad_sector_where_nothing_was_written_is_no_end(bench: StoreBench) -> None:
+    (queue, _) = bench.topic()
+    bench.append(queue)
+    bench.flush()
+    bench.files.kill()
+    bench.files.bad_ranges[LOG / segment_name(0)] = [(SEGMENT_BYTES - 4096, SEGMENT_BYTES)]
+    bench.open()
+    assert len(bodies_of(bench)) == 1
+
+
+@pytest.mark.parametrize("operation", ["open", "size"])
+def test_a_segment_that_cannot_be_opened_costs_only_what_is_in_it(bench: StoreBench, operation: str) -> None:
+    (queue, _) = bench.topic()
+    bench.fill_segments(queue, 3)
+    total = queue.next_offset
+    start, header_end, end = SEGMENT_BYTES, SEGMENT_BYTES + 64, 2 * SEGMENT_BYTES
+    bench.files.kill()
+    bench.files.fail(operation, errno.EIO, times=999, path=segment_name(start))
+    bench.open()
+    assert bench.store.recovery.damage == [(start, header_end), (header_end, end)][: 2 if operation == "open" else 1]
+    assert bench.queue().next_offset == total
+    assert total // 2 < len(bodies_of(bench)) < total or operation == "size", "what it has can be read"
+
+
+def test_a_running_store_passes_over_a_segment_that_cannot_be_opened(bench: StoreBench) -> None:
+    (queue, _) = bench.topic()
+    bench.fill_segments(queue, 3)
+    bench.reopen()
+    total = len(bodies_of(bench))
+    bench.store._open_files.close()
+    bench.files.fail("open", errno.EIO, times=999, path=segment_name(SEGMENT_BYTES))
+    assert total // 2 < len(bodies_of(bench)) < total
+
+
+def test_a_last_segment_that_cannot_be_opened_is_no_end(bench: StoreBench) -> None:
+    (queue, _) = bench.topic()
+    bench.fill_segments(queue, 2)
+    bench.flush()
+    files = bench.files.listdir(LOG)
+    bench.files.kill()
+    bench.files.fail("open", errno.EIO, times=999, path=segment_name(bench.segments()[-1]))
+    with pytest.raises(FolderUnusableError, match="does not give"):
+        bench.open()
+    assert bench.files.listdir(LOG) == files
+
+
 def test_a_damaged_segment_header_costs_nothing(bench: StoreBench) -> None:
     (queue, _) = bench.topic()
     bench.fill_segments(queue, 2)

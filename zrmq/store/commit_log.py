@@ -17,10 +17,11 @@ was never part of the log, and recovery removes it.
 
 from __future__ import annotations
 
+import errno
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 
 from zrmq.errors import DiskFullError, FolderUnusableError
@@ -33,6 +34,7 @@ from zrmq.store.segment import (
     SEGMENT_END_BYTES,
     SEGMENT_FORMAT_VERSION,
     SEGMENT_HEADER_BYTES,
+    UNREADABLE,
     Found,
     Read,
     Segment,
@@ -63,6 +65,7 @@ class CommitLog:
         self.folder = folder
         self.segment_bytes = segment_bytes
         self.segments: list[Segment] = []
+        self.unreadable: list[tuple[int, int]] = []  # stretches that the disk has not given to `load` and `scan`
         self.spares: list[Path] = []
         self.appended_position = 0
         self.written_position = 0
@@ -84,7 +87,7 @@ class CommitLog:
         self._open_folder = self.files.open_folder(self.folder)
         names = self.files.listdir(self.folder)
         starts = sorted(start for start in map(start_of, names) if start is not None)
-        self.segments = [self._load_segment(start) for start in starts]
+        self.segments = [self._load_segment(start, following) for start, following in zip_longest(starts, starts[1:])]
         for before, segment in pairwise(self.segments):
             if segment.start < before.end:
                 self._shorten(before, segment)
@@ -94,15 +97,24 @@ class CommitLog:
                 self._spare_number = max(self._spare_number, int(match.group(1)))
                 self._load_spare(self.folder / name)
 
-    def _load_segment(self, start: int) -> Segment:
+    def _load_segment(self, start: int, following: int | None) -> Segment:
         path = self.folder / segment_name(start)
-        version = segment_version(read_or_zeros(self._open_files.get(path), SEGMENT_HEADER_BYTES, 0), start)
+        failed: list[tuple[int, int]] = []
+        try:
+            size = self.files.size(path)
+            version = segment_version(read_or_zeros(self._open_files.get(path), SEGMENT_HEADER_BYTES, 0, failed), start)
+        except OSError as error:
+            if error.errno not in UNREADABLE:
+                raise
+            size, version = (following or start + self.segment_bytes) - start, None
+            failed.append((0, size))
+        self.unreadable += _within_log(failed, start)
         if version is not None and version > SEGMENT_FORMAT_VERSION:
             raise FolderUnusableError(
                 f"{path} was written by a newer zrmq (format {version}, this one reads up to {SEGMENT_FORMAT_VERSION}); upgrade.",
                 folder=str(self.folder.parent), format_version=version,
             )
-        return Segment(path, start, start + self.files.size(path), is_header_whole=version is not None)
+        return Segment(path, start, start + size, is_header_whole=version is not None)
 
     def _shorten(self, before: Segment, segment: Segment) -> None:
         """A file reaches into the next one, which says itself where it begins: what is too much there is not of the log."""
@@ -333,7 +345,7 @@ class CommitLog:
         return self.segments[index]
 
     def read(self, position: int, size: int) -> bytes:
-        """Bytes of one segment; fewer where it ends, none where its file is gone, zeros where the disk fails.
+        """Bytes of one segment; fewer where it ends, none where its file is gone or out of reach, zeros where the disk fails.
 
         Raises `OSError` where the system refuses.
         """
@@ -342,13 +354,15 @@ class CommitLog:
             return b""
         try:
             file = segment.file or self._open_files.get(segment.path)
-        except FileNotFoundError:
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, *UNREADABLE):
+                raise
             return b""
         return read_or_zeros(file, min(size, segment.end - position), position - segment.start)
 
     def scan(self, position: int) -> Iterator[Found]:
         """All entries from `position` on, with the stretches that are none."""
-        return scan_segments(self.files, self.segments, position)
+        return scan_segments(self.files, self.segments, position, unreadable=self.unreadable)
 
     # --- the front ----------------------------------------------------------------------------------------------------
 
@@ -407,11 +421,15 @@ class LogFlush(Job):
         self._on_finished(self)
 
 
-def scan_segments(files: Files, segments: Sequence[Segment], position: int, end: int | None = None) -> Iterator[Found]:
+def scan_segments(
+    files: Files, segments: Sequence[Segment], position: int, end: int | None = None,
+    unreadable: list[tuple[int, int]] | None = None,
+) -> Iterator[Found]:
     """All entries in these segments from `position` up to `end`, with the stretches that are none. Any thread.
 
-    Opens the files by itself; sectors that cannot be read count as damaged.
+    Opens the files by itself; sectors that cannot be read count as damaged, and so does a whole file; `unreadable` gets both.
     """
+    unreadable = [] if unreadable is None else unreadable
     for segment in segments:
         stop = segment.end if end is None else min(segment.end, end)
         if stop <= position:
@@ -422,16 +440,34 @@ def scan_segments(files: Files, segments: Sequence[Segment], position: int, end:
             if not segment.is_header_whole:
                 yield _nothing(segment.start, min(segment.start + SEGMENT_HEADER_BYTES, stop))
             position = segment.start + SEGMENT_HEADER_BYTES
-        file = files.open(segment.path)
         try:
-            yield from scan(_reading(file, segment), position, stop)
+            file = files.open(segment.path)
+        except OSError as error:
+            if error.errno not in UNREADABLE:
+                raise
+            unreadable.append((position, stop))
+            yield _nothing(position, stop)
+            position = stop
+            continue
+        try:
+            yield from scan(_reading(file, segment, unreadable), position, stop)
         finally:
             file.close()
         position = max(position, stop)
 
 
-def _reading(file: OpenFile, segment: Segment) -> Read:
-    return lambda position, size: read_or_zeros(file, size, position - segment.start)
+def _reading(file: OpenFile, segment: Segment, unreadable: list[tuple[int, int]]) -> Read:
+    def read(position: int, size: int) -> bytes:
+        failed: list[tuple[int, int]] = []
+        content = read_or_zeros(file, size, position - segment.start, failed)
+        unreadable.extend(_within_log(failed, segment.start))
+        return content
+
+    return read
+
+
+def _within_log(stretches: list[tuple[int, int]], start: int) -> list[tuple[int, int]]:
+    return [(start + position, start + end) for position, end in stretches]
 
 
 def _start(segment: Segment) -> int:

@@ -3,6 +3,7 @@
 Where does the log end? Entries are written in order and synced in groups; what was written and not synced may be there after a
 crash, or not, or in part, in any order. So behind the last flushed position the log ends before the first entry that does not
 check out, and whatever lies behind that is erased, or a later crash could mistake it for new. Nobody was told that it is stored.
+But a torn entry can be read: where the disk refuses to, the start is refused too.
 
 Before the last flushed position an entry that does not check out was on disk once: it is *damaged*, by the disk, not by the
 crash. It is never cut off. It is stepped over, reported, and answered CORRUPT when it is read, and so is nothing else.
@@ -41,7 +42,7 @@ from zrmq.protocol.batch import BATCH_HEADER_BYTES, ENTRY_HEADER_BYTES, KIND_EVE
 from zrmq.protocol.events import AnyEvent, BrokerStarted, QueuesAdvanced, StateRelocated, TopicDeleted, TopicPut, decode_event
 from zrmq.store.commit_log import CommitLog, scan_segments
 from zrmq.store.relocation import OFFSETS_PER_EVENT
-from zrmq.store.segment import EntryReader, Found, Segment, Share
+from zrmq.store.segment import ENTRY_BYTES_MAX, EntryReader, Found, Segment, Share, peek_header
 from zrmq.store.tables import Queue, Topic, Window
 from zrmq.store.views import Views, index_anew
 from zrmq.store.views_db import Saved, ViewsDb, group_of
@@ -93,6 +94,7 @@ def recover(commit_log: CommitLog, views: Views, database: ViewsDb) -> RecoveryR
         end = start
     else:
         end = replay.run(start)
+        _require_read(commit_log, end)
     database.mark_started(replay.flushed)  # before the entries go that say so, for this start may be cut short too
     for segment in returned:
         commit_log.files.unlink(segment.path)
@@ -311,6 +313,25 @@ def _require(commit_log: CommitLog, position: int, flushed: int) -> None:
             " Bring them back; or delete views.db and consumequeue to go on with the messages that are left.",
             folder=str(commit_log.folder.parent), end_position=end, known_position=max(position, flushed),
         )
+
+
+def _require_read(commit_log: CommitLog, end: int) -> None:
+    """Raise where the disk does not give what would say that the log goes on at `end`, or what is to be removed behind it.
+
+    A torn end can be read. What cannot be may have been acknowledged, and may be readable again by the next start."""
+    header = peek_header(commit_log.read(end, BATCH_HEADER_BYTES), 0)
+    claimed = header is not None and header.position == end and header.length <= ENTRY_BYTES_MAX
+    entry_end = end + (header.length if header is not None and claimed else BATCH_HEADER_BYTES)
+    segment = commit_log.segment_at(end)
+    kept_end = segment.end if segment is not None and segment.start < end else end
+    for position, to in commit_log.unreadable:
+        if (to > end and position < entry_end) or position >= kept_end:
+            raise FolderUnusableError(
+                f"The disk does not give positions {position} to {to} of the log in {commit_log.folder}, and the log may go on"
+                " there. Check the disk and start again. If it stays so, copy the folder to a sound disk, with zeros for what"
+                " cannot be read; then what was there counts as never written.",
+                folder=str(commit_log.folder.parent), position=position, end=to,
+            )
 
 
 def _newer(what: str, position: int) -> FolderUnusableError:

@@ -247,8 +247,10 @@ def peek_header(block: bytes, at: int) -> EntryHeader | BatchHeader | None:
     return entry if entry is not None and entry.kind != KIND_BATCH else None
 
 
-def read_or_zeros(file: OpenFile, size: int, position: int) -> bytes:
-    """What can be read: blocks that the disk cannot give come as zeros, which check out as nothing. Raises other `OSError`s."""
+def read_or_zeros(file: OpenFile, size: int, position: int, failed: list[tuple[int, int]] | None = None) -> bytes:
+    """What can be read: blocks that the disk cannot give come as zeros, which check out as nothing. Raises other `OSError`s.
+
+    Stretches (position, end) of the file that came so are added to `failed`."""
     try:
         return read_fully(file, size, position)
     except OSError as error:
@@ -256,6 +258,8 @@ def read_or_zeros(file: OpenFile, size: int, position: int) -> bytes:
             raise
         end = position + size
         if position // _BLOCK_BYTES == (end - 1) // _BLOCK_BYTES:
+            if failed is not None:
+                failed.append((position, end))
             return bytes(size)
         starts = [position, *range(position - position % _BLOCK_BYTES + _BLOCK_BYTES, end, _BLOCK_BYTES)]
-        return b"".join(read_or_zeros(file, stop - start, start) for start, stop in pairwise([*starts, end]))
+        return b"".join(read_or_zeros(file, stop - start, start, failed) for start, stop in pairwise([*starts, end]))
