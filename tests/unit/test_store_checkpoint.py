@@ -28,6 +28,13 @@ def saved_right(bench: StoreBench) -> None:
     assert bench.store.recovery.damage == []
 
 
+def save_due(bench: StoreBench) -> None:
+    """Save the views as a broker does when it is due and nothing is on its way to the disk."""
+    assert bench.store.begin_checkpoint() is None, "what is flushed is said in the log first"
+    bench.flush()
+    run(bench.store.begin_checkpoint())
+
+
 def test_due_by_time(bench: StoreBench) -> None:
     bench.topic()
     bench.flush()
@@ -35,7 +42,7 @@ def test_due_by_time(bench: StoreBench) -> None:
     bench.clock.advance(29_999)
     assert bench.store.begin_checkpoint() is None
     bench.clock.advance(1)
-    run(bench.store.begin_checkpoint())
+    save_due(bench)
     assert bench.store.checkpoint_position == bench.store.appended_position
     bench.clock.advance(99_000)
     assert bench.store.begin_checkpoint() is None, "nothing has changed"
@@ -48,9 +55,72 @@ def test_due_by_bytes(bench: StoreBench) -> None:
         assert bench.store.begin_checkpoint() is None
         bench.append(queue, size=500)
         bench.flush()
-    run(bench.store.begin_checkpoint())
+    save_due(bench)
     assert bench.store.checkpoint_position >= 20_000
     saved_right(bench)
+
+
+def last_group_is_damage(bench: StoreBench, position: int) -> None:
+    """A batch of it rots and views.db is lost: all others are there."""
+    bench.files.kill()
+    bench.rot(position + 20)
+    bench.files.unlink(FOLDER / "views.db")
+    bench.open()
+    assert not bench.store.recovery.has_views
+    assert [position for position, _ in bench.store.recovery.damage] == [position]
+    assert [body[:4] for body in bench.bodies(bench.queue())] == [b"7/1 ", b"7/3 "]
+
+
+def append_group(bench: StoreBench) -> int:
+    (queue, _) = bench.topic()
+    bench.append(queue)
+    bench.flush()
+    position = bench.store.appended_position
+    bench.append(queue)
+    bench.append(queue)
+    return position
+
+
+def test_the_log_says_itself_what_was_flushed_before_a_broker_was_idle(bench: StoreBench) -> None:
+    position = append_group(bench)
+    bench.flush()
+    bench.clock.advance(30_000)
+    save_due(bench)
+    last_group_is_damage(bench, position)
+
+
+def test_it_says_so_later_when_the_broker_was_busy(bench: StoreBench) -> None:
+    position = append_group(bench)
+    bench.clock.advance(30_000)
+    assert bench.store.begin_checkpoint() is None
+    bench.flush()
+    run(bench.store.begin_checkpoint())
+    assert bench.store.checkpoint_position == bench.store.appended_position
+    assert bench.store.begin_checkpoint() is None
+    bench.clock.advance(30_000)
+    save_due(bench)
+    bench.clock.advance(30_000)
+    assert bench.store.begin_checkpoint() is None, "and then no more"
+    last_group_is_damage(bench, position)
+
+
+def test_a_broker_that_is_closed_says_so_too(bench: StoreBench) -> None:
+    position = append_group(bench)
+    bench.store.close()
+    last_group_is_damage(bench, position)
+
+
+def test_without_room_to_say_it_the_views_are_saved_all_the_same(bench: StoreBench) -> None:
+    (queue, _) = bench.topic()
+    while bench.store._log.limit - bench.store.appended_position >= 4000:
+        bench.append(queue, size=3000)
+    size = bench.store._log.limit - bench.store.appended_position - 110
+    bench.append(queue, size=size)
+    bench.flush()
+    bench.files.capacity_bytes = bench.files.used_bytes
+    bench.clock.advance(30_000)
+    run(bench.store.begin_checkpoint())
+    assert bench.store.checkpoint_position == bench.store.appended_position
 
 
 def test_it_waits_for_the_flush_of_what_it_saves(bench: StoreBench) -> None:

@@ -36,7 +36,7 @@ from zrmq.files import NO_DESCRIPTOR, Files, FolderLock
 from zrmq.logs import get_logger
 from zrmq.message import FlushMode
 from zrmq.protocol.batch import BATCH_HEADER_BYTES, ENTRY_HEADER_BYTES, KIND_EVENT, BatchHeader, encode_entry, stamp
-from zrmq.protocol.events import AnyEvent, BrokerStarted, BrokerStopped, encode_event
+from zrmq.protocol.events import AnyEvent, BrokerStarted, BrokerStopped, SessionTimeoutChanged, encode_event
 from zrmq.store.checkpoint import Checkpoint
 from zrmq.store.commit_log import EPOCH, CommitLog, LogFlush
 from zrmq.store.config import StoreConfig
@@ -104,6 +104,7 @@ class Store:
         self._is_checkpoint_running = False
         self._may_checkpoint = True
         self._saved_position = 0
+        self._is_flush_unsaid = False  # nothing in the log said it yet when the last checkpoint was taken
         self._saved_ms = clock.monotonic_ms()
         self._is_disk_full = False
         self._looked_ms = 0.0
@@ -427,6 +428,8 @@ class Store:
         if self._checkpoint is None:
             if not self._may_checkpoint or not (force or self._is_checkpoint_due()):
                 return None
+            if not force and not self._say_flushed():
+                return None
             self._checkpoint = Checkpoint(self._log, self._views, self._database, self._saved_position, self._finish_checkpoint)
         if self._log.flushed_position < self._checkpoint.position:
             self.needs_flush = True
@@ -440,7 +443,21 @@ class Store:
             return True  # stamps that a clock set forward has left too old are all that the next start would go by
         if self._clock.monotonic_ms() - self._saved_ms < self._config.checkpoint_ms:
             return False
-        return unsaved_bytes > 0 or any(segment.last_ms != segment.saved_ms[0] for segment in self._log.segments)
+        is_wanted = unsaved_bytes > 0 or self._is_flush_unsaid
+        return is_wanted or any(segment.last_ms != segment.saved_ms[0] for segment in self._log.segments)
+
+    def _say_flushed(self) -> bool:
+        """Let the log itself say how far it is flushed, by one more entry where none is about to follow. False when the
+        disk refuses. If views.db is lost nobody else knows, and what is damaged in the last group is taken for a torn end."""
+        self._is_flush_unsaid = self._log.appended_position > self._log.flushed_position
+        if not self._is_flush_unsaid:
+            try:
+                self.append_event(SessionTimeoutChanged(self.tables.session_timeout_ms))  # changes nothing
+            except DiskFullError:
+                self._is_flush_unsaid = True
+            except StoreFailedError:
+                return False
+        return True
 
     def _finish_checkpoint(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = None
@@ -481,6 +498,7 @@ class Store:
 
     def _stop(self) -> None:
         try:
+            self.flush()  # so that the event says how far
             self.append_event(BrokerStopped())
             self.flush()
         except (DiskFullError, StoreFailedError) as error:
