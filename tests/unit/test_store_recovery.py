@@ -776,6 +776,34 @@ def test_the_way_out_that_the_error_names_works(bench: StoreBench) -> None:
     assert bodies_of(bench)
 
 
+@pytest.mark.parametrize("is_batch", [True, False])
+@pytest.mark.parametrize("is_followed", [True, False])
+def test_entries_of_a_newer_format_are_not_written_over(bench: StoreBench, is_batch: bool, is_followed: bool) -> None:
+    """Here they end the log, or would be taken for damage."""
+    (queue, _) = bench.topic()
+    bench.append(queue)
+    bench.flush()
+    position = bench.store.appended_position
+    end = bench.append(queue).end_position if is_batch else bench.store.append_event(GroupSubscribed("one", "meters", 5, []))
+    bench.flush()
+    if is_followed:
+        bench.append(queue)
+        bench.flush()
+    bench.files.kill()
+    path, at = bench.path_at(position)
+    entry = bytearray(read_file(bench.files, path)[at : at + end - position])
+    entry[2] = 2
+    bench.files.replace(path, at, seal(bytes(entry)))
+    before = read_file(bench.files, path)
+    with pytest.raises(FolderUnusableError, match=f"an entry of format 2 at {position} .* a newer zrmq wrote it. Upgrade"):
+        bench.open()
+    assert read_file(bench.files, path) == before
+    bench.files.kill()
+    bench.files.replace(path, at, bytes(entry))  # the version byte alone has rotted
+    bench.open()
+    assert bench.store.recovery.damage == ([(position, end)] if is_followed else [])
+
+
 def test_entries_of_a_newer_version_are_not_skipped(bench: StoreBench) -> None:
     for kind, payload in ((9, b"?"), (KIND_EVENT, b"\x92\xcc\xfa\x01")):
         other = StoreBench()

@@ -42,7 +42,7 @@ from zrmq.protocol.batch import BATCH_HEADER_BYTES, ENTRY_HEADER_BYTES, KIND_EVE
 from zrmq.protocol.events import AnyEvent, BrokerStarted, QueuesAdvanced, StateRelocated, TopicDeleted, TopicPut, decode_event
 from zrmq.store.commit_log import CommitLog, scan_segments
 from zrmq.store.relocation import OFFSETS_PER_EVENT
-from zrmq.store.segment import ENTRY_BYTES_MAX, EntryReader, Found, Segment, Share, peek_header
+from zrmq.store.segment import ENTRY_BYTES_MAX, EntryReader, Found, Segment, Share, newer_version, peek_header
 from zrmq.store.tables import Queue, Topic, Window
 from zrmq.store.views import Views, index_anew
 from zrmq.store.views_db import Saved, ViewsDb, group_of
@@ -142,6 +142,9 @@ class Replay:
             if found.is_whole:
                 self._fold(found)
                 continue
+            version = newer_version(self._log.read, found.position)
+            if version is not None:
+                raise _newer(f"an entry of format {version}", found.position)
             if found.end > self.flushed:
                 self._look_ahead(found)
             if found.position >= self.flushed:

@@ -55,6 +55,7 @@ SCAN_BYTES = 1 << 20  # read at once when entries are read one after the other
 _SEGMENT_MAGIC = b"ZRMQ-LOG"
 _HEADER = struct.Struct("<8sIIQQ28xI")
 _CRC_AT = _HEADER.size - 4
+VERSION_AT = len(MAGIC)
 KIND_AT = 3
 _MARK = MAGIC + bytes([FORMAT_VERSION])
 _POSITION = struct.Struct("<Q")
@@ -245,6 +246,20 @@ def peek_header(block: bytes, at: int) -> EntryHeader | BatchHeader | None:
         return batch if block.startswith(_MARK, at) and batch.length >= BATCH_HEADER_BYTES else None
     entry = peek_entry(block, at)
     return entry if entry is not None and entry.kind != KIND_BATCH else None
+
+
+def newer_version(read: Read, position: int) -> int | None:
+    """The format version of the entry at `position` if it is one that this code does not know; None for anything else.
+
+    Entries of all versions have the same first 40 bytes, and their CRC tells such an entry from one whose version byte rotted.
+    """
+    start = read(position, ENTRY_HEADER_BYTES)
+    header = peek_entry(start[:VERSION_AT] + bytes([FORMAT_VERSION]) + start[KIND_AT:])
+    if header is None or start[VERSION_AT] <= FORMAT_VERSION or header.position != position or header.length > ENTRY_BYTES_MAX:
+        return None
+    entry = read(position, header.length)
+    crc = crc32(entry[ASSIGNED_AT : BATCH_HEADER_BYTES if header.kind == KIND_BATCH else None], crc32(entry[:START_BYTES]))
+    return start[VERSION_AT] if crc == header.entry_crc else None
 
 
 def read_or_zeros(file: OpenFile, size: int, position: int, failed: list[tuple[int, int]] | None = None) -> bytes:
