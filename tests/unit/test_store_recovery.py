@@ -727,6 +727,31 @@ def test_a_missing_segment_under_intact_views(bench: StoreBench) -> None:
     bench.open()
     assert 0 < len(bodies_of(bench)) < total
     assert bench.queue().next_offset == total
+    assert bench.store.recovery.damage == [(SEGMENT_BYTES, 2 * SEGMENT_BYTES)]
+
+
+def test_segments_missing_in_front_after_a_clean_end_are_told(bench: StoreBench) -> None:
+    (queue, _) = bench.topic()
+    bench.fill_segments(queue, 3)
+    bench.store.close()
+    for start in (0, SEGMENT_BYTES):
+        bench.files.unlink(LOG / segment_name(start))
+    bench.open()
+    assert bench.store.recovery.is_clean
+    assert bench.store.damage == [(0, 2 * SEGMENT_BYTES)]
+
+
+def test_segments_that_retention_deletes_are_not_missing() -> None:
+    bench = StoreBench(retention_ms=10_000)
+    bench.topic()
+    bench.fill_segments(bench.queue(), 4)
+    bench.checkpoint()
+    bench.clock.advance(20_000)
+    bench.maintain(3)
+    bench.kill()
+    assert bench.segments()[0] > 0
+    assert bench.store.damage == []
+    assert bench.reopen().damage == []
 
 
 def test_a_log_without_its_end_is_not_gone_on_with(bench: StoreBench) -> None:

@@ -89,6 +89,8 @@ def recover(commit_log: CommitLog, views: Views, database: ViewsDb) -> RecoveryR
     queues_reindexed = _reindex(commit_log, views, start)
     replay = Replay(commit_log, views, whole.topics, database.flushed_position)
     has_ended_there = saved is not None and bool(saved.meta.stopped) and not _goes_on(commit_log, start)
+    if saved is not None:
+        replay.report_missing(start, saved.meta.log_start if has_ended_there else None)
     if has_ended_there:
         _require(commit_log, start, start)
         end = start
@@ -157,6 +159,15 @@ class Replay:
         end = self._log.segments[-1].end if self._log.segments else position
         _require(self._log, end, self.flushed)
         return end
+
+    def report_missing(self, position: int, log_start: int | None) -> None:
+        """Report what is missing in front of `position`, where nothing is read. `log_start`: where the log began, if certain."""
+        stretches = [] if log_start is None else [(log_start, self._log.start)]
+        stretches += [(earlier.end, later.start) for earlier, later in pairwise(self._log.segments) if later.start <= position]
+        for start, end in stretches:
+            if start < end:
+                self.damage.append((start, end))
+                log.error("segments_missing", position=start, bytes=end - start)
 
     def settle(self, end: int) -> None:
         """Make the disk agree that the log ends at `end`, and that everything before is there."""
