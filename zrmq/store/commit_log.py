@@ -106,7 +106,8 @@ class CommitLog:
         except OSError as error:
             if error.errno not in UNREADABLE:
                 raise
-            size, version = (following or start + self.segment_bytes) - start, None
+            log.error("segment_not_opened", path=str(path), reason=str(error))  # it costs what is in it, if nobody scans there
+            size, version = (following or start + self.segment_bytes) - start, SEGMENT_FORMAT_VERSION
             failed.append((0, size))
         self.unreadable += _within_log(failed, start)
         if version is not None and version > SEGMENT_FORMAT_VERSION:
@@ -118,7 +119,7 @@ class CommitLog:
 
     def _shorten(self, before: Segment, segment: Segment) -> None:
         """A file reaches into the next one, which says itself where it begins: what is too much there is not of the log."""
-        if not segment.is_header_whole:
+        if not segment.is_header_whole or (segment.start, segment.end) in self.unreadable:
             raise FolderUnusableError(
                 f"{segment.path} is no segment of the log, and its name says that it lies within {before.path}. One of the two"
                 " does not belong there; move it to another folder and start again.",
@@ -427,7 +428,8 @@ def scan_segments(
 ) -> Iterator[Found]:
     """All entries in these segments from `position` up to `end`, with the stretches that are none. Any thread.
 
-    Opens the files by itself; sectors that cannot be read count as damaged, and so does a whole file; `unreadable` gets both.
+    Opens the files by itself; sectors that cannot be read count as damaged, and are added to `unreadable`. Raises `OSError` where
+    a file cannot be opened: who scans makes something of all that is there, and can try again.
     """
     unreadable = [] if unreadable is None else unreadable
     for segment in segments:
@@ -440,15 +442,7 @@ def scan_segments(
             if not segment.is_header_whole:
                 yield _nothing(segment.start, min(segment.start + SEGMENT_HEADER_BYTES, stop))
             position = segment.start + SEGMENT_HEADER_BYTES
-        try:
-            file = files.open(segment.path)
-        except OSError as error:
-            if error.errno not in UNREADABLE:
-                raise
-            unreadable.append((position, stop))
-            yield _nothing(position, stop)
-            position = stop
-            continue
+        file = files.open(segment.path)
         try:
             yield from scan(_reading(file, segment, unreadable), position, stop)
         finally:
