@@ -697,7 +697,8 @@ def test_close_ends_what_waits_and_tells_the_servers(cluster: Cluster) -> None:
     client.instance.close(lambda: closed.append(True))
     client.instance.close(lambda: closed.append(False))
     assert [type(outcome) for outcome in outcomes] == [ClosedError]
-    cluster.network.run_until(lambda: closed == [True], limit_ms=600)
+    assert closed == [False], "who closes it again has nothing to wait for"
+    cluster.network.run_until(lambda: closed == [False, True], limit_ms=600)
     assert a.client_ids == {}
     assert client.instance.link("a") is None
     with pytest.raises(ClosedError):
