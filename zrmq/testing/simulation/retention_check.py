@@ -20,6 +20,7 @@ def check_deleted(broker_name: str, watch: LogWatch, store: Store, plan: Plan, b
         raise BrokenPromise("retention", f"{broker_name} deleted its log up to {start}, and only {saved} is saved.")
     if kept.free_delete_bytes and "full_disk" in plan.faults:
         return  # that may force out anything
+    unseen_bytes = store.appended_position - watch.end  # of whatever topic: what a broker wrote just before it crashed, say
     behind_bytes: dict[int, int] = {}
     for position in sorted(watch.batches, reverse=True):
         topic_id, end, stored_ms = watch.batches[position]
@@ -29,7 +30,7 @@ def check_deleted(broker_name: str, watch: LogWatch, store: Store, plan: Plan, b
         room_bytes = kept.store_bytes_max - SPARE_SEGMENTS_MAX * plan.segment_bytes
         is_forced = kept.store_bytes_max > 0 and store.appended_position - position > room_bytes
         if end <= start and topic is not None and not is_forced:
-            is_expired = _is_expired(topic, now_ms - stored_ms, behind_bytes.get(topic_id, 0), kept.store_ms)
+            is_expired = _is_expired(topic, now_ms - stored_ms, behind_bytes.get(topic_id, 0) + unseen_bytes, kept.store_ms)
             if not is_expired:
                 what = f"a batch of {topic.config.topic} at {position}, {now_ms - stored_ms} ms old"
                 raise BrokenPromise("retention", f"{broker_name} deleted {what}, before it had expired: {topic.config}.")
