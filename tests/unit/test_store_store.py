@@ -485,6 +485,19 @@ def test_a_broker_whose_disk_was_emptied_counts_on() -> None:
     assert bench.open().boot > former
 
 
+def test_a_first_start_that_is_damaged_is_outbid_by_the_newest_entry() -> None:
+    """The clock was set back since, and nothing else says the number."""
+    bench = StoreBench()
+    (queue, _) = bench.topic()
+    bench.append(queue)
+    former = bench.store.boot
+    bench.store.close()
+    bench.clock.step(-60_000)
+    bench.rot(64 + 42)  # of the first entry, behind the segment's header
+    bench.files.unlink(bench.folder / "views.db")
+    assert bench.open().boot > former
+
+
 def test_no_clock_leads_to_a_lease_that_cannot_be_read() -> None:
     """Lease epochs are made of the boot number."""
     bench = StoreBench()

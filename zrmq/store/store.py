@@ -165,13 +165,15 @@ class Store:
 
     def _next_boot(self) -> int:
         """More than every start before, some of which may have been said where damage is now. Where the event that said the last
-        is deleted and the views are lost, the time, which is more too; so in a new folder, which may be the next one of a broker
-        whose disk was emptied: what clients remember of the former (lease epochs, topic ids) is not to mean anything here.
+        is deleted or damaged, the time, which is more too (that of the newest entry, where the clock has been set back since); so
+        in a new folder, which may be the next one of a broker whose disk was emptied: what clients remember of the former (lease
+        epochs, topic ids) is not to mean anything here.
 
         Neither a wrong clock nor a large loss may lead beyond `BOOT_MAX`: the log would hold what no start can read."""
         last = self.tables.boot
         if not last or not (self.recovery.has_views or self.recovery.is_complete):
-            last = max(last, min(self._clock.time_ms() // 1000 - YEAR_2020_S, BOOT_SECONDS_MAX))
+            newest_ms = max([self._clock.time_ms(), *(segment.last_ms for segment in self._log.segments)])
+            last = max(last, min(newest_ms // 1000 - YEAR_2020_S, BOOT_SECONDS_MAX))
         return min(last + min(self.recovery.starts_lost, STARTS_LOST_MAX) + 1, BOOT_MAX)
 
     # --- what there is ------------------------------------------------------------------------------------------------
