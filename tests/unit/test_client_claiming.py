@@ -49,7 +49,7 @@ class Member:
             self.claims.let_go(reading, 0)
         if self.is_wanted and self.reading is None and QUEUE not in self.claims.pending:
             self.claims.claim([(QUEUE, self._link)])
-        self.claims.settle(lambda queue: None if self.is_wanted else self._link)
+        self.claims.settle(lambda queue, reading: None if self.is_wanted else self._link)
 
     def lose_touch(self, offset: int = 0) -> None:
         if self.reading is not None:

@@ -779,6 +779,37 @@ def test_what_another_member_is_to_have_is_given_back_with_what_was_finished(clu
     assert offsets_seen(first, Q1) + offsets_seen(second, Q1) == [0, 1]
 
 
+def test_what_callers_have_in_hand_is_finished_before_another_member_gets_the_queue(cluster: ReadingCluster) -> None:
+    """Also when its broker was away meanwhile, so that the queue was lost: the lease lives on."""
+    first = cluster.started("one")
+    cluster.run_until(lambda: first.queues == [Q0, Q1])
+    cluster.broker.store("meters", 1, 2)
+    cluster.run_for(10)
+    unit = first.take()
+    assert unit is not None
+    cluster.broker.crash()
+    cluster.run_until(lambda: first.queues == [])
+    cluster.broker.start()
+    second = cluster.member("two")
+    cluster.run_for(20_000)
+    assert (first.queues, second.queues) == ([Q0], [])
+    first.inbox.done(unit)
+    cluster.run_until(lambda: second.queues == [Q1])
+
+
+def test_a_queue_is_not_waited_for_without_end_when_a_caller_hangs(cluster: ReadingCluster) -> None:
+    first = cluster.started("one")
+    cluster.run_until(lambda: first.queues == [Q0, Q1])
+    cluster.broker.store("meters", 1, 2)
+    cluster.run_for(10)
+    assert first.take() is not None
+    cluster.broker.crash()
+    cluster.run_until(lambda: first.queues == [])
+    cluster.broker.start()
+    second = cluster.member("two")
+    cluster.run_until(lambda: second.queues == [Q1], limit_ms=70_000)
+
+
 def lose_the_end(cluster: ReadingCluster, *, refill: int) -> None:
     """Power off and on: queue 0 loses what lies behind its first batch, and its offsets are given to other messages."""
     cluster.broker.crash()

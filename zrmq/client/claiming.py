@@ -50,6 +50,7 @@ class Doubt(NamedTuple):
 
     lease_epoch: int = 0  # not known
     offset: int = NO_COMMIT
+    reading: Reading | None = None  # of which callers may still have something in hand
 
 
 class ClaimListener(Protocol):
@@ -94,12 +95,13 @@ class LeaseClaims:
         """Reading ended without a release. Who was fenced has nothing left to release, nor whose topic was deleted."""
         if not isinstance(error, FencedError | TopicNotFoundError):
             left_offset = NO_COMMIT if reading.goes_back else reading.safe_offset(offset)
-            self._doubtful[reading.queue] = Doubt(reading.process_queue.lease_epoch, left_offset)
+            self._doubtful[reading.queue] = Doubt(reading.process_queue.lease_epoch, left_offset, reading)
 
-    def settle(self, unwanted: Callable[[MessageQueue], Link | None]) -> None:
-        """Find out about leases in doubt: `unwanted` gives the broker's link if it is there and the queue is not to be read."""
+    def settle(self, unwanted: Callable[[MessageQueue, Reading | None], Link | None]) -> None:
+        """Find out about leases in doubt: `unwanted` gives the broker's link if it is there, the queue is not to be read, and
+        callers are through with what they had of it."""
         for queue, doubt in list(self._doubtful.items()):
-            link = unwanted(queue)
+            link = unwanted(queue, doubt.reading)
             if link is None or queue in self.pending:
                 continue
             del self._doubtful[queue]
@@ -139,8 +141,8 @@ class LeaseClaims:
             if not self._listener.on_claimed(
                 queue, link, offset, reply.lease_epoch, flushed_offset=offset, committed_offset=reply.offset
             ):
-                self.pending.add(queue)
-                self._release(queue, link, reply.lease_epoch, left_offset)
+                self._doubtful[queue] = Doubt(reply.lease_epoch, left_offset, doubt.reading)
+                self._listener.on_unclaimed(0.0)
         elif isinstance(reply, ZrmqError):
             if reply.code in NOT_HELD:
                 self._doubtful.pop(queue, None)
@@ -232,7 +234,7 @@ class OffsetClaims:
     def restarted(self, link: Link) -> None:
         """Nothing is under way that would commit."""
 
-    def settle(self, unwanted: Callable[[MessageQueue], Link | None]) -> None:
+    def settle(self, unwanted: Callable[[MessageQueue, Reading | None], Link | None]) -> None:
         """Nothing is ever in doubt."""
 
     def start_late(self, now_ms: int) -> None:

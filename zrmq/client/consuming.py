@@ -224,7 +224,7 @@ class ConsumerCore:
             if queue in self.reader.readings:
                 self._drain(self.reader.readings[queue])
         self._claims.claim([(queue, link) for queue in moves.acquire if (link := self._link_for(queue)) is not None])
-        self._claims.settle(lambda queue: None if queue in wanted else self._member_link(queue))
+        self._claims.settle(partial(self._unwanted_link, wanted))
         self._create_topics()
         self._check_started()
 
@@ -262,6 +262,15 @@ class ConsumerCore:
         if self._membership is not None and not self._membership.is_joined(queue.broker_name):
             return None
         return self._instance.link(queue.broker_name)
+
+    def _unwanted_link(self, wanted: frozenset[MessageQueue], queue: MessageQueue, reading: Reading | None) -> Link | None:
+        """Whom to give a queue back to that may be ours still. Not while callers are at work on it, up to a bound."""
+        if queue in wanted:
+            return None
+        now_ms = self._loop.clock.monotonic_ms()
+        if reading is not None and reading.process_queue.in_flight and now_ms - reading.draining_ms <= HANDOVER_MS_MAX:
+            return None
+        return self._member_link(queue)
 
     def _create_topics(self) -> None:
         """Subscribing creates topics where that is allowed; but first every broker knows when we subscribed."""
@@ -329,6 +338,7 @@ class ConsumerCore:
         if self._is_closed or reading.process_queue.is_dropped:
             return
         log.warning("queue_lost", **_place(reading.queue), group=self._config.group, reason=error.message)
+        reading.draining_ms = reading.draining_ms or self._loop.clock.monotonic_ms()
         self._claims.lose(reading, self._inbox.commit_offset(reading.process_queue), error)
         self.reader.end(reading)
         self._rebalance_soon(RETRY_MS if isinstance(error, TopicNotFoundError) else 0.0)  # unless the route tells of another one
@@ -376,6 +386,8 @@ class ConsumerCore:
             elif reading.process_queue.is_draining and now_ms - reading.draining_ms > HANDOVER_MS_MAX:
                 log.warning("queue_given_up", **_place(reading.queue), in_flight=reading.process_queue.in_flight)
                 self._let_go(reading)
+        if self._wanted is not None:
+            self._claims.settle(partial(self._unwanted_link, self._wanted))
 
     def _lapse(self, reading: Reading) -> None:
         address = reading.link.address

@@ -157,6 +157,7 @@ class Inbox:
         queue = unit.process_queue
         with self._lock:
             if queue.is_dropped:
+                queue.in_flight -= 1
                 return
             offset = unit.offset
             for part in failed:
@@ -176,6 +177,7 @@ class Inbox:
         the queue, so what lies from the offset on stays unfinished."""
         with self._lock:
             if queue.is_dropped:
+                queue.in_flight = 0 if is_all else queue.in_flight
                 return
             queue.finish_below(offset)
             if is_all:
@@ -186,10 +188,10 @@ class Inbox:
         """What was handed out from the offset on was not given, among it so many whole units: it comes again. For the only caller
         of the queue."""
         with self._lock:
+            queue.in_flight -= units
             if queue.is_dropped:
                 return
             queue.go_back(offset)
-            queue.in_flight -= units
             self._wake_if(True)
 
     def _hand_out(self, item: Ready, size: Callable[[ProcessQueue], int]) -> Unit | None:
