@@ -837,7 +837,7 @@ def readers(**pulls: Any) -> WorkPlan:
 
 RENEWING = {"work": msgspec.structs.replace(readers(), remake_topics_every_ms=700.0)}
 LEASES_OF_FORMER_TOPICS = {
-    "work": WorkPlan(remake_topics_every_ms=1_500.0), "faults": {"half_open": 1_500.0, "pause": 2_000.0},
+    "work": WorkPlan(remake_topics_every_ms=1_000.0), "faults": {"slow_network": 1_500.0, "half_open": 1_500.0, "pause": 2_000.0},
 }
 AWAY = {"faults": {"broker_kill": 2_000.0, "broker_restart": 2_000.0}}
 
@@ -882,7 +882,7 @@ VARIANTS = [
     Variant("say no offsets again", say_no_offsets_again, {"relocation", "views"}, DELETING),
     Variant("delete before it expires", delete_before_it_expires, {"retention"}, KEEPING),
     Variant("delete what is not saved", delete_what_is_not_saved, {"retention"}, DELETING | {"checkpoint_ms": 30_000}),
-    Variant("trim too much", trim_too_much, {"views"}, DELETING),
+    Variant("trim too much", trim_too_much, {"views", "commit"}, DELETING),
     Variant("never trim", never_trim, {"health", "views", "commit"}, DELETING),
     Variant("stay one too far", stay_one_too_far, {"commit", "missed"}),
     Variant("skip what follows the deleted", skip_what_follows_the_deleted, {"commit", "missed", "health"}, DELETING),
@@ -975,7 +975,7 @@ VARIANTS = [
         "faults": {"recovery_power_cut": 700.0},
     }),
     Variant("skip damage silently", skip_damage_silently, {"damage"}, ROTTEN),
-    Variant("serve what is there", serve_what_is_there, {"content", "raised", "views", "damage", "log"}, ROTTEN),
+    Variant("serve what is there", serve_what_is_there, {"content", "raised", "views", "damage", "log", "commit"}, ROTTEN),
     Variant("tell nobody of damage that is read", tell_nobody_of_damage_that_is_read, {"damage"}, ROTTEN),
     Variant("end the log at the first damage", end_the_log_at_the_first_damage, {"survival", "log", "views", "raised"}, ROTTEN),
     Variant("skip the rest of a damaged segment", skip_the_rest_of_a_damaged_segment, {"survival", "log", "views"}, ROTTEN),
