@@ -290,7 +290,8 @@ class PushConsumer(Consumer):
         listener, pace = self._listeners[unit.process_queue.queue.topic]
         try:
             outcome = run_unit(unit, listener, pace, engine.loop.clock, in_order=self._in_order)
-        except BaseException:  # the listener ends the consumer: others are to have all of it
+        except BaseException as error:  # the listener ends the consumer: others are to have all of it
+            engine.inbox.close(error)  # first, or another thread here would go on behind what was not handled
             engine.inbox.done(unit, stop_offset=unit.offset)
             raise
         engine.inbox.done(unit, [failure.unit for failure in outcome.failures], outcome.stop_offset)

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from tests.unit.fake_cluster import LIMITS, NAMESERVER, FakeCluster, StoringBroker
 from zrmq.client.accumulator import RECORD_OVERHEAD_BYTES, Accumulator, AccumulatorConfig
-from zrmq.client.batch import OneWay, SendHandle, Target
+from zrmq.client.batch import Batch, OneWay, SendHandle, Target
 from zrmq.client.instance import ClientInstance
 from zrmq.client.link import Identity
 from zrmq.client.producing import UNFILLED_MAX, ProducerCore, ProducingConfig
@@ -32,6 +32,7 @@ from zrmq.errors import (
     ZrmqError,
 )
 from zrmq.message import MessageQueue
+from zrmq.protocol.batch import Columns, encode_batch
 from zrmq.protocol.events import PERMISSION_READ
 from zrmq.protocol.requests import Hello, Reply, Request, Send
 
@@ -536,6 +537,56 @@ def test_a_topic_is_not_idle_while_what_was_given_up_may_still_arrive(is_session
         assert desk.cluster["a"].bodies == [b"late", b"late too", b"next"]
     assert desk.accumulator.is_idle("t")
     assert desk.core._late == {}
+
+
+def test_what_was_given_up_has_arrived_when_a_later_heartbeat_is_answered() -> None:
+    desk = two()
+    desk.cluster["a"].loses_answers = True
+    desk.finish(desk.send(b"late", A0, timeout_ms=500))
+    assert not desk.accumulator.is_idle("t")
+    desk.network.run_for(3_000)
+    assert desk.accumulator.is_idle("t")
+
+
+def of_a_lane(desk: Desk, body: bytes, timeout_ms: float) -> Batch:
+    """A message as a lane hands it over, of another producer id."""
+    frame = encode_batch(Columns([body]), producer_id=99, first_sequence=1, first_born_ms=0, last_born_ms=0, compress=False)
+    deadline_ms = desk.loop.clock.monotonic_ms() + timeout_ms
+    return desk.accumulator.encoded_batch("t", 99, 1, frame, len(body) + RECORD_OVERHEAD_BYTES, deadline_ms)
+
+
+def test_what_waits_behind_another_producers_batch_fails_over_too() -> None:
+    desk = two()
+    a, b = desk.cluster["a"], desk.cluster["b"]
+    b.crash()
+    desk.network.run_until(lambda: desk.core.reachable == {"a"})
+    a.loses_answers = True
+    desk.send(b"first", A0, timeout_ms=40_000)
+    desk.network.run_until(lambda: len(a.sends) == 1)
+    batch = of_a_lane(desk, b"second", 30_000)
+    desk.core.adopt(batch, A0, RequestTimeoutError("No answer."))
+    desk.network.run_for(3_000)
+    b.start()
+    desk.network.run_until(lambda: batch.outcome is not None, 10_000)
+    assert b.bodies == [b"second"]
+
+
+def test_a_full_disk_says_nothing_of_what_a_lane_has_sent() -> None:
+    """That may lie on another connection, and arrive when there is room again."""
+    desk = one()
+    desk.cluster["a"].refuse = lambda request: DiskFullError("The disk is full.") if isinstance(request, Send) else None
+    batch = of_a_lane(desk, b"once", 2_000)
+    desk.core.adopt(batch, A0, RequestTimeoutError("No answer."))
+    desk.network.run_until(lambda: batch.outcome is not None)
+    assert isinstance(batch.outcome, RequestTimeoutError)
+
+
+def test_a_message_that_is_handed_over_to_a_closed_core_may_be_stored() -> None:
+    desk = one()
+    desk.core.close()
+    batch = of_a_lane(desk, b"once", 2_000)
+    desk.core.adopt(batch, A0, RequestTimeoutError("No answer."))
+    assert "unknown whether it was stored" in str(batch.outcome)
 
 
 def test_what_may_go_to_any_queue_keeps_no_order_and_its_topic_is_idle() -> None:

@@ -371,6 +371,26 @@ def test_a_listener_that_ends_its_consumer_leaves_the_queues_to_others(
     until(lambda: seen >= {b"leave", *sent})
 
 
+def test_no_other_thread_goes_on_behind_what_ended_the_consumer(
+    consumers: Callable[..., Any], producer: zrmq.Producer, name: str
+) -> None:
+    consumer = consumers(zrmq.PushConsumer, name, in_order=True, concurrency=4)
+    seen: list[bytes] = []
+
+    def listen(message: Message) -> None:
+        seen.append(message.body)
+        if message.body == b"2":
+            sys.exit(3)
+
+    consumer.subscribe(name, "*", listen)
+    consumer.start()
+    for number in range(20):
+        producer.send(name, b"%d" % number, message_group="one")
+    with pytest.raises(SystemExit):
+        consumer.run()
+    assert seen == [b"0", b"1", b"2"]
+
+
 # --- run ----------------------------------------------------------------------------------------------------------------
 
 PROGRAM = """

@@ -35,6 +35,20 @@ def save_due(bench: StoreBench) -> None:
     run(bench.store.begin_checkpoint())
 
 
+def test_an_idle_broker_whose_views_cannot_be_saved_says_once_what_is_flushed(bench: StoreBench) -> None:
+    bench.topic()
+    bench.flush()
+    bench.files.fail("commit", times=10**6)
+    positions = set()
+    for _ in range(20):
+        bench.clock.advance(30_000)
+        for _ in range(3):
+            run(bench.store.begin_checkpoint())
+            bench.flush()
+        positions.add(bench.store.appended_position)
+    assert len(positions) == 1
+
+
 def test_due_by_time(bench: StoreBench) -> None:
     bench.topic()
     bench.flush()

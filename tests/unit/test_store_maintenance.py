@@ -62,6 +62,26 @@ def test_expired_segments_go_and_the_queue_begins_later() -> None:
     assert bench.store.offset_at(queue, 0) == queue.min_offset
 
 
+def test_a_segment_that_the_disk_cannot_let_go_of_refuses_no_start() -> None:
+    """Its inode is ill, and nothing of it is needed any more."""
+    bench = StoreBench(retention_ms=HOUR_MS)
+    (queue, _) = bench.topic()
+    bench.fill_segments(queue, 6)
+    bench.checkpoint()
+    ill = segment_name(bench.segments()[1])
+    for operation in ("unlink", "rename"):
+        bench.files.fail(operation, errno.EUCLEAN, 10**6, ill)
+    bench.clock.advance(2 * HOUR_MS)
+    bench.fill_segments(queue, 1)
+    bench.checkpoint()
+    bench.maintain(5)
+    bench.checkpoint()
+    bench.store.close()
+    bench.open()
+    assert bench.store.start_position > 0
+    assert bench.queue().next_offset > 0
+
+
 def test_nothing_grows_older_because_the_clock_is_set_forward() -> None:
     """A box without a battery runs five days late until it finds the time: what it has just stored is not five days old."""
     bench = StoreBench(retention_ms=HOUR_MS)
@@ -95,9 +115,11 @@ def test_younger_stamps_are_saved_when_nothing_else_has_changed(failures: int) -
     bench.files.fail("commit", times=failures)
     for _ in range(1 + failures):
         assert bench.store.checkpoint_position == position
-        assert bench.store.begin_checkpoint() is None, "what is flushed is said in the log first"
-        bench.flush()
-        run(bench.store.begin_checkpoint())
+        job = bench.store.begin_checkpoint()
+        if job is None:  # what is flushed is said in the log first, once
+            bench.flush()
+            job = bench.store.begin_checkpoint()
+        run(job)
         assert bench.store.begin_checkpoint() is None, "not before its time again"
         bench.clock.advance(30_000)
     assert bench.store.checkpoint_position > position

@@ -30,13 +30,22 @@ def topics(**configs: TopicConfig) -> dict[int, Topic]:
     return {number: Topic(number, config) for number, config in enumerate(configs.values(), 1)}
 
 
-def count(made: list[Segment], known: dict[int, Topic], saved_position: int = EVERYTHING, excess_bytes: int = 0) -> int:
+def count(
+    made: list[Segment], known: dict[int, Topic], saved_position: int = EVERYTHING, excess_bytes: int = 0, began_ms: int = 0
+) -> int:
     return expired_count(
-        made, known, now_ms=NOW, retention_ms=HOUR, saved_position=saved_position, excess_bytes=excess_bytes
+        made, known, now_ms=NOW, began_ms=began_ms, retention_ms=HOUR, saved_position=saved_position, excess_bytes=excess_bytes
     )
 
 
 PLAIN = topics(a=TopicConfig("a"), b=TopicConfig("b"))
+
+
+def test_a_stamp_ahead_of_the_clock_counts_as_no_older_than_this_run() -> None:
+    """What is behind it may be stamped by a clock that had lost the time."""
+    ahead, ancient, new = {1: (-AHEAD_MS - 1, 50)}, {1: (NOW - 1, 50)}, {1: (0, 50)}
+    assert count(segments(ahead, ancient, new), PLAIN, began_ms=NOW - HOUR) == 0
+    assert count(segments(ahead, ancient, new), PLAIN, began_ms=NOW - HOUR - 1) == 2
 
 
 def test_old_segments_go_from_the_front() -> None:

@@ -243,9 +243,22 @@ def test_no_session_for_ever_does_not_flood_the_server(place: Place, desk: Desk)
     desk.answer = lambda request, peer: (
         desk.store(request, peer) if isinstance(request, Hello) else [Failed(request.number, Code.NO_SESSION, "again")]
     )
-    with pytest.raises(RequestTimeoutError):
+    with pytest.raises((RequestTimeoutError, UnreachableError)):  # as the time ends before or after it has been sent once more
         send(place.lane(), timeout_ms=1_000)
     assert 2 <= desk.kinds.count("Hello") <= 12
+
+
+def test_who_has_no_session_any_more_has_done_nothing(place: Place, desk: Desk) -> None:
+    """So a refusal of what is sent again is a refusal of all of it."""
+    lane = place.lane()
+    send(lane)
+    refusals = [Code.NO_SESSION, Code.FORBIDDEN]
+    desk.answer = lambda request, peer: (
+        [Failed(request.number, refusals.pop(0), "no")] if isinstance(request, Send) else desk.store(request, peer)
+    )
+    with pytest.raises(RequestRefusedError, match="no"):
+        send(lane)
+    assert not lane.was_resent
 
 
 def test_a_restarted_server_is_asked_again(place: Place, desk: Desk) -> None:

@@ -147,7 +147,7 @@ class LeaseClaims:
             if reply.code in NOT_HELD:
                 self._doubtful.pop(queue, None)
             else:  # also where we knew the epoch: it may have ended, and this request have been granted another
-                self._doubtful[queue] = Doubt()
+                self._doubtful[queue] = Doubt(reading=self._doubtful.get(queue, Doubt()).reading)
             if isinstance(reply, ClosedError):
                 return
             if reply.code is not Code.LEASE_HELD:

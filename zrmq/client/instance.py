@@ -116,6 +116,7 @@ class ClientInstance:
         self._session_epochs: dict[str, int] = {}  # of brokers that left, as of then
         self._waits: list[RouteWait] = []
         self._is_closed = False
+        self._on_closed: list[Callable[[], None]] | None = None  # while the servers are told
         self.nameservers = tuple(nameservers)
         self._watch = RouteWatch(loop, nameservers, identity, rng, self._take_route)
 
@@ -181,12 +182,15 @@ class ClientInstance:
 
     def close(self, on_closed: Callable[[], None] | None = None) -> None:
         """End all sessions; what waits ends with `ClosedError`. `on_closed` is called when the servers have been told, or after
-        500 ms; of a second call at once."""
+        500 ms; of a later call too."""
         if self._is_closed:
-            if on_closed is not None:
+            if on_closed is not None and self._on_closed is not None:
+                self._on_closed.append(on_closed)
+            elif on_closed is not None:
                 on_closed()
             return
         self._is_closed = True
+        self._on_closed = [] if on_closed is None else [on_closed]
         waits, self._waits = self._waits, []
         for wait in waits:
             wait.end(ClosedError("The client was closed before it was done."))
@@ -198,8 +202,10 @@ class ClientInstance:
         def count() -> None:
             nonlocal left
             left -= 1
-            if left == 0 and on_closed is not None:
-                on_closed()
+            if left == 0 and self._on_closed is not None:
+                callbacks, self._on_closed = self._on_closed, None
+                for callback in callbacks:
+                    callback()
 
         self._watch.close(count)
         for link in links:

@@ -101,6 +101,8 @@ class Lanes:
             sent = self._request(slot.lane, queue, frame, timeout_ms, queue is target)
             if not isinstance(sent, Sent):
                 deadline_ms = started_ms + timeout_ms
+                if timeout_ms <= FAILOVER_AFTER_MS:
+                    deadline_ms += FAILOVER_AFTER_MS  # nobody waits for it, but it has to go before what follows
                 batch = self._accumulator.encoded_batch(target, self._producer_id, sequence, frame, size_bytes, deadline_ms)
                 batch.may_be_stored = slot.lane.was_resent
                 slot.is_handing_over = True
@@ -167,7 +169,8 @@ class Lanes:
             queue = queues[(turn + step) % len(queues)]
             slot = self._slot(queue.broker_name)
             if slot is not None and slot.lock.acquire(False):
-                if self._slots.get(queue.broker_name) is slot and not slot.is_handing_over:
+                is_free = self._slots.get(queue.broker_name) is slot and not slot.is_handing_over
+                if is_free and self._accumulator.is_idle(queue.topic):  # once more: a hand-over makes it busy before it ends
                     return queue, slot
                 slot.lock.release()  # replaced or closed meanwhile, or not to be passed
         return None

@@ -7,7 +7,8 @@ otherwise the others go on and only the commit waits for it.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
+from collections.abc import Callable
+from types import AsyncGeneratorType, CoroutineType, GeneratorType
 
 import msgspec
 
@@ -27,7 +28,7 @@ RETRY_MS_MAX = 60_000.0
 
 Listener = Callable[[Message], object]
 
-UNRUN = (Awaitable, Generator, AsyncGenerator)  # what a listener returns that has not begun: nobody would run it
+UNRUN = (GeneratorType, AsyncGeneratorType)  # beside awaitables: what a listener returns that has not begun, and nobody would run
 
 
 class Pace:
@@ -88,7 +89,7 @@ def run_unit(unit: Unit, listener: Listener, pace: Pace, clock: Clock, *, in_ord
         handled += 1
         try:
             result = listener(message)
-            if result is not None and isinstance(result, UNRUN):
+            if result is not None and (isinstance(result, UNRUN) or hasattr(type(result), "__await__")):
                 _refuse(result)
         except Exception as error:  # noqa: BLE001 - whatever a listener raises means: this message again
             failures.append(_fail(unit, handled - 1, error, in_order))
@@ -105,7 +106,7 @@ def run_unit(unit: Unit, listener: Listener, pace: Pace, clock: Clock, *, in_ord
 
 def _refuse(result: object) -> None:
     """Its message was not handled, whatever the listener meant."""
-    if isinstance(result, Coroutine):
+    if isinstance(result, CoroutineType):
         result.close()  # else Python warns that nobody awaited it, where nobody knows why
     raise InvalidArgumentError(
         f"The listener returned {result!r}, which nobody runs; give one that has handled the message when it returns."

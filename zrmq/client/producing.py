@@ -46,7 +46,7 @@ from zrmq.errors import (
 )
 from zrmq.logs import get_logger
 from zrmq.message import FlushMode, MessageQueue
-from zrmq.protocol.requests import AnyReply, Send, Sent, encode
+from zrmq.protocol.requests import Alive, AnyReply, Send, Sent, encode
 from zrmq.transport.interface import Connection, Loop, Timer
 
 FAILOVER_AFTER_MS = 2_000.0  # a planned restart is over by then, and the resend is recognised
@@ -164,6 +164,7 @@ class ProducerCore:
     def adopt(self, batch: Batch, queue: MessageQueue, error: ZrmqError) -> None:
         """Go on with a batch that a lane sent to `queue` and that came back with `error`: a broker's trouble, or no answer."""
         self._accumulator.adopt(batch)  # not before, in the caller's thread: Ctrl-C could leave it here and nobody to end it
+        batch.may_be_stored |= error.code in OPEN_OUTCOMES
         if self._is_closed:
             self._accumulator.finish(batch, _given_up_error(batch))
             return
@@ -176,7 +177,6 @@ class ProducerCore:
         line.add(batch)
         if isinstance(batch.target, str):
             self._topics[batch.target].placed += 1
-        batch.may_be_stored |= error.code in OPEN_OUTCOMES
         if isinstance(error, RequestRefusedError):
             batch.attempts, batch.refusal = 1, error
             line.resume_ms = now_ms + PAUSE_MS_MIN
@@ -248,7 +248,9 @@ class ProducerCore:
         self._soon()
 
     def on_notice(self, broker_name: str, link: Link, notice: AnyReply) -> None:
-        """Of `InstanceListener`. A producer is told nothing unasked."""
+        """Of `InstanceListener`. Heartbeats take the way of what was given up: it has arrived, or never will."""
+        if self._late and isinstance(notice, Alive):
+            self._forget_late(broker_name, link.confirmed_ms)
 
     def _connect(self) -> None:
         """Links to every broker of the topics in use."""
@@ -471,8 +473,8 @@ class ProducerCore:
         batch.refusal = error
         if error.code in OPEN_OUTCOMES:
             batch.may_be_stored = True
-        elif error.code is Code.DISK_FULL and not batch.avoid:
-            batch.may_be_stored = False  # of what is stored no disk is too full
+        elif error.code is Code.DISK_FULL and not batch.avoid and batch.producer_id == self._accumulator.config.producer_id:
+            batch.may_be_stored = False  # of what is stored no disk is too full; what a lane sent may yet arrive
         if error.code not in BROKERS_TROUBLE or batch.attempts > self._config.retries:
             self._end(line, batch, error)
             return
@@ -618,7 +620,9 @@ class ProducerCore:
             is_unanswered = batch in unanswered
             is_late = now_ms - batch.sent_ms > self._config.failover_after_ms
             if not is_unanswered:
-                is_late = self._link(line.queue.broker_name) is None and (is_late or not batch.may_be_stored)
+                is_behind = bool(unanswered) and unanswered[-1].producer_id != batch.producer_id  # which has to be answered first
+                is_lost = self._link(line.queue.broker_name) is None
+                is_late = (is_lost and (is_late or not batch.may_be_stored)) or (is_late and is_behind)
             if is_late and batch.attempts < self._config.retries and self._may_leave(line, batch, now_ms):
                 batch.attempts += 1
                 batch.may_be_stored |= is_unanswered

@@ -161,7 +161,7 @@ class Upkeep:
 
     def _expired_count(self, saved_position: int, excess_bytes: int) -> int:
         return expired_count(
-            self._log.segments, self._views.tables.topics_by_id, now_ms=self._clock.time_ms(),
+            self._log.segments, self._views.tables.topics_by_id, now_ms=self._clock.time_ms(), began_ms=self._late_since_ms,
             retention_ms=self._config.retention_ms, saved_position=saved_position, excess_bytes=excess_bytes,
         )
 

@@ -42,7 +42,7 @@ from zrmq.protocol.batch import BATCH_HEADER_BYTES, ENTRY_HEADER_BYTES, KIND_EVE
 from zrmq.protocol.events import AnyEvent, BrokerStarted, QueuesAdvanced, StateRelocated, TopicDeleted, TopicPut, decode_event
 from zrmq.store.commit_log import CommitLog, scan_segments
 from zrmq.store.relocation import OFFSETS_PER_EVENT
-from zrmq.store.segment import ENTRY_BYTES_MAX, EntryReader, Found, Segment, Share, newer_version, peek_header
+from zrmq.store.segment import ENTRY_BYTES_MAX, UNREADABLE, EntryReader, Found, Segment, Share, newer_version, peek_header
 from zrmq.store.tables import Queue, Topic, Window
 from zrmq.store.views import Views, index_anew
 from zrmq.store.views_db import Saved, ViewsDb, group_of
@@ -99,7 +99,12 @@ def recover(commit_log: CommitLog, views: Views, database: ViewsDb) -> RecoveryR
         _require_read(commit_log, end)
     database.mark_started(replay.flushed)  # before the entries go that say so, for this start may be cut short too
     for segment in returned:
-        commit_log.files.unlink(segment.path)
+        try:
+            commit_log.files.unlink(segment.path)
+        except OSError as error:
+            if error.errno not in UNREADABLE:
+                raise
+            log.warning("segment_not_deleted", path=str(segment.path), reason=str(error))  # its disk is ill; it is not needed
     if not has_ended_there:
         replay.settle(end)
     commit_log.begin_at(end)

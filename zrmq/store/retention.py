@@ -9,6 +9,7 @@ segment that is written to.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from zrmq.store.segment import Segment, Share
 from zrmq.store.tables import Topic
@@ -16,17 +17,25 @@ from zrmq.store.tables import Topic
 AHEAD_MS = 3_600_000  # a stamp that is no more in the future keeps its segment so much longer, which does no harm
 
 
+class _Now(NamedTuple):
+    """What time it is, and what it was when this run of the broker began."""
+
+    ms: int
+    began_ms: int
+
+
 def expired_count(
-    segments: Sequence[Segment], topics: Mapping[int, Topic], *, now_ms: int, retention_ms: int, saved_position: int,
-    excess_bytes: int,
+    segments: Sequence[Segment], topics: Mapping[int, Topic], *, now_ms: int, began_ms: int, retention_ms: int,
+    saved_position: int, excess_bytes: int,
 ) -> int:
-    """How many segments at the front may be deleted. `excess_bytes`: how much has to go, expired or not."""
+    """How many segments at the front may be deleted. `began_ms`: when this run of the broker began. `excess_bytes`: how much has
+    to go, expired or not."""
     count = freed_bytes = 0
     for index in range(len(segments) - 1):
         segment = segments[index]
         if segment.end > saved_position:
             break
-        if freed_bytes >= excess_bytes and not _is_expired(segments, index, topics, now_ms, retention_ms):
+        if freed_bytes >= excess_bytes and not _is_expired(segments, index, topics, _Now(now_ms, began_ms), retention_ms):
             break
         freed_bytes += segment.end - segment.start
         count += 1
@@ -34,34 +43,36 @@ def expired_count(
 
 
 def _is_expired(
-    segments: Sequence[Segment], index: int, topics: Mapping[int, Topic], now_ms: int, retention_ms: int
+    segments: Sequence[Segment], index: int, topics: Mapping[int, Topic], now: _Now, retention_ms: int
 ) -> bool:
     segment = segments[index]
     if not segment.shares:
-        return _age_ms(segments, index, segment.last_ms, now_ms) > retention_ms
+        return _age_ms(segments, index, segment.last_ms, now) > retention_ms
     for topic_id, share in segment.shares.items():
         topic = topics.get(topic_id)
-        if topic is not None and not _is_share_expired(segments, index, topic, share, now_ms, retention_ms):
+        if topic is not None and not _is_share_expired(segments, index, topic, share, now, retention_ms):
             return False
     return True
 
 
 def _is_share_expired(
-    segments: Sequence[Segment], index: int, topic: Topic, share: Share, now_ms: int, retention_ms: int
+    segments: Sequence[Segment], index: int, topic: Topic, share: Share, now: _Now, retention_ms: int
 ) -> bool:
     config = topic.config
     if config.retention_ms is None and config.retention_bytes is None:
-        return _age_ms(segments, index, share.last_ms, now_ms) > retention_ms
-    if config.retention_ms is not None and _age_ms(segments, index, share.last_ms, now_ms) > config.retention_ms:
+        return _age_ms(segments, index, share.last_ms, now) > retention_ms
+    if config.retention_ms is not None and _age_ms(segments, index, share.last_ms, now) > config.retention_ms:
         return True
     return config.retention_bytes is not None and _bytes_behind(segments, index, topic.topic_id) >= config.retention_bytes
 
 
-def _age_ms(segments: Sequence[Segment], index: int, stamp_ms: int, now_ms: int) -> int:
-    """How old at least is what was stamped so in a segment."""
-    if stamp_ms > now_ms + AHEAD_MS:
-        stamp_ms = next((segment.last_ms for segment in segments[index + 1 :] if 0 < segment.last_ms <= now_ms), stamp_ms)
-    return now_ms - stamp_ms
+def _age_ms(segments: Sequence[Segment], index: int, stamp_ms: int, now: _Now) -> int:
+    """How old at least is what was stamped so in a segment. A stamp ahead of the clock tells no age, but what is behind it is
+    younger. That one's stamp may be by a clock that was far too late, so the segment counts as no older than this run."""
+    if stamp_ms > now.ms + AHEAD_MS:
+        behind_ms = (segment.last_ms for segment in segments[index + 1 :] if 0 < segment.last_ms <= now.ms)
+        stamp_ms = max(next(behind_ms, stamp_ms), now.began_ms)
+    return now.ms - stamp_ms
 
 
 def _bytes_behind(segments: Sequence[Segment], index: int, topic_id: int) -> int:

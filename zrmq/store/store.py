@@ -104,6 +104,7 @@ class Store:
         self._is_checkpoint_running = False
         self._may_checkpoint = True
         self._saved_position = 0
+        self._said_position = -1
         self._is_flush_unsaid = False  # nothing in the log said it yet when the last checkpoint was taken
         self._saved_ms = clock.monotonic_ms()
         self._is_disk_full = False
@@ -452,9 +453,10 @@ class Store:
         """Let the log itself say how far it is flushed, by one more entry where none is about to follow. False when the
         disk refuses. If views.db is lost nobody else knows, and what is damaged in the last group is taken for a torn end."""
         self._is_flush_unsaid = self._log.appended_position > self._log.flushed_position
-        if not self._is_flush_unsaid:
+        if not self._is_flush_unsaid and self._log.appended_position != self._said_position:
             try:
                 self.append_event(SessionTimeoutChanged(self.tables.session_timeout_ms))  # changes nothing
+                self._said_position = self._log.appended_position  # behind it nothing has to be said again
             except DiskFullError:
                 self._is_flush_unsaid = True
             except StoreFailedError:

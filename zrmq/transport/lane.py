@@ -67,7 +67,8 @@ class Lane:
         self.address = address
         self.welcome: Welcome | None = None
         self.undecodable_count = 0
-        self.was_resent = False  # the last request: an answer to it says nothing about the sending before
+        self.was_resent = False  # the last request, without an answer to its first sending, which may have arrived
+        self._was_cut = False  # the connection of the last one, before an answer came
         self._identity = identity
         self._clock = clock or SystemClock()
         self._now_ms = self._clock.monotonic_ms
@@ -96,16 +97,17 @@ class Lane:
         deadline_ms = self._now_ms() + timeout_ms
         number = self._number = self._number + 1
         frames = (encode(kind(number, timeout_ms, *fields)), *payload)
-        self.was_resent = False
+        self.was_resent = is_again = False
         try:
             while True:
                 self._ensure_session(deadline_ms)
                 answer = self._ask(number, frames, deadline_ms, self._session)
                 if answer is not None:
                     return answer
-                if self.was_resent:
+                if is_again:
                     self._hello_ms = self._now_ms()  # lost twice in one request: no faster than the pause allows
-                self.was_resent = True
+                is_again = True
+                self.was_resent |= self._was_cut
                 self._session = 0
         except _OverdueError as error:
             raise self._timeout_error(kind, timeout_ms, self.was_resent or error.was_sent) from None
@@ -179,6 +181,7 @@ class Lane:
     ) -> tuple[AnyReply, list[bytes]] | None:
         """Send and wait for the answer. None: the connection or the session is not what it was."""
         line = self._line
+        self._was_cut = False
         while not try_send(line.socket, frames):
             if line.look() != connection:
                 return None
@@ -189,6 +192,7 @@ class Lane:
                 answer = receive_message(line.socket, 0)
             except zmq.Again:
                 if line.look() != connection:
+                    self._was_cut = True
                     return None
                 line.set_wait(self._slice_ms(deadline_ms, was_sent=True))
                 continue
