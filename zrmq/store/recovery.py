@@ -337,7 +337,7 @@ def _require(commit_log: CommitLog, position: int, flushed: int) -> None:
 def _require_read(commit_log: CommitLog, end: int) -> None:
     """Raise where the disk does not give what would say that the log goes on at `end`, or what is to be removed behind it.
 
-    A torn end can be read. What cannot be may have been acknowledged, and may be readable again by the next start."""
+    A torn end can be read, mostly. What cannot be may have been acknowledged, and may be readable again by the next start."""
     header = peek_header(commit_log.read(end, BATCH_HEADER_BYTES), 0)
     claimed = header is not None and header.position == end and header.length <= ENTRY_BYTES_MAX
     entry_end = end + (header.length if header is not None and claimed else BATCH_HEADER_BYTES)
@@ -345,10 +345,13 @@ def _require_read(commit_log: CommitLog, end: int) -> None:
     kept_end = segment.end if segment is not None and segment.start < end else end
     for position, to in commit_log.unreadable:
         if (to > end and position < entry_end) or position >= kept_end:
+            lies_in = commit_log.segment_at(position)
+            where = "" if lies_in is None else f" (bytes {position - lies_in.start} to {to - lies_in.start} of {lies_in.path})"
             raise FolderUnusableError(
-                f"The disk does not give positions {position} to {to} of the log in {commit_log.folder}, and the log may go on"
-                " there. Check the disk and start again. If it stays so, copy the folder to a sound disk, with zeros for what"
-                " cannot be read; then what was there counts as never written.",
+                f"The disk does not give positions {position} to {to} of the log{where}, and the log may go on there. Check the"
+                " disk and start again. If it stays so, as after a power cut that left a sector half written, write zeros over"
+                " them (dd conv=notrunc), or copy the folder to a sound disk with zeros for what cannot be read; then what was"
+                " there counts as never written.",
                 folder=str(commit_log.folder.parent), position=position, end=to,
             )
 
