@@ -69,6 +69,7 @@ WORK_FAILURES: dict[int, tuple[str, WorkPlan]] = {  # with the work that was giv
     )),
 }
 ASKED_TOO_MUCH = {  # by the checks, once
+    95109304: "a write goes to the wrong place, and the last of its bytes is the one that was there",
     70000280: "the broker that was told first of a group, and alone, loses that to its disk",
     70002340: "a topic grows just after all NameServers were started again, which keep clients waiting that had a route",
     70002579: "what was acknowledged from the page cache is told late, when the power has gone and its offset was given again",

@@ -231,19 +231,24 @@ class LogWatch:
     def _open_segment(self) -> tuple[int, int, OpenFile]:
         segment = self._segment
         if segment is None or not segment[0] <= self.end < segment[1]:
-            segment = self._segment = self._find_segment()
+            segment = self._segment = self._find_segment(self.end)
         return segment
 
-    def _find_segment(self) -> tuple[int, int, OpenFile]:
+    def is_whole(self, entry: Entry) -> bool:
+        """Whether the disk has it as it was written; what fell on it may have been the same bytes."""
+        start, _, file = self._find_segment(entry.position)
+        return _state(entry, read_blocks(file, entry.end - entry.position, entry.position - start)) is State.WHOLE
+
+    def _find_segment(self, position: int) -> tuple[int, int, OpenFile]:
         for name in self._files.listdir(self._folder):
             if len(name) != 24 or not name.endswith(".log"):
                 continue
             path = self._folder / name
             start = int(name[:20])
             end = start + self._files.size(path)
-            if start <= self.end < end:
+            if start <= position < end:
                 return start, end, self._files.open(path)
-        raise BrokenPromise("log", f"{self._folder}: no segment has position {self.end}.")
+        raise BrokenPromise("log", f"{self._folder}: no segment has position {position}.")
 
 
 def _state(entry: Entry, data: bytes) -> State:

@@ -317,9 +317,12 @@ class VirtualBroker:
         """What is damaged of queues that were just read as a whole must have been told."""
         assert self.check is not None
         watch = self.check.watch
-        batches = [position for position, entry in self.damage.hurt.items() if entry.batch is not None]
-        known = [position for position in batches if watch.damaged.get(position, State.HEADER) is State.HEADER]
-        self.check.check_reported(self.store.damage, [position for position in known if position not in watch.missing])
+        known = [
+            position for position, entry in self.damage.hurt.items()
+            if entry.batch is not None and watch.damaged.get(position, State.HEADER) is State.HEADER
+            and position not in watch.missing and not watch.is_whole(entry)
+        ]
+        self.check.check_reported(self.store.damage, known)
 
     def compare_queues(self) -> None:
         """What the store reads by its queue files must be what the log has."""
