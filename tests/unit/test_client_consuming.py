@@ -12,6 +12,7 @@ import pytest
 from tests.unit.reading_cluster import Member, ReadingBroker, ReadingCluster
 from tests.unit.stored import stored_batch
 from zrmq.client import reading
+from zrmq.client.process_queue import Unit
 from zrmq.client.reading import Bounds
 from zrmq.errors import (
     Code,
@@ -779,17 +780,23 @@ def test_what_another_member_is_to_have_is_given_back_with_what_was_finished(clu
     assert offsets_seen(first, Q1) + offsets_seen(second, Q1) == [0, 1]
 
 
-def test_what_callers_have_in_hand_is_finished_before_another_member_gets_the_queue(cluster: ReadingCluster) -> None:
-    """Also when its broker was away meanwhile, so that the queue was lost: the lease lives on."""
-    first = cluster.started("one")
-    cluster.run_until(lambda: first.queues == [Q0, Q1])
+def lost_with_a_unit_in_hand(cluster: ReadingCluster) -> tuple[Member, Unit]:
+    """A member whose broker was away until it lost its queues, and what its caller still has of queue 1."""
+    member = cluster.started("one")
+    cluster.run_until(lambda: member.queues == [Q0, Q1])
     cluster.broker.store("meters", 1, 2)
     cluster.run_for(10)
-    unit = first.take()
+    unit = member.take()
     assert unit is not None
     cluster.broker.crash()
-    cluster.run_until(lambda: first.queues == [])
+    cluster.run_until(lambda: member.queues == [])
     cluster.broker.start()
+    return member, unit
+
+
+def test_what_callers_have_in_hand_is_finished_before_another_member_gets_the_queue(cluster: ReadingCluster) -> None:
+    """Also when its broker was away meanwhile, so that the queue was lost: the lease lives on."""
+    first, unit = lost_with_a_unit_in_hand(cluster)
     second = cluster.member("two")
     cluster.run_for(20_000)
     assert (first.queues, second.queues) == ([Q0], [])
@@ -798,14 +805,7 @@ def test_what_callers_have_in_hand_is_finished_before_another_member_gets_the_qu
 
 
 def test_a_queue_is_not_waited_for_without_end_when_a_caller_hangs(cluster: ReadingCluster) -> None:
-    first = cluster.started("one")
-    cluster.run_until(lambda: first.queues == [Q0, Q1])
-    cluster.broker.store("meters", 1, 2)
-    cluster.run_for(10)
-    assert first.take() is not None
-    cluster.broker.crash()
-    cluster.run_until(lambda: first.queues == [])
-    cluster.broker.start()
+    lost_with_a_unit_in_hand(cluster)
     second = cluster.member("two")
     cluster.run_until(lambda: second.queues == [Q1], limit_ms=70_000)
 

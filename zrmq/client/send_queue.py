@@ -58,7 +58,7 @@ class SendQueue(Generic[B]):
 
     @property
     def has_room(self) -> bool:
-        """Whether a batch added now could be sent at once."""
+        """Whether a batch added now could be sent at once, but behind an unanswered one of another producer id."""
         return not self._refused and not self._waiting and len(self._sent) < self.window_max
 
     @property

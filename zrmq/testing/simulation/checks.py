@@ -10,6 +10,7 @@ from math import inf
 from zrmq.client.reading import PULL_BYTES_MIN
 from zrmq.message import ConsumeFrom, MessageModel, MessageQueue
 from zrmq.protocol.events import LeaseReleased
+from zrmq.protocol.limits import WATCHES_PER_SESSION_MAX
 from zrmq.store.tables import Subscribed
 from zrmq.testing.simulation.consumers import BOUNDS, VirtualConsumer
 from zrmq.testing.simulation.log_check import LogCheck
@@ -24,7 +25,6 @@ from zrmq.testing.simulation.trace import BrokenPromise, spell
 from zrmq.testing.simulation.world import World
 
 REPLIES_HELD_MAX = 2_000
-WATCHES_PER_CLIENT_MAX = 4
 ISOLATING = FAULTS.keys() - OF_CLIENTS
 GHOSTS_MAX = 100  # watches of clients that are gone and whose sessions have not run out
 
@@ -44,7 +44,7 @@ def check_bounds(world: World) -> None:
         bytes_max = BOUNDS.size_bytes + len(consumer.core.reader.readings) * max(PULL_BYTES_MIN, world.plan.segment_bytes)
         if not 0 <= held_bytes <= bytes_max:
             raise BrokenPromise("memory", f"{consumer.who} holds {held_bytes} bytes of messages; its bound is {bytes_max}.")
-    watches_max = WATCHES_PER_CLIENT_MAX * len(world.network.loops) + GHOSTS_MAX
+    watches_max = WATCHES_PER_SESSION_MAX * len(world.network.loops) + GHOSTS_MAX
     for nameserver in world.nameservers:
         if nameserver.machine is not None and nameserver.watch_count > watches_max:
             raise BrokenPromise("memory", f"{nameserver.name} holds {nameserver.watch_count} watches.")
