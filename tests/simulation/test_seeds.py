@@ -48,6 +48,7 @@ RENEWAL_FAILURES = {  # with topics that are made anew every 1.5 s, and without 
     1119: "a reader names other queues just when it is told where a topic begins that was made anew",
 }
 DRAWN_FAILURES = {  # as they are drawn now
+    96101064: "the disk of a broker loses the commit of a reader, which goes on at what is the latest by then",
     94100925: "the first start of a broker is damaged, its views are lost, and its clock has been set back since",
     80007552: "a broker that shuts down refuses a lease that is in doubt, and who holds it does not want it afterwards",
     20003394: "two instances join, one hears that the other did and takes that for its answer, and the power goes",

@@ -1210,6 +1210,25 @@ def test_what_a_broker_stored_in_place_of_what_it_lost_is_not_passed_over(
     assert offsets_seen(member)[-20:] == list(range(3, 23))
 
 
+@pytest.mark.parametrize("consume_from", [ConsumeFrom.LATEST, ConsumeFrom.EARLIEST])
+def test_a_commit_that_the_disk_of_the_broker_lost_is_remembered_by_who_made_it(
+    cluster: ReadingCluster, consume_from: ConsumeFrom
+) -> None:
+    member = assigned(cluster, "one", Q0, consume_from=consume_from)
+    cluster.broker.store("meters", 0, 3)
+    cluster.run_for(2_500)
+    cluster.broker.flushed_until = 3
+    cluster.broker.store("meters", 0, 2)  # of which the consumer cannot know whether they survive
+    cluster.run_for(100)
+    assert cluster.broker.committed("reports", "meters", 0) == 3
+    cluster.broker.crash()
+    cluster.broker.groups["reports"].offsets.clear()
+    cluster.broker.start()
+    member.seen.clear()
+    cluster.run_for(10_000)
+    assert offsets_seen(member) == [3, 4]
+
+
 def test_where_a_reader_began_is_no_safe_place_when_it_was_not_flushed(cluster: ReadingCluster) -> None:
     """It has not got anything yet, so no answer to a pull has told it."""
     cluster.broker.flushed_until = 3

@@ -186,6 +186,7 @@ class OffsetClaims:
         self.pending: set[MessageQueue] = set()
         self.left_off: dict[MessageQueue, Left] = {}  # where reading ended without a commit: broker gone, or no group
         self._latest: dict[MessageQueue, Left] = {}  # the same, where what lies before it may be lost: to begin no later
+        self._committed_at: dict[MessageQueue, Left] = {}  # where it ended with a commit, which the broker's disk may lose
         self._going_back: set[MessageQueue] = set()  # of both, those that were sought and not committed since
         self._emptied: set[MessageQueue] = set()  # topics deleted: the next of the name is read from its beginning
         self._topic_ids: dict[MessageQueue, int] = {}  # of what was read last
@@ -225,7 +226,9 @@ class OffsetClaims:
         self._topic_ids[reading.queue] = reading.topic_id
         if isinstance(error, TopicNotFoundError):
             self._emptied.add(reading.queue)
-        elif not self._has_group or reading.committed_offset < 0:
+        elif self._has_group and reading.committed_offset >= 0:
+            self._committed_at[reading.queue] = _left(reading, reading.committed_offset)
+        else:
             places = self._latest if self._has_group and offset > reading.flushed_offset else self.left_off
             places[reading.queue] = _left(reading, offset)
             if reading.goes_back:
@@ -249,7 +252,12 @@ class OffsetClaims:
         found, topic_id = (dict(reply.offsets), reply.topic_id) if isinstance(reply, Offsets) else ({}, 0)
         known = {queue: found[queue.queue_id] for queue in wanted if found.get(queue.queue_id, OFFSET_LATEST) >= 0}
         self._begin(known, link, topic_id, known, is_committed=True)  # which is on the disk only after what is before it
-        unknown = [queue for queue in wanted if queue not in known]
+        forgotten = {
+            queue: self._committed_at[queue].safe_offset for queue in wanted
+            if queue not in known and queue in self._committed_at and self._committed_at[queue].topic_id == topic_id
+        }
+        self._begin(forgotten, link, topic_id, forgotten)
+        unknown = [queue for queue in wanted if queue not in known and queue not in forgotten]
         self._emptied.update(queue for queue in unknown if self._topic_ids.get(queue, topic_id) != topic_id)  # while it was away
         if unknown:
             self._find(unknown, link)
@@ -297,6 +305,7 @@ class OffsetClaims:
             self._going_back.discard(queue)  # else it is not wanted any more, and may be again
             self._emptied.discard(queue)
             self._latest.pop(queue, None)
+            self._committed_at.pop(queue, None)
 
     def _refused(self, wanted: Collection[MessageQueue], error: ZrmqError) -> None:
         self.pending.difference_update(wanted)
