@@ -56,7 +56,7 @@ from zrmq.protocol.limits import (
     check_text,
     check_topic,
 )
-from zrmq.transport.lane import Lane
+from zrmq.transport.lane import open_lane
 from zrmq.transport.options import Context, fork_count
 
 BUFFER_BYTES = 64 * 1024 * 1024
@@ -171,7 +171,7 @@ class Producer:
         self._record_fillers = self._accumulator.record_fillers
         self._lanes = Lanes(
             self._core, self._accumulator, rng.getrandbits(64),
-            open_lane=partial(_open_lane, self._thread.context, self._identity(LANE_SUFFIX)),
+            open_lane=partial(open_lane, self._thread.context, identity=self._identity(LANE_SUFFIX)),
             post=self._thread.loop.call_soon_threadsafe, new_lock=threading.Lock, new_owned_lock=_owned_lock,
         )
         _producers.add(self)
@@ -462,10 +462,6 @@ def _assemble(
 
 def _owned_lock() -> Any:
     return threading.RLock()
-
-
-def _open_lane(context: Context, identity: Identity, address: str) -> Lane:
-    return Lane(context, address, identity)
 
 
 def _settled(spans: list[Span], count: int, refusal: ZrmqError | None) -> Receipts:

@@ -46,7 +46,7 @@ from zrmq.producer import Producer, _settled
 from zrmq.protocol import limits
 from zrmq.protocol.batch import decode_messages, iter_batches
 from zrmq.protocol.requests import Pull, Pulled, PullStatus
-from zrmq.transport.lane import Lane
+from zrmq.transport.lane import Lane, open_lane
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -77,7 +77,7 @@ def read(producer: Producer, topic: str) -> list[Message]:
     assert route is not None
     messages: list[Message] = []
     for queue in route.queues(topic):
-        lane = Lane(producer._thread.context, route.brokers[queue.broker_name].address, Identity("reader", "consumer"))
+        lane = open_lane(producer._thread.context, route.brokers[queue.broker_name].address, Identity("reader", "consumer"))
         messages += read_queue(lane, queue)
         lane.close()
     return messages

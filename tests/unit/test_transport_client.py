@@ -14,7 +14,7 @@ from zrmq.client.link import Identity
 from zrmq.errors import InvalidArgumentError, UnreachableError
 from zrmq.transport import client
 from zrmq.transport.inproc import Watch, directory_of
-from zrmq.transport.lane import Lane
+from zrmq.transport.lane import open_lane
 from zrmq.transport.options import Context, Socket, end_context, make_context
 from zrmq.transport.reactor import Reactor
 
@@ -120,7 +120,7 @@ def test_a_connection_may_be_closed_before_it_has_a_socket(reactor: Reactor, mon
 def test_a_lane_without_a_descriptor_leaves_no_socket_open(monkeypatch: pytest.MonkeyPatch) -> None:
     context, opened = make_context(), refuse_monitors(monkeypatch)
     with pytest.raises(UnreachableError, match="No socket"):
-        Lane(context, "tcp://127.0.0.1:1", Identity("c", "producer"))
+        open_lane(context, "tcp://127.0.0.1:1", Identity("c", "producer"))
     assert [each.closed for each in opened] == [True]
     assert end_context(context)
 

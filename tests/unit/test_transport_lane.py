@@ -40,7 +40,7 @@ from zrmq.protocol.requests import (
 )
 from zrmq.transport.address import parse_address
 from zrmq.transport.client import connect_socket
-from zrmq.transport.lane import Lane
+from zrmq.transport.lane import Lane, open_lane
 from zrmq.transport.options import end_context, make_context
 from zrmq.transport.reactor import Reactor
 from zrmq.transport.sessions import SessionTable
@@ -130,7 +130,7 @@ class Place:
         return desk
 
     def lane(self) -> Lane:
-        lane = Lane(self.context, self.address, Identity(f"lane-{len(self.lanes)}", "producer", "g"))
+        lane = open_lane(self.context, self.address, Identity(f"lane-{len(self.lanes)}", "producer", "g"))
         self.lanes.append(lane)
         return lane
 
@@ -448,7 +448,7 @@ def test_close_before_it_was_used(place: Place) -> None:
 def test_an_address_that_cannot_be_one_is_refused(address: str) -> None:
     context = make_context()
     with pytest.raises(InvalidArgumentError):
-        Lane(context, address, Identity("c", "producer"))
+        open_lane(context, address, Identity("c", "producer"))
     assert end_context(context)
 
 
@@ -486,7 +486,7 @@ def test_a_context_that_has_ended_is_not_taken_for_a_wrong_address() -> None:
 
 def test_a_lane_whose_context_was_ended_says_so() -> None:
     context = make_context()
-    lane = Lane(context, "inproc://nobody", Identity("c", "producer"))
+    lane = open_lane(context, "inproc://nobody", Identity("c", "producer"))
     ended = threading.Thread(target=lambda: end_context(context, timeout_ms=10_000))
     raised: list[BaseException] = []
 

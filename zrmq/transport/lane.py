@@ -54,6 +54,42 @@ class Who(Protocol):
     def instance_name(self) -> str: ...
 
 
+class Line(Protocol):
+    """A DEALER that its user waits for, and which connection it has. Waits are in ms, and may end early."""
+
+    def look(self) -> int:
+        """A number for the present connection, never given twice; 0: there is none."""
+
+    def wait_connected(self, timeout_ms: int) -> None:
+        """Block until there may be a connection."""
+
+    def pause(self, pause_ms: float) -> None:
+        """Block for that long."""
+
+    def send(self, frames: Frames) -> bool:
+        """Hand one message over. False: nobody is connected, or the pipe is full."""
+
+    def wait_room(self, timeout_ms: int) -> None:
+        """Block until the pipe may have room."""
+
+    def receive(self, timeout_ms: int) -> list[bytes]:
+        """Block until a message is there. None came: no frames."""
+
+    def close(self) -> None:
+        """Let go of it."""
+
+
+def open_lane(context: Context, address: str, identity: Who, clock: Clock | None = None) -> Lane:
+    """A lane over ZeroMQ, which begins to connect. Raises `InvalidArgumentError` for an address that cannot be one, else
+    `UnreachableError`."""
+    parsed = parse_connect_address(address)
+    try:
+        line: Line = _InprocLine(context, parsed) if parsed.scheme == "inproc" else _SocketLine(context, parsed)
+    except zmq.ZMQError as error:  # no descriptor left, or the context was ended
+        raise UnreachableError(f"No socket could be opened for {address}: {error.strerror}.", address=address) from error
+    return Lane(line, address, identity, clock or SystemClock())
+
+
 class Lane:
     """One session, used by one thread at a time: whoever shares a lane holds a lock around `request`.
 
@@ -62,23 +98,18 @@ class Lane:
     `identity` has a client id of the lane's own: with that of a `Link` they would take the session from each other.
     """
 
-    def __init__(self, context: Context, address: str, identity: Who, clock: Clock | None = None) -> None:
-        """Begins to connect. Raises `InvalidArgumentError` for an address that cannot be one, else `UnreachableError`."""
+    def __init__(self, line: Line, address: str, identity: Who, clock: Clock) -> None:
         self.address = address
         self.welcome: Welcome | None = None
         self.undecodable_count = 0
         self.was_resent = False  # the last request, without an answer to its first sending, which may have arrived
         self._was_cut = False  # the connection of the last one, before an answer came
         self._identity = identity
-        self._clock = clock or SystemClock()
+        self._clock = clock
         self._now_ms = self._clock.monotonic_ms
         self._forks = fork_count()
         self._is_closed = False
-        parsed = parse_connect_address(address)
-        try:
-            self._line: _Line = _InprocLine(context, parsed) if parsed.scheme == "inproc" else _SocketLine(context, parsed)
-        except zmq.ZMQError as error:  # no descriptor left, or the context was ended
-            raise UnreachableError(f"No socket could be opened for {address}: {error.strerror}.", address=address) from error
+        self._line = line
         self._session = 0  # the connection it was opened on; 0: none is open
         self._session_epoch = 0
         self._number = 0
@@ -138,7 +169,7 @@ class Lane:
         while True:
             pause_ms = self._hello_ms + PAUSE_MS - self._now_ms()
             if pause_ms > 0:
-                self._pause(pause_ms, deadline_ms)
+                self._line.pause(min(pause_ms, self._slice_ms(deadline_ms)))
             self._say_hello(deadline_ms)
             if self._session:
                 return
@@ -171,9 +202,6 @@ class Lane:
             self._line.wait_connected(self._slice_ms(deadline_ms))
         return connection
 
-    def _pause(self, pause_ms: float, deadline_ms: float) -> None:
-        threading.Event().wait(min(pause_ms, self._slice_ms(deadline_ms)) / 1000.0)
-
     # --- one request ------------------------------------------------------------------------------------------------
 
     def _ask(
@@ -182,25 +210,22 @@ class Lane:
         """Send and wait for the answer. None: the connection or the session is not what it was."""
         line = self._line
         self._was_cut = False
-        while not try_send(line.socket, frames):
+        while not line.send(frames):
             if line.look() != connection:
                 return None
-            line.socket.poll(self._slice_ms(deadline_ms), zmq.POLLOUT)
-        line.set_wait(min(LOOK_MS, ceil(deadline_ms - self._now_ms())))
+            line.wait_room(self._slice_ms(deadline_ms))
+        wait_ms = min(LOOK_MS, max(ceil(deadline_ms - self._now_ms()), 0))
         while True:
-            try:
-                answer = receive_message(line.socket, 0)
-            except zmq.Again:
-                if line.look() != connection:
-                    self._was_cut = True
-                    return None
-                line.set_wait(self._slice_ms(deadline_ms, was_sent=True))
-                continue
-            self._heard_ms = self._now_ms()
-            reply = self._decode(answer)
-            if reply is not None and reply.number == number:
-                return self._judge(reply, answer[1:])
-            self._slice_ms(deadline_ms, was_sent=True)  # a late answer to another request: wait on, but not for ever
+            answer = line.receive(wait_ms)
+            if answer:
+                self._heard_ms = self._now_ms()
+                reply = self._decode(answer)
+                if reply is not None and reply.number == number:
+                    return self._judge(reply, answer[1:])
+            elif line.look() != connection:
+                self._was_cut = True
+                return None
+            wait_ms = self._slice_ms(deadline_ms, was_sent=True)  # also after a late answer to another request
 
     def _decode(self, frames: list[bytes]) -> AnyReply | None:
         try:
@@ -254,33 +279,36 @@ class _OverdueError(Exception):
         self.was_sent = was_sent
 
 
-class _Line:
-    """A DEALER of a lane, and which connection it has."""
+class _ZmqLine:
+    """What both kinds of lines have."""
 
     def __init__(self, socket: Socket) -> None:
         self.socket = socket
         self._wait_ms = -1
 
-    def look(self) -> int:
-        """A number for the present connection, never given twice; 0: there is none."""
-        raise NotImplementedError
+    def pause(self, pause_ms: float) -> None:
+        threading.Event().wait(pause_ms / 1000.0)
 
-    def wait_connected(self, timeout_ms: int) -> None:
-        """Block until there may be a connection."""
-        raise NotImplementedError
+    def send(self, frames: Frames) -> bool:
+        return try_send(self.socket, frames)
 
-    def set_wait(self, timeout_ms: int) -> None:
-        """How long a receive blocks."""
+    def wait_room(self, timeout_ms: int) -> None:
+        self.socket.poll(timeout_ms, zmq.POLLOUT)
+
+    def receive(self, timeout_ms: int) -> list[bytes]:
         if timeout_ms != self._wait_ms:
             self._wait_ms = timeout_ms
-            self.socket.set(zmq.RCVTIMEO, max(timeout_ms, 0))
+            self.socket.set(zmq.RCVTIMEO, timeout_ms)
+        try:
+            return receive_message(self.socket, 0)
+        except zmq.Again:
+            return []
 
     def close(self) -> None:
-        """Let go of it."""
         self.socket.close(0)
 
 
-class _SocketLine(_Line):
+class _SocketLine(_ZmqLine):
     """Over tcp or ipc, where libzmq connects and its monitor tells."""
 
     def __init__(self, context: Context, address: Address) -> None:
@@ -303,7 +331,7 @@ class _SocketLine(_Line):
         super().close()
 
 
-class _InprocLine(_Line):
+class _InprocLine(_ZmqLine):
     """Within the process: a new socket for each server that listens."""
 
     def __init__(self, context: Context, address: Address) -> None:
