@@ -12,14 +12,17 @@ import msgspec
 import pytest
 
 from zrmq.client import link, producing, reading
+from zrmq.client.accumulator import Accumulator
+from zrmq.client.batch import Span
 from zrmq.client.claiming import LeaseClaims, OffsetClaims
 from zrmq.client.committing import Committer
 from zrmq.client.consuming import ConsumerCore
 from zrmq.client.cursor import Cursor
 from zrmq.client.inbox import Inbox
+from zrmq.client.lanes import Lanes
 from zrmq.client.process_queue import ProcessQueue
 from zrmq.client.producing import ProducerCore
-from zrmq.errors import Code, RequestRefusedError
+from zrmq.errors import Code, RequestRefusedError, UnreachableError, ZrmqError
 from zrmq.message import ConsumeFrom, FlushMode, MessageQueue
 from zrmq.protocol.events import BrokerStarted, GroupSubscribed, LeaseGranted, OffsetsCommitted, TopicPut
 from zrmq.protocol.requests import Committed, Hello, Leased, Offsets
@@ -42,7 +45,8 @@ from zrmq.store.store import Store
 from zrmq.store.tables import Tables
 from zrmq.testing.simulation import consumers
 from zrmq.testing.simulation.plan import TopicPlan
-from zrmq.testing.simulation.work import PullPlan, ReaderPlan, RetentionPlan, WorkPlan
+from zrmq.testing.simulation.work import CallPlan, PullPlan, ReaderPlan, RetentionPlan, WorkPlan
+from zrmq.transport.lane import Lane
 from zrmq.transport.sessions import SessionTable
 
 Patch = pytest.MonkeyPatch
@@ -553,6 +557,58 @@ def go_on_in_a_topic_made_anew(patch: Patch) -> None:
     patch.setattr(OffsetClaims, "claim", hasty)
 
 
+def overtake_by_a_lane(patch: Patch) -> None:
+    patch.setattr(Accumulator, "is_idle", lambda self, topic: True)
+
+
+def send_anew_what_a_lane_did_not_hear_of(patch: Patch) -> None:
+    send = Lanes.send
+
+    def hasty(self: Lanes, *parts: Any) -> Any:
+        try:
+            return send(self, *parts)
+        except ZrmqError:
+            return None  # as if no lane had been free
+
+    patch.setattr(Lanes, "send", hasty)
+
+
+def hand_over_what_a_lane_sent_as_unsent(patch: Patch) -> None:
+    adopt = ProducerCore.adopt
+
+    def hasty(self: ProducerCore, batch: Any, queue: MessageQueue, error: ZrmqError) -> None:
+        adopt(self, batch, queue, UnreachableError("It was never sent."))
+        batch.may_be_stored, batch.sent_ms = False, 0.0
+
+    patch.setattr(ProducerCore, "adopt", hasty)
+
+
+def take_any_answer_of_a_lane(patch: Patch) -> None:
+    decode = Lane._decode
+
+    def hasty(self: Lane, frames: list[bytes]) -> Any:
+        reply = decode(self, frames)
+        return None if reply is None else msgspec.structs.replace(reply, number=self._number)
+
+    patch.setattr(Lane, "_decode", hasty)
+
+
+def call_unsent_what_a_lane_heard_nothing_of(patch: Patch) -> None:
+    error = Lane._timeout_error
+    patch.setattr(Lane, "_timeout_error", lambda self, kind, timeout_ms, was_sent: error(self, kind, timeout_ms, False))
+
+
+def forget_the_rest_of_a_list(patch: Patch) -> None:
+    """That did not go into the first batch."""
+    append_all = Accumulator.append_all
+
+    def hasty(self: Accumulator, runs: Any, timeout_ms: int, spans: list[Span]) -> None:
+        append_all(self, runs, timeout_ms, spans)
+        spans[:] = [Span(spans[0].batch, spans[0].first, sum(span.count for span in spans))]
+
+    patch.setattr(Accumulator, "append_all", hasty)
+
+
 def begin_where_a_queue_begins(patch: Patch) -> None:
     patch.setattr(LeaseDesk, "_tell", lambda self, session, request, queue, lease: (
         self._context.reply_when_safe(session, Leased(request.number, lease.lease_epoch, queue.min_offset))
@@ -839,6 +895,7 @@ RENEWING = {"work": msgspec.structs.replace(readers(), remake_topics_every_ms=70
 LEASES_OF_FORMER_TOPICS = {
     "work": WorkPlan(remake_topics_every_ms=1_000.0), "faults": {"slow_network": 1_500.0, "half_open": 1_500.0, "pause": 2_000.0},
 }
+CALLING = {"work": WorkPlan(calls=CallPlan(threads=2, send_every_ms=20.0, is_alone=True))}
 AWAY = {"faults": {"broker_kill": 2_000.0, "broker_restart": 2_000.0}}
 
 VARIANTS = [
@@ -984,4 +1041,20 @@ VARIANTS = [
     }),
     Variant("believe an entry wherever it stands", believe_an_entry_wherever_it_stands, {"views", "log", "damage"}, MISDIRECTED),
     Variant("count starts by what is left", count_starts_by_what_is_left, {"lease"}, ROTTEN),
+    Variant("overtake by a lane", overtake_by_a_lane, {"order"}, CALLING),
+    Variant("send anew what a lane did not hear of", send_anew_what_a_lane_did_not_hear_of, {"double", "order", "answer"}, CALLING | {
+        "faults": {"broker_kill": 1_000.0, "break_connections": 300.0, "slow_disk": 1_000.0}, "flush_ms": (1.0, 40.0),
+    }),
+    Variant("hand over what a lane sent as unsent", hand_over_what_a_lane_sent_as_unsent, {"double"}, CALLING | {
+        "faults": {"broker_kill": 700.0, "cut": 1_000.0}, "flush_ms": (1.0, 40.0),
+    }),
+    Variant("take any answer of a lane", take_any_answer_of_a_lane, {"lost", "double"}, CALLING | {
+        "faults": {"slow_disk": 700.0, "slow_network": 700.0},
+    }),
+    Variant("call unsent what a lane heard nothing of", call_unsent_what_a_lane_heard_nothing_of, {"answer"}, CALLING | {
+        "faults": {"slow_disk": 700.0, "cut": 1_000.0, "broker_kill": 1_000.0}, "send_timeout_ms": 1_500,
+    }),
+    Variant("forget the rest of a list", forget_the_rest_of_a_list, {"lost", "flush"}, CALLING | {
+        "batch_records_max": 4,
+    }),
 ]

@@ -35,7 +35,7 @@ class LogCheck:
         self._checked = checked
         self._recovered_position = recovered_position
         self._sequences: set[tuple[int, int]] = set()
-        self._last_numbers: dict[tuple[MessageQueue, int, type], int] = {}
+        self._last_numbers: dict[tuple[MessageQueue, str, type], int] = {}
         self._lease_epoch = 0
         self._resets: Counter[tuple[Place, int]] = Counter()  # by place and topic id
 
@@ -180,7 +180,7 @@ class LogCheck:
             self._sequences.add((batch.producer_id, batch.first_sequence + index))
             posting = self._promises.postings[body]
             if posting.is_in_order:
-                key = (queue, batch.producer_id, posting.kind)
+                key = (queue, posting.sender, posting.kind)
                 self._last_numbers[key] = max(posting.number, self._last_numbers.get(key, -1))
 
     def _check_batch(self, entry: Entry) -> None:
@@ -210,13 +210,13 @@ class LogCheck:
             self._fail("double", f"sequence {sequence} of producer {producer_id:x} is there twice, now at {place}.")
         self._sequences.add((producer_id, sequence))
         posting = self._promises.postings.get(body)
-        if posting is None or posting.producer_id != producer_id:
+        if posting is None or producer_id not in self._promises.producer_ids[posting.sender]:
             self._fail("log", f"nobody sent what is at {offset} of {spell(queue)}.")
         if posting.topic != queue.topic or posting.queue not in (None, queue):
             self._fail("bound", f"{posting} for {posting.queue or posting.topic} is at {offset} of {spell(queue)}.")
         if not posting.is_in_order:
             return
-        key = (queue, producer_id, posting.kind)
+        key = (queue, posting.sender, posting.kind)
         last = self._last_numbers.get(key, -1)
         if self._promises.is_damaged(body):
             return  # stored again, as its first copy was lost

@@ -30,13 +30,11 @@ class Posting:
     """One message handed to a producer, and its outcome."""
 
     __slots__ = (
-        "answered_ms", "body", "error", "handle", "kind", "number", "posted_ms", "producer_id", "queue", "receipt", "sender",
-        "tag", "topic",
+        "answered_ms", "body", "error", "handle", "kind", "number", "posted_ms", "queue", "receipt", "sender", "tag", "topic",
     )
 
-    def __init__(self, sender: str, producer_id: int, number: int, target: Target, tag: str | None) -> None:
-        self.sender = sender
-        self.producer_id = producer_id
+    def __init__(self, sender: str, number: int, target: Target, tag: str | None) -> None:
+        self.sender = sender  # one thread of a program: what it sends has an order
         self.number = number
         self.topic = target if isinstance(target, str) else target.topic
         self.queue = target if isinstance(target, MessageQueue) else None  # that it is bound to
@@ -92,6 +90,7 @@ class Promises:
     def __init__(self, plan: Plan) -> None:
         self.groups = {group.name: group for group in plan.groups}
         self.postings: dict[bytes, Posting] = {}
+        self.producer_ids: dict[str, set[int]] = {}  # by sender: of the batches that its messages may be in
         self.acknowledged: dict[MessageQueue, dict[int, Posting]] = {}
         self.subscriptions: dict[tuple[str, str, str], dict[tuple[str, int], None]] = {}  # who: broker name, since when; in order
         self.deleted_until: dict[str, int] = {}  # by broker name: its log had begun there, whatever a power cut brought back

@@ -43,6 +43,8 @@ def run_seed(seed: int, *, events_kept: int = EVENTS_KEPT, plan: Plan | None = N
         raise SimulationError(seed, broken.kind, broken.reason, _story(world)) from broken
     except Exception as fault:
         raise SimulationError(seed, "raised", f"{type(fault).__name__}: {fault}", _story(world)) from fault
+    finally:
+        world.end()
     trace.mix([(name, broker.check.watch.entries if broker.check else ()) for name, broker in world.brokers.items()])
     trace.mix(world.network.rng.getstate())
     trace.counts["overtaken"] = world.network.overtaken_count

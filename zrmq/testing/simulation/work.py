@@ -54,6 +54,14 @@ class ReaderPlan(msgspec.Struct, frozen=True):
     starts_ms: float
 
 
+class CallPlan(msgspec.Struct, frozen=True):
+    """Threads of each producer's program that send and wait. Times are means in virtual ms."""
+
+    threads: int
+    send_every_ms: float  # of one thread
+    is_alone: bool  # nothing else in the program sends, so that most of it goes by lanes
+
+
 class WorkPlan(msgspec.Struct, frozen=True):
     """The kinds of work of one run."""
 
@@ -64,6 +72,7 @@ class WorkPlan(msgspec.Struct, frozen=True):
     change_flush_every_ms: float = 0.0  # mean time between two changes from sync to async or back
     remake_topics_every_ms: float = 0.0  # between two deletions of a topic, which is made again a little later
     session_timeouts_ms: tuple[int, ...] = ()  # one of these from each start of a broker on but the first; else always the plan's
+    calls: CallPlan | None = None
     clock_drift: float = 0.0  # the share of the time by which a machine's clocks are too fast or too slow, at most
 
     @property
@@ -139,8 +148,14 @@ def _drift(rng: Random) -> float:
     return rng.choice((1e-5, 1e-3, 1e-2, 1e-1))
 
 
+def _calls(rng: Random) -> CallPlan:
+    return CallPlan(
+        threads=rng.choice((1, 1, 2, 4)), send_every_ms=rng.choice((20.0, 60.0, 200.0)), is_alone=rng.random() < 0.7
+    )
+
+
 KINDS: dict[str, Callable[[Random], Any]] = {
     "retention": _retention, "pulls": _pulls, "readers": _readers, "change_topics_every_ms": _changes,
     "session_timeouts_ms": _timeouts, "clock_drift": _drift, "change_flush_every_ms": _changes,
-    "remake_topics_every_ms": _remakes,
+    "remake_topics_every_ms": _remakes, "calls": _calls,
 }

@@ -170,6 +170,11 @@ class World:
         life = self._lives[name] = self._lives.get(name, 0) + 1
         return life
 
+    def end(self) -> None:
+        """The run is over: threads that would wait for more of it end."""
+        for producer in self.producers:
+            producer.threads.end()
+
     # --- what happens -------------------------------------------------------------------------------------------------
 
     def answered(self, posting: Posting, outcome: SendReceipt | ZrmqError) -> None:
