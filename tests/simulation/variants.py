@@ -561,7 +561,7 @@ def overtake_by_a_lane(patch: Patch) -> None:
     patch.setattr(Accumulator, "is_idle", lambda self, topic: True)
 
 
-def send_anew_what_a_lane_did_not_hear_of(patch: Patch) -> None:
+def send_again_what_a_lane_lost(patch: Patch) -> None:
     send = Lanes.send
 
     def hasty(self: Lanes, *parts: Any) -> Any:
@@ -1042,7 +1042,7 @@ VARIANTS = [
     Variant("believe an entry wherever it stands", believe_an_entry_wherever_it_stands, {"views", "log", "damage"}, MISDIRECTED),
     Variant("count starts by what is left", count_starts_by_what_is_left, {"lease"}, ROTTEN),
     Variant("overtake by a lane", overtake_by_a_lane, {"order"}, CALLING),
-    Variant("send anew what a lane did not hear of", send_anew_what_a_lane_did_not_hear_of, {"double", "order", "answer"}, CALLING | {
+    Variant("send again what a lane lost", send_again_what_a_lane_lost, {"double", "order", "answer"}, CALLING | {
         "faults": {"broker_kill": 1_000.0, "break_connections": 300.0, "slow_disk": 1_000.0}, "flush_ms": (1.0, 40.0),
     }),
     Variant("hand over what a lane sent as unsent", hand_over_what_a_lane_sent_as_unsent, {"double"}, CALLING | {

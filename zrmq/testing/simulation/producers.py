@@ -41,6 +41,7 @@ class VirtualAccumulator(Accumulator):
     def encoded_batch(
         self, target: Target, producer_id: int, sequence: int, frame: bytes, size_bytes: int, deadline_ms: float
     ) -> Batch:
+        """As there."""
         batch = super().encoded_batch(target, producer_id, sequence, frame, size_bytes, deadline_ms)
         self.on_handed_over(batch)
         return batch

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from math import inf
 from types import TracebackType
 
@@ -88,10 +89,9 @@ class VirtualThread:
     def _run(self) -> None:
         self._may_go.acquire()
         try:
-            if not self._is_killed:
-                self._program()
-        except _KilledError:
-            pass
+            with suppress(_KilledError):
+                if not self._is_killed:
+                    self._program()
         except BaseException as fault:  # noqa: BLE001 - raised in the world's thread
             self._fault = fault
         self._has_ended = True
@@ -192,39 +192,49 @@ class VirtualLine:
     # --- what its user does -------------------------------------------------------------------------------------------
 
     def look(self) -> int:
+        """A number for the present connection, 0 for none."""
         return self._connections if self._is_connected else 0
 
     def wait_connected(self, timeout_ms: int) -> None:
+        """Until anything happens to it."""
         self._news.wait(timeout_ms)
 
     def pause(self, pause_ms: float) -> None:
+        """For that long."""
         self._threads.sleep(pause_ms)
 
     def send(self, frames: Frames) -> bool:
+        """Hand one message over; False: it is not taken."""
         return self._connection.send(frames)
 
     def wait_room(self, timeout_ms: int) -> None:
+        """Until anything happens to it."""
         self._news.wait(timeout_ms)
 
     def receive(self, timeout_ms: int) -> list[bytes]:
+        """The next message, or no frames when something else has happened, or nothing."""
         if not self._received:
             self._news.wait(timeout_ms)
         return self._received.popleft() if self._received else []
 
     def close(self) -> None:
+        """Disconnect."""
         self._connection.close()
 
     # --- what the connection tells ------------------------------------------------------------------------------------
 
     def on_connected(self) -> None:
+        """A server accepted it."""
         self._connections += 1
         self._is_connected = True
         self._news.give()
 
     def on_disconnected(self) -> None:
+        """It is lost."""
         self._is_connected = False
         self._news.give()
 
     def on_frames(self, frames: list[bytes]) -> None:
+        """A message came."""
         self._received.append(frames)
         self._news.give()
