@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 ASYNC_MAX = 3
 BESIDES_BYTES = 64  # of the buffer, for what a message has besides its body
-LIST_RECORDS_MAX = 40
+LIST_RECORDS_MAX = 20
 
 
 class Callers:

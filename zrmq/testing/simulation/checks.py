@@ -40,8 +40,10 @@ def check_bounds(world: World) -> None:
     for consumer in world.consumers:
         consumer.note_told()
         held_bytes = consumer.inbox.account.size_bytes
-        # A queue that holds nothing may always pull, or a full consumer would starve it.
-        bytes_max = BOUNDS.size_bytes + len(consumer.core.reader.readings) * max(PULL_BYTES_MIN, world.plan.segment_bytes)
+        # A queue that holds nothing may always pull, or a full consumer would starve it; and what a listener has failed on is
+        # held again, in place of which something else may have come by then.
+        pulls = len(consumer.core.reader.readings) + consumer.group.workers
+        bytes_max = BOUNDS.size_bytes + pulls * max(PULL_BYTES_MIN, world.plan.segment_bytes)
         if not 0 <= held_bytes <= bytes_max:
             raise BrokenPromise("memory", f"{consumer.who} holds {held_bytes} bytes of messages; its bound is {bytes_max}.")
     watches_max = WATCHES_PER_SESSION_MAX * len(world.network.loops) + GHOSTS_MAX

@@ -150,7 +150,7 @@ def _drift(rng: Random) -> float:
 
 def _calls(rng: Random) -> CallPlan:
     return CallPlan(
-        threads=rng.choice((1, 1, 2, 4)), send_every_ms=rng.choice((20.0, 60.0, 200.0)), is_alone=rng.random() < 0.7
+        threads=rng.choice((1, 1, 2, 4)), send_every_ms=rng.choice((150.0, 400.0, 1_000.0)), is_alone=rng.random() < 0.7
     )
 
 
