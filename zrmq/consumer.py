@@ -44,7 +44,7 @@ from zrmq.client.consumer_engine import Engine
 from zrmq.client.cursor import Cursor
 from zrmq.client.listening import Failure, Listener, Pace, run_unit
 from zrmq.client.process_queue import ProcessQueue, Unit
-from zrmq.errors import ClosedError, InvalidArgumentError
+from zrmq.errors import ClosedError, InvalidArgumentError, UnreachableError
 from zrmq.logs import get_logger
 from zrmq.message import ConsumeFrom, Message, MessageModel, MessageQueue
 from zrmq.protocol.limits import (
@@ -494,14 +494,16 @@ class PullConsumer(Consumer):
     def commit(self, timeout_ms: int = ASK_MS) -> None:
         """Everything given so far is finished; commit it, and return when the brokers have it.
 
-        Raises `FencedError` for queues that went to another member meanwhile, or whose topic was deleted and made anew (the
-        others are committed), `UnreachableError`, `RequestTimeoutError`, `InvalidArgumentError` without a group.
+        Raises `FencedError` for queues that went to another member meanwhile, were lost with their broker or with what gave us
+        the right to read them, or whose topic was deleted and made anew (the others are committed); `UnreachableError`,
+        `RequestTimeoutError`, `InvalidArgumentError` without a group.
         """
         check_timeout(timeout_ms)
         engine, cursor = self._ready()
         self._check_group("has nowhere to commit to")
+        given = cursor.unfinished()
         cursor.finish_given()
-        self._wait(lambda give: engine.core.commit(give, timeout_ms), "a commit", timeout_ms)
+        self._wait(lambda give: engine.core.commit(give, timeout_ms, given), "a commit", timeout_ms)
 
     # --- places -------------------------------------------------------------------------------------------------------
 
@@ -530,15 +532,17 @@ class PullConsumer(Consumer):
             self._seek_all([queue], _asked(where))
 
     def seek_to_earliest(self, *queues: MessageQueue) -> None:
-        """Go on from the first message of these queues, or of all `assigned()`. Raises as `seek`."""
+        """Go on from the first message of these queues, or of all `assigned()`. Raises as `seek`, and `UnreachableError`
+        for all while the consumer could not start."""
         self._seek_all(queues, OFFSET_EARLIEST)
 
     def seek_to_latest(self, *queues: MessageQueue) -> None:
-        """Go on behind the last message of these queues, or of all `assigned()`. Raises as `seek`."""
+        """Go on behind the last message of these queues, or of all `assigned()`. Raises as `seek_to_earliest`."""
         self._seek_all(queues, OFFSET_LATEST)
 
     def seek_to_timestamp(self, when: When, *queues: MessageQueue) -> None:
-        """Go on from the first message stored at or after a time, of these queues, or of all `assigned()`. Raises as `seek`."""
+        """Go on from the first message stored at or after a time, of these queues, or of all `assigned()`. Raises as
+        `seek_to_earliest`."""
         self._seek_all(queues, time_ms(when))
 
     def position(self, queue: MessageQueue) -> int:
@@ -619,6 +623,8 @@ class PullConsumer(Consumer):
         given = check_queues(queues)
         core = self._ready()[0].core
         chosen = given or self.assigned()
+        if not chosen and not self._call(lambda: core.is_started):
+            raise UnreachableError("No broker has let this consumer in yet, so no queue is assigned to it; try again later.")
         self._call(lambda: [core.reading(queue) for queue in chosen])
         for queue, offset in self._offsets_at(chosen, where).items():
             self._call(partial(core.seek, queue, offset))

@@ -12,6 +12,7 @@ import pytest
 from tests.unit.reading_cluster import Member, ReadingBroker, ReadingCluster
 from tests.unit.stored import stored_batch
 from zrmq.client import reading
+from zrmq.client.cursor import Cursor
 from zrmq.client.process_queue import Unit
 from zrmq.client.reading import Bounds
 from zrmq.errors import (
@@ -34,6 +35,7 @@ from zrmq.protocol.requests import (
     Pull,
     Pulled,
     PullStatus,
+    QueryCommitted,
     QueryOffsets,
     QuerySubscriptions,
     ReleaseLease,
@@ -865,6 +867,86 @@ def test_a_commit_of_what_a_broker_lost_is_not_sent_again(cluster: ReadingCluste
     assert [type(answer) for answer in answers] == [UnreachableError]
     assert "commit again" in str(answers[0])
     assert cluster.broker.committed("reports", "meters", 0) is None
+
+
+def commit_given(cluster: ReadingCluster, member: Member, cursor: Cursor) -> ZrmqError | None:
+    """As `PullConsumer.commit` does."""
+    answers: list[ZrmqError | None] = []
+    given = cursor.unfinished()
+    cursor.finish_given()
+    member.core.commit(answers.append, 10_000, given)
+    cluster.run_until(lambda: bool(answers))
+    return answers[0]
+
+
+@pytest.mark.parametrize("iterates", [False, True], ids=["polled", "iterated"])
+def test_a_commit_of_what_was_given_of_a_lost_queue_says_so_once(cluster: ReadingCluster, iterates: bool) -> None:
+    member = cluster.started("one", auto_commit=False)
+    cluster.broker.store("meters", 0, 3)
+    cluster.broker.store("meters", 1, 2)
+    wait_for_messages(cluster, member)
+    cursor = Cursor(member.inbox)
+    unit = member.take(2)
+    assert unit is not None
+    if iterates:
+        cursor.enter_unit(unit)
+        cursor.index, _ = next(cursor.rest)
+    else:
+        cursor.give([unit])
+    cluster.broker.crash()
+    cluster.run_until(lambda: not member.queues)
+    error = commit_given(cluster, member, cursor)
+    assert isinstance(error, FencedError)
+    assert error.facts["queue_id"] == unit.process_queue.queue.queue_id
+    assert commit_given(cluster, member, cursor) is None
+
+
+def test_a_commit_whose_queue_is_lost_at_that_moment_says_so(cluster: ReadingCluster) -> None:
+    member = cluster.started("one", auto_commit=False)
+    cluster.broker.store("meters", 0, 3)
+    wait_for_messages(cluster, member)
+    cursor = Cursor(member.inbox)
+    unit = member.take()
+    assert unit is not None
+    cursor.give([unit])
+    given = cursor.unfinished()
+    cursor.finish_given()
+    cluster.broker.crash()
+    cluster.run_until(lambda: not member.queues)
+    answers: list[ZrmqError | None] = []
+    member.core.commit(answers.append, 10_000, given)
+    assert [type(answer) for answer in answers] == [FencedError]
+
+
+def test_what_was_committed_before_its_queue_was_lost_is_no_loss(cluster: ReadingCluster) -> None:
+    member = cluster.started("one", auto_commit=False)
+    cluster.broker.store("meters", 0, 3)
+    wait_for_messages(cluster, member)
+    cursor = Cursor(member.inbox)
+    unit = member.take()
+    assert unit is not None
+    cursor.enter_unit(unit)
+    assert [message.queue_offset for cursor.index, message in cursor.rest] == [0, 1, 2]
+    assert commit_given(cluster, member, cursor) is None
+    cluster.broker.crash()
+    cluster.run_until(lambda: not member.queues)
+    assert commit_given(cluster, member, cursor) is None
+
+
+def test_a_broker_that_leaves_during_a_commit_closes_nothing(cluster: ReadingCluster) -> None:
+    """The consumer is not closed, so its caller is not to be told that something is."""
+    member = cluster.started("one", eager=1.0, auto_commit=False)
+    cluster.broker.store("meters", 0, 3)
+    cluster.run_for(10)
+    cluster.broker._do_CommitOffsets = lambda session, request: None  # type: ignore[method-assign,assignment,return-value]
+    answers: list[Any] = []
+    member.core.commit(answers.append, 10_000)
+    member.core.ask("broker-a", QueryCommitted, "meters", timeout_ms=10_000, on_reply=lambda reply, _: answers.append(reply))
+    link = member.instance.link("broker-a")
+    assert link is not None
+    link.close()
+    cluster.run_until(lambda: len(answers) == 2)
+    assert [type(answer) for answer in answers] == [UnreachableError, UnreachableError]
 
 
 def test_a_release_under_way_over_a_restart_commits_nothing(cluster: ReadingCluster) -> None:

@@ -39,6 +39,7 @@ from zrmq.errors import (
     ResourceLimitError,
     SubscriptionMismatchError,
     TopicNotFoundError,
+    UnreachableError,
 )
 from zrmq.message import ConsumeFrom, Message, MessageModel, MessageQueue
 
@@ -451,6 +452,17 @@ def test_run_says_that_the_start_takes_long(
         until(lambda: any(line["event"] == "consumer_start_delayed" for line in logs))
         consumer.close()
         runner.join()
+
+
+def test_who_could_not_start_is_told_so_when_it_seeks(
+    consumers: Callable[..., Any], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zrmq.client.consumer_base.START_MS", 1)
+    consumer = consumers(zrmq.PullConsumer, name, nameservers="tcp://127.0.0.1:1")
+    consumer.subscribe(name)
+    for seek in (consumer.seek_to_earliest, consumer.seek_to_latest, partial(consumer.seek_to_timestamp, 1)):
+        with pytest.raises(UnreachableError, match="No broker has let this consumer in yet"):
+            seek()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import msgspec
 from zrmq.client.inbox import Inbox
 from zrmq.client.link import Link
 from zrmq.client.reading import Reading
-from zrmq.errors import FencedError, UnreachableError, ZrmqError
+from zrmq.errors import ClosedError, FencedError, UnreachableError, ZrmqError
 from zrmq.logs import get_logger
 from zrmq.protocol.requests import AnyReply, CommitOffsets, Committed, QueueOffset
 
@@ -66,11 +66,9 @@ class Committer:
     def give_up(self, link: Link) -> None:
         """The session is a new one, perhaps with a server that was started again: end what is under way before the link sends it
         again."""
-        text = f"The session with {link.address} was lost during the commit; commit again."
-        error = UnreachableError(text, address=link.address)
         for attempt in [attempt for attempt in self._under_way if attempt.link is link]:
             link.cancel(attempt.number)
-            self._end(attempt, error)
+            self._end(attempt, _cut_off(link))
 
     def _changed(self, readings: Iterable[Reading]) -> list[tuple[Reading, int]]:
         found = [(reading, self._inbox.commit_offset(reading.process_queue)) for reading in readings]
@@ -78,6 +76,8 @@ class Committer:
 
     def _committed(self, attempt: _Attempt, reply: AnyReply | ZrmqError, frames: list[bytes]) -> None:
         error = reply if isinstance(reply, ZrmqError) else None
+        if isinstance(reply, ClosedError):  # the link was, as its broker has left
+            error = _cut_off(attempt.link)
         if isinstance(reply, Committed):
             fenced = set(reply.fenced)
             for index, (reading, offset) in enumerate(attempt.changed):
@@ -130,6 +130,11 @@ def _log_failure(link: Link, error: ZrmqError | None) -> None:
 def _wire(reading: Reading, offset: int) -> QueueOffset:
     queue = reading.queue
     return QueueOffset(queue.topic, queue.queue_id, offset, reading.process_queue.lease_epoch, reading.topic_id)
+
+
+def _cut_off(link: Link) -> UnreachableError:
+    text = f"The session with {link.address} was lost during the commit; commit again."
+    return UnreachableError(text, address=link.address)
 
 
 def _fenced(reading: Reading) -> FencedError:

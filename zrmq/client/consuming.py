@@ -12,7 +12,7 @@ fifths of the session timeout was answered, well before the broker may give it a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from math import inf
 from random import Random
@@ -26,9 +26,10 @@ from zrmq.client.inbox import Inbox
 from zrmq.client.instance import ClientInstance, RouteView
 from zrmq.client.link import Link, OnReply
 from zrmq.client.membership import Joining, Membership
+from zrmq.client.process_queue import ProcessQueue
 from zrmq.client.reading import Bounds, Reader, Reading, lease_ends_ms, server_id
 from zrmq.client.rebalance import plan, share
-from zrmq.errors import ClosedError, InvalidArgumentError, TopicNotFoundError, UnreachableError, ZrmqError
+from zrmq.errors import ClosedError, FencedError, InvalidArgumentError, TopicNotFoundError, UnreachableError, ZrmqError
 from zrmq.logs import get_logger
 from zrmq.message import ConsumeFrom, MessageModel, MessageQueue
 from zrmq.protocol.requests import AnyReply, Request, Subscription
@@ -339,6 +340,7 @@ class ConsumerCore:
             return
         log.warning("queue_lost", **_place(reading.queue), group=self._config.group, reason=error.message)
         reading.draining_ms = reading.draining_ms or self._loop.clock.monotonic_ms()
+        reading.process_queue.is_lost = True
         self._claims.lose(reading, self._inbox.commit_offset(reading.process_queue), error)
         self.reader.end(reading)
         self._rebalance_soon(RETRY_MS if isinstance(error, TopicNotFoundError) else 0.0)  # unless the route tells of another one
@@ -385,6 +387,7 @@ class ConsumerCore:
                 self._lapse(reading)
             elif reading.process_queue.is_draining and now_ms - reading.draining_ms > HANDOVER_MS_MAX:
                 log.warning("queue_given_up", **_place(reading.queue), in_flight=reading.process_queue.in_flight)
+                reading.process_queue.is_lost = True
                 self._let_go(reading)
         if self._wanted is not None:
             self._claims.settle(partial(self._unwanted_link, self._wanted))
@@ -418,9 +421,15 @@ class ConsumerCore:
         self._instance.want_topics({queue.topic for queue in self._assigned})
         self._rebalance_soon()
 
-    def commit(self, on_done: OnCommitted, timeout_ms: int) -> None:
-        """Commit what is finished, now."""
-        self._committer.commit(list(self.reader.readings.values()), on_done, timeout_ms)
+    def commit(self, on_done: OnCommitted, timeout_ms: int, given: Sequence[ProcessQueue] = ()) -> None:
+        """Commit what is finished, now. `given`: what was finished for it; where that is lost by now, the error says so."""
+        lost = next((_lost(each.queue) for each in given if each.is_lost), None)
+        self._committer.commit(list(self.reader.readings.values()), lambda error: on_done(error or lost), timeout_ms)
+
+    @property
+    def is_started(self) -> bool:
+        """Whether the start, or the last `assign`, is over."""
+        return self._is_started
 
     def seek(self, queue: MessageQueue, offset: int) -> None:
         """Go on from another offset. Raises `InvalidArgumentError` for a queue that is not read here."""
@@ -454,11 +463,16 @@ class ConsumerCore:
 
     def ask(self, broker_name: str, kind: type[Request], *fields: object, timeout_ms: int, on_reply: OnReply) -> None:
         """Ask a broker something. `UnreachableError` when the route does not have it."""
+        absent = UnreachableError(f"Broker {broker_name} is not in the route; it is down or has another name.")
+
+        def answer(reply: AnyReply | ZrmqError, frames: list[bytes]) -> None:
+            on_reply(absent if isinstance(reply, ClosedError) and not self._is_closed else reply, frames)
+
         link = self._instance.link(broker_name)
         if link is None:
-            on_reply(UnreachableError(f"Broker {broker_name} is not in the route; it is down or has another name."), [])
+            on_reply(absent, [])
         else:
-            link.request(kind, *fields, timeout_ms=timeout_ms, on_reply=on_reply)
+            link.request(kind, *fields, timeout_ms=timeout_ms, on_reply=answer)
 
     def queues(self) -> list[MessageQueue]:
         """What is read here now, sorted; without what is being given back."""
@@ -525,6 +539,14 @@ def _joining(config: ConsumingConfig) -> Joining:
     subscriptions = [Subscription(topic, expression) for topic, expression in sorted(config.filters.items())]
     return Joining(
         config.group, config.client_id, config.message_model, subscriptions, config.consume_from, config.consume_timestamp_ms
+    )
+
+
+def _lost(queue: MessageQueue) -> FencedError:
+    return FencedError(
+        f"Queue {queue.queue_id} of {queue.topic!r} at {queue.broker_name} was lost before the commit, as was its broker or our"
+        " right to read it; what is not committed of it comes again, here or at another member.",
+        topic=queue.topic, broker_name=queue.broker_name, queue_id=queue.queue_id,
     )
 
 

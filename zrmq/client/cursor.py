@@ -113,8 +113,17 @@ class Cursor:
             self._inbox.finish_below(queue, offset, is_all=unit is None or queue is not unit.process_queue)
         self._given.clear()
 
+    def unfinished(self) -> list[ProcessQueue]:
+        """The queues of which something was given that is not done."""
+        given, unit = self._given, self._unit
+        if unit is not None:
+            given = given | {unit.process_queue: self.position(unit.process_queue)}
+        return [queue for queue, offset in given.items() if self._inbox.commit_offset(queue) < offset]
+
     def finish_given(self) -> None:
         """Everything given so far is done."""
+        if self._unit is not None and self._unit.process_queue.is_dropped:
+            self.leave_unit()
         self.finish()
         unit = self._unit
         if unit is not None:

@@ -149,6 +149,7 @@ class ProcessQueue:
         self.is_paused = False
         self.is_draining = False  # to be given back as soon as nothing is in flight
         self.is_dropped = False
+        self.is_lost = False  # dropped with its lease or its broker, or while callers were at work: what they have comes again
         self.is_lapsed = False  # its lease was not confirmed in time when a caller came
         self._account = account if account is not None else Account()
         self._chunks: deque[Chunk] = deque()
