@@ -174,6 +174,51 @@ def test_nor_what_came_into_the_segment_in_which_it_was_set_back(steps: list[int
     assert bench.store.start_position == SEGMENT_BYTES
 
 
+@pytest.mark.parametrize("is_beyond", [True, False])
+def test_what_was_stamped_ahead_is_young_only_if_the_clock_is_set_forward_beyond_that(is_beyond: bool) -> None:
+    """A late clock is set back by six hours (a time zone) before the time is found; or by mistake, and is right again."""
+    bench = StoreBench(retention_ms=12 * HOUR_MS)
+    bench.maintain()
+    (queue, _) = bench.topic()
+    for _ in range(4):
+        bench.fill_segments(queue, 1)
+        bench.clock.advance(HOUR_MS)
+        bench.maintain()
+    bench.clock.step(-6 * HOUR_MS)
+    bench.maintain()
+    bench.fill_segments(queue, 1)
+    bench.checkpoint()
+    kept = bench.segments()
+    bench.clock.step(HOUR_MS * (24 * 365 if is_beyond else 6))
+    bench.maintain(3)
+    assert bench.segments() == kept
+    bench.clock.advance(10 * HOUR_MS)
+    bench.maintain(3)
+    assert (bench.segments() == kept) == is_beyond
+    bench.clock.advance(3 * HOUR_MS)
+    bench.maintain(3)
+    assert len(bench.segments()) == 1, "but for no longer than the retention"
+
+
+def test_what_a_late_clock_stored_where_an_earlier_run_had_ended_is_not_hidden_by_what_that_one_stored() -> None:
+    bench = StoreBench(retention_ms=HOUR_MS)
+    (queue, _) = bench.topic()
+    bench.append(queue)
+    bench.store.close()
+    bench.clock.advance(2 * HOUR_MS)
+    bench.clock.step(-HOUR_MS * 24 * 365)
+    bench.open()
+    bench.fill_segments(bench.queue(), 2)
+    bench.checkpoint()
+    bench.maintain()
+    bench.clock.step(HOUR_MS * 24 * 365)
+    bench.maintain(3)
+    assert bench.store.start_position == 0
+    bench.clock.advance(HOUR_MS)
+    bench.maintain()
+    assert bench.store.start_position > 0
+
+
 def test_what_was_stored_before_the_clock_was_set_back_is_right_when_the_next_run_has_the_time() -> None:
     bench = StoreBench(retention_ms=HOUR_MS)
     (queue, _) = bench.topic()

@@ -70,6 +70,7 @@ class CommitLog:
         self.appended_position = 0
         self.written_position = 0
         self.flushed_position = 0
+        self.began_position = 0  # what is behind was appended since the log was opened
         self.limit = 0  # entries end at or before it, or else in the next segment
         self.active: Segment | None = None
         self.pending: list[Buffer] = []  # appended and not written
@@ -136,7 +137,7 @@ class CommitLog:
 
     def begin_at(self, position: int) -> None:
         """Append from here on: everything before is on disk, everything behind is not part of the log."""
-        self.appended_position = self.written_position = self.flushed_position = position
+        self.appended_position = self.written_position = self.flushed_position = self.began_position = position
         self.active = None
         self.limit = 0
         segment = self.segment_at(position)

@@ -57,7 +57,7 @@ class Upkeep:
         self._running: Maintenance | None = None
         self._unremoved: list[tuple[Segment, Path | None]] = []  # out of the log, and the disk refused to let go of the files
         self._late_since_ms = clock.time_ms()  # what was stored before is by a clock that nothing is known of
-        self._set_back_in: list[Segment] = []  # written to when the clock was set back, and not yet forward again
+        self._set_back_in: dict[Segment, int] = {}  # written to when the clock was set back, and how far that one still is ahead
         self._seen_ms = clock.time_ms(), clock.monotonic_ms()
         self._next_ms = -1.0
         self._next_warning_ms = -1.0
@@ -118,7 +118,8 @@ class Upkeep:
 
         Not even what it stamped after it had been set back: what this run stores is never from before its own beginning. Stamps
         that are ahead of a clock set back stay as they are: they may be the right ones, and retention does not go by them. But
-        they hide what came into the same segment later, so that counts as stored no earlier than what is behind it.
+        they hide what came into the same segment later, so that counts as stored no earlier than what is behind it, and so do
+        those of an earlier run. Nor were they the right ones if the clock is set forward beyond that one: then all count so.
         """
         wall_ms = self._clock.time_ms()
         (seen_wall_ms, seen_ms), self._seen_ms = self._seen_ms, (wall_ms, now_ms)
@@ -127,20 +128,26 @@ class Upkeep:
         if abs(step_ms) < STEP_MS:
             return
         log.warning("clock_set_forward" if step_ms > 0 else "clock_set_back", step_ms=abs(step_ms))
+        self._set_back_in = {segment: ahead_ms - step_ms for segment, ahead_ms in self._set_back_in.items()}
         if step_ms < 0:
-            self._set_back_in += self._log.segments[-1:]
+            for segment in self._log.segments[-1:]:
+                self._set_back_in.setdefault(segment, -step_ms)
         else:
             self._correct(until_ms, step_ms)
-            self._set_back_in = [segment for segment in self._set_back_in if segment.last_ms > wall_ms]
+            ahead = ((segment, max(ahead_ms, 0)) for segment, ahead_ms in self._set_back_in.items() if segment.last_ms > wall_ms)
+            self._set_back_in = dict(ahead)
             self.corrected_ms = now_ms
         self._late_since_ms += step_ms
 
     def _correct(self, until_ms: int, step_ms: int) -> None:
         """What this run has stored until now, by a clock `step_ms` late, is younger than its stamps say."""
-        behind_ms = until_ms + step_ms
+        behind_ms, began = until_ms + step_ms, self._log.began_position
+        was_late = False  # the clock before it was set back
         for segment in reversed(self._log.segments):
+            was_late = was_late or self._set_back_in.get(segment, 0) <= -STEP_MS
+            is_late = was_late and segment.end > began and segment.last_ms > until_ms
             segment.rejuvenate(self._late_since_ms, until_ms, step_ms)
-            if segment in self._set_back_in:
+            if is_late or segment in self._set_back_in or segment.start < began < segment.end:
                 segment.note_event(behind_ms)
                 for topic_id in segment.shares:
                     segment.note_batch(topic_id, behind_ms, 0)
