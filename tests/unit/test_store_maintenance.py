@@ -611,6 +611,10 @@ def test_a_spare_that_cannot_be_made_leaves_nothing(number: int) -> None:
     bench.maintain()
     assert spares(bench) == []
     assert bench.store.failure is None
+    if number == errno.ENOSPC:
+        bench.maintain(50)
+        assert spares(bench) == [], "nothing has changed"
+        bench.clock.advance(10_000)
     bench.maintain()
     assert len(spares(bench)) == 1
 
@@ -651,6 +655,50 @@ def test_a_quota_costs_nothing_where_no_segment_may_go_for_room() -> None:
             bench.checkpoint()
             bench.maintain()
     assert bench.segments()[0] == 0
+
+
+def test_a_broker_under_a_quota_does_not_try_each_second_to_make_a_spare() -> None:
+    bench = under_quota(4, free_delete_bytes=0)
+    while bench.store._log.limit - bench.store.appended_position > SEGMENT_BYTES // 2 - 100:
+        bench.append(bench.queue(), size=500)
+    bench.flush()
+    opened = bench.files.counts["open"]
+    bench.maintain(600)
+    assert bench.files.counts["open"] - opened < 20
+    bench.files.before = lambda operation, path: None
+    bench.append(bench.queue(), size=500)
+    bench.flush()
+    bench.checkpoint()
+    bench.maintain()
+    assert len(spares(bench)) == 1, "a save that went well is a sign"
+
+
+@pytest.mark.parametrize("sends", [1, 6])
+def test_a_quota_used_up_to_the_last_byte_keeps_nobody_from_sending(sends: int) -> None:
+    """Queue files and views.db need room too: were all of it the log's, nothing could be saved, and so nothing could go."""
+    bench = StoreBench(checkpoint_bytes=20_000)
+    (queue, _) = bench.topic()
+    bench.fill_segments(queue, 8)
+    bench.checkpoint()
+    bench.files.free_bytes = lambda folder: 1 << 50  # type: ignore[method-assign]
+    bench.files.capacity_bytes = bench.files.used_bytes
+    refused = 0
+    for _ in range(400):
+        for _ in range(sends):
+            try:
+                bench.append(queue, size=500)
+            except DiskFullError:
+                refused += 1
+            bench.flush()
+        for _ in range(2):
+            bench.clock.advance(500)
+            run(bench.store.begin_checkpoint() or bench.store.begin_maintenance())
+            bench.flush()
+    assert refused < 40 * sends
+    assert bench.store.checkpoint_position > bench.store.appended_position - 3 * SEGMENT_BYTES
+    assert bench.store.damage == []
+    bench.crash()
+    assert bench.queue().next_offset == queue.next_offset
 
 
 def test_a_roll_while_a_spare_is_being_made_makes_one_itself() -> None:

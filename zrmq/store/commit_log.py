@@ -67,6 +67,7 @@ class CommitLog:
         self.segments: list[Segment] = []
         self.unreadable: list[tuple[int, int]] = []  # stretches that the disk has not given to `load` and `scan`
         self.spares: list[Path] = []
+        self.is_room_kept = False  # a segment went so that the views can be saved: the next one is not to take its room
         self.appended_position = 0
         self.written_position = 0
         self.flushed_position = 0
@@ -283,7 +284,7 @@ class CommitLog:
 
     def _make_spare_now(self, reserve_bytes: int) -> Path:
         free_bytes = self.files.free_bytes(self.folder)
-        if free_bytes < self.segment_bytes + reserve_bytes:
+        if free_bytes < self.segment_bytes + reserve_bytes or self.is_room_kept:
             raise self._full(free_bytes, reserve_bytes)
         path = self.next_spare()
         file = self.files.open(path, create=True)

@@ -31,6 +31,7 @@ INTERVAL_MS = 1_000  # between two looks at the disk
 SCRUB_BYTES = 4 << 20  # checked by one job
 TRIMS_MAX = 200  # queues cut at their front by one call; each may read from a file
 WARN_AGAIN_MS = 3_600_000
+SPARE_AGAIN_MS = 60_000  # between two tries to make a spare if nothing goes and nothing is saved meanwhile: each writes all of it
 STEP_MS = 60_000  # what the wall clock gains or loses on the steady one between two looks when somebody has set it
 
 Damage = tuple[int, int]  # stretch of the log: position, end
@@ -45,6 +46,7 @@ class Upkeep:
     ) -> None:
         self.free_bytes: int | None = None  # of the file system, as last seen
         self.reindexing: list[Queue] = []  # whose entries are being made anew
+        self.is_save_failing = False  # of the views, at the last try
         self.corrected_ms = -1.0  # when stamps were last made younger, by the steady clock
         self._clock = clock
         self._config = config
@@ -62,7 +64,8 @@ class Upkeep:
         self._next_ms = -1.0
         self._next_warning_ms = -1.0
         self._is_trimming = True
-        self._is_spare_refused = False  # the disk has room, but not for us (a quota): the oldest segment becomes the next
+        self._is_spare_refused = False  # the disk has room, but not for us (a quota): the oldest segment is to go for the next
+        self._next_spare_ms = -1.0  # none is tried before
         self._scrubbing: tuple[Segment, int] | None = None  # how far
 
     def queue_damaged(self, queue: Queue) -> None:
@@ -70,6 +73,13 @@ class Upkeep:
         if queue not in self._damaged_queues and queue not in self.reindexing:
             log.error("queue_files_damaged", topic=queue.topic.config.topic, queue_id=queue.queue_id)
             self._damaged_queues[queue] = None
+
+    def save_finished(self, is_saved: bool) -> None:
+        """The views were saved, or could not be. Then what goes for a quota leaves its room to the next save: a log that took it
+        would go round until nothing in it is saved, and nothing may go any more."""
+        if is_saved:
+            self._next_spare_ms = -1.0
+        self.is_save_failing, self._log.is_room_kept = not is_saved, False
 
     def begin(self, saved_position: int, may_reindex: bool) -> Maintenance | None:
         """The next job, if there is something to do. `saved_position`: what views.db has; segments before it may go."""
@@ -185,18 +195,23 @@ class Upkeep:
         removed: list[tuple[Segment, Path | None]] = []
         for _ in range(count):
             segment = self._log.take_front()
-            may_recycle = self._is_spare_refused or not (is_forced or self._is_disk_low)
+            may_recycle = not self.is_save_failing if self._is_spare_refused else not (is_forced or self._is_disk_low)
             spares = len(self._log.spares) + sum(spare is not None for _, spare in removed)
             is_whole = segment.end - segment.start == self._log.segment_bytes
             is_kept = may_recycle and is_whole and spares < config.spare_segments_max
             removed.append((segment, self._log.next_spare() if is_kept else None))
             log.info("segment_deleted", position=segment.start, forced=is_forced, recycled=is_kept)
-        self._is_trimming = self._is_trimming or bool(removed)
+        if removed:
+            self._is_trimming = True
+            self._log.is_room_kept = self._is_spare_refused and self.is_save_failing
+            self._next_spare_ms = -1.0
         return removed
 
     def _wanted_spare(self, job: Maintenance) -> Path | None:
         """A spare is made when half of the segment is used up, and there is room for it beside what has to stay free."""
         if self._log.spares or any(spare for _, spare in job.removed):
+            return None
+        if self._log.is_room_kept or self._clock.monotonic_ms() < self._next_spare_ms:
             return None
         half_bytes = self._log.segment_bytes // 2
         is_half_full = self._log.limit - self._log.appended_position < half_bytes
@@ -231,6 +246,8 @@ class Upkeep:
         self._unremoved = job.removed
         self._log.spares += job.spares
         self._is_spare_refused = job.is_spare_refused and self._config.free_delete_bytes > 0
+        if job.is_spare_refused:
+            self._next_spare_ms = self._clock.monotonic_ms() + SPARE_AGAIN_MS
         if job.free_bytes is not None:
             self.free_bytes = job.free_bytes
             self._warn_of_full_disk(job.free_bytes)

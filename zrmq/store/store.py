@@ -56,6 +56,7 @@ __all__ = ["Chunk", "Placed", "Store", "StoreConfig"]
 log = get_logger("store")
 
 LOOK_AGAIN_MS = 100.0  # between two looks whether a full disk has room again
+SAVE_AGAIN_MS = 2_000  # after a save that failed: upkeep, which may make room for the next one, is to have its turn
 DAMAGE_MAX = 1_000  # stretches remembered
 YEAR_2020_S = 1_577_836_800  # boot numbers made of the time count from here
 BOOT_MAX = (1 << 31) - 1  # times 2**32 it is an epoch, and these have 63 bits
@@ -441,10 +442,15 @@ class Store:
         return self._checkpoint
 
     def _is_checkpoint_due(self) -> bool:
+        waited_ms = self._clock.monotonic_ms() - self._saved_ms
+        if self._upkeep.is_save_failing and waited_ms < SAVE_AGAIN_MS:
+            return False
+        if self._log.is_room_kept:
+            return True
         unsaved_bytes = self._log.appended_position - self._saved_position
         if unsaved_bytes >= self._config.checkpoint_bytes or self._upkeep.corrected_ms > self._saved_ms:
             return True  # stamps that a clock set forward has left too old are all that the next start would go by
-        if self._clock.monotonic_ms() - self._saved_ms < self._config.checkpoint_ms:
+        if waited_ms < self._config.checkpoint_ms:
             return False
         is_wanted = unsaved_bytes > 0 or self._is_flush_unsaid
         return is_wanted or any(segment.last_ms != segment.saved_ms[0] for segment in self._log.segments)
@@ -467,6 +473,7 @@ class Store:
         self._checkpoint = None
         self._is_checkpoint_running = False
         self._saved_ms = self._clock.monotonic_ms()
+        self._upkeep.save_finished(checkpoint.is_saved or checkpoint.is_disk_unsure)
         if checkpoint.is_saved:
             self._saved_position = checkpoint.position
         elif checkpoint.is_disk_unsure:
