@@ -82,6 +82,22 @@ def test_a_segment_that_the_disk_cannot_let_go_of_refuses_no_start() -> None:
     assert bench.queue().next_offset > 0
 
 
+@pytest.mark.parametrize("is_disk_low", [False, True])
+def test_a_segment_whose_inode_is_ill_does_not_keep_those_behind_it(is_disk_low: bool) -> None:
+    room = {"free_delete_bytes": 4 * SEGMENT_BYTES, "free_refuse_bytes": 0, "free_warn_bytes": 0} if is_disk_low else {}
+    bench = old_bench(8, retention_ms=HOUR_MS * (99 if is_disk_low else 1), **room)
+    ill = segment_name(bench.segments()[1])
+    for operation in ("open", "size", "unlink", "rename"):
+        bench.files.fail(operation, errno.EUCLEAN, 10**6, ill)
+    if is_disk_low:
+        bench.files.capacity_bytes = bench.files.used_bytes + SEGMENT_BYTES
+    bench.maintain(9)
+    assert SEGMENT_BYTES in bench.segments()
+    assert bench.segments()[1:] == [segment.start for segment in bench.store._log.segments]
+    assert len(bench.segments()) == (5 if is_disk_low else 2)
+    assert LOG / ill not in bench.store._log.spares
+
+
 def test_nothing_grows_older_because_the_clock_is_set_forward() -> None:
     """A box without a battery runs five days late until it finds the time: what it has just stored is not five days old."""
     bench = StoreBench(retention_ms=HOUR_MS)

@@ -21,7 +21,7 @@ from zrmq.store.consume_queue import ConsumeQueue
 from zrmq.store.job import Job
 from zrmq.store.relocation import Relocation
 from zrmq.store.retention import expired_count
-from zrmq.store.segment import SEGMENT_HEADER_BYTES, Segment
+from zrmq.store.segment import SEGMENT_HEADER_BYTES, UNREADABLE, Segment
 from zrmq.store.tables import Queue
 from zrmq.store.views import Views, index_anew
 
@@ -325,15 +325,30 @@ class Maintenance(Job):
     def _remove(self) -> None:
         while self.removed:
             segment, spare = self.removed[0]
-            if spare is None:
-                self._files.unlink(segment.path)
-            else:
-                self._files.rename(segment.path, spare)
-                self.removed[0] = segment, None  # if the folder cannot be synced, only that is tried again
+            try:
+                if spare is None:
+                    self._files.unlink(segment.path)
+                else:
+                    self._files.rename(segment.path, spare)
+                    self.removed[0] = segment, None  # if the folder cannot be synced, only that is tried again
+            except OSError as error:
+                if error.errno not in UNREADABLE or not self._is_ill(segment.path):
+                    raise
+                log.warning("segment_not_deleted", path=str(segment.path), reason=str(error))
+                del self.removed[0]  # the next start tries again; those behind are not to wait for it
+                continue
             self._files.fsync_dir(self._folder)  # one by one: a power cut brings back none but the last: no gap
             if spare is not None:
                 self.spares.append(spare)
             del self.removed[0]
+
+    def _is_ill(self, path: Path) -> bool:
+        """Whether the disk cannot even say what file that is: then it is this file that it does not let go of, and not all."""
+        try:
+            self._files.size(path)
+        except OSError as error:
+            return error.errno in UNREADABLE
+        return False
 
     def _make_spare(self, path: Path) -> None:
         """Zero-filled, not only allocated: the first write to an allocated block changes metadata, and a flush pays for it."""
