@@ -544,6 +544,7 @@ def test_a_folder_that_was_not_synced_is_synced_at_the_next_round() -> None:
     run(job)
     bench.maintain()
     assert bench.segments() == [4 * SEGMENT_BYTES]
+    assert sorted(path.name for path in bench.store._log.spares) == spares(bench), "none is forgotten"
     bench.crash()
     assert bench.segments() == [4 * SEGMENT_BYTES]
 

@@ -196,7 +196,7 @@ class Upkeep:
         for _ in range(count):
             segment = self._log.take_front()
             may_recycle = not self.is_save_failing if self._is_spare_refused else not (is_forced or self._is_disk_low)
-            spares = len(self._log.spares) + sum(spare is not None for _, spare in removed)
+            spares = len(self._log.spares) + sum(spare is not None for _, spare in self._unremoved + removed)
             is_whole = segment.end - segment.start == self._log.segment_bytes
             is_kept = may_recycle and is_whole and spares < config.spare_segments_max
             removed.append((segment, self._log.next_spare() if is_kept else None))
@@ -328,9 +328,9 @@ class Maintenance(Job):
             try:
                 if spare is None:
                     self._files.unlink(segment.path)
-                else:
+                elif segment.path != spare:
                     self._files.rename(segment.path, spare)
-                    self.removed[0] = segment, None  # if the folder cannot be synced, only that is tried again
+                    segment.path = spare  # if the folder cannot be synced, only that is tried again
             except OSError as error:
                 if error.errno not in UNREADABLE or not self._is_ill(segment.path):
                     raise
