@@ -145,6 +145,50 @@ def test_younger_stamps_are_saved_when_nothing_else_has_changed(failures: int) -
     assert bench.store.start_position == 0
 
 
+def test_younger_stamps_are_saved_too_that_are_corrected_while_the_views_are_being_saved() -> None:
+    bench = StoreBench(retention_ms=HOUR_MS)
+    (queue, _) = bench.topic()
+    bench.fill_segments(queue, 3)
+    bench.maintain(5)
+    bench.flush()
+    job = bench.store.begin_checkpoint(force=True)
+    assert job is not None
+    bench.clock.step(120 * HOUR_MS)
+    bench.maintain()
+    bench.clock.advance(1000)
+    run(job)
+    if (job := bench.store.begin_checkpoint()) is None:
+        bench.flush()
+        job = bench.store.begin_checkpoint()
+    run(job)
+    bench.crash()
+    bench.maintain(3)
+    assert bench.store.start_position == 0
+
+
+def test_younger_stamps_of_one_topic_are_saved_where_the_segment_keeps_its_own() -> None:
+    """Its newest message is by a clock that was ahead; the other topic's messages are by one that was late."""
+    bench = StoreBench(retention_ms=HOUR_MS)
+    (ahead,) = bench.topic("ahead", 1)
+    (late,) = bench.topic("late", 1)
+    bench.clock.step(2 * HOUR_MS)
+    bench.maintain()
+    bench.append(ahead)
+    bench.maintain()
+    bench.clock.step(-144 * HOUR_MS)
+    bench.maintain()
+    bench.fill_segments(late, 2)
+    bench.checkpoint()
+    bench.maintain(3)
+    bench.checkpoint()
+    bench.clock.step(142 * HOUR_MS)
+    bench.maintain()
+    stamps = {topic_id: share.last_ms for topic_id, share in bench.store._log.segments[0].shares.items()}
+    bench.checkpoint()
+    bench.crash()
+    assert {topic_id: share.last_ms for topic_id, share in bench.store._log.segments[0].shares.items()} == stamps
+
+
 def test_nothing_grows_older_because_the_clock_is_set_back_and_forward_again() -> None:
     bench = StoreBench(retention_ms=12 * HOUR_MS)
     (queue, _) = bench.topic()

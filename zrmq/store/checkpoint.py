@@ -43,8 +43,9 @@ class Checkpoint(Job):
         self._queues = [index.begin_save() for index in views.indexes() if not index.is_saved]
         self._segments = [
             segment for segment in commit_log.segments
-            if segment.end > saved_position or (segment.last_ms, segment.scrubbed_ms) != segment.saved_ms
+            if segment.end > saved_position or (segment.corrections, segment.scrubbed_ms) != segment.saved
         ]
+        self._captured = [(segment.corrections, segment.scrubbed_ms) for segment in self._segments]
         self._dead_folders, views.dead_folders = views.dead_folders, []
         self.saved = _capture(views.tables, self._changed, self._queues, self._segments, saved_position)
         self.saved.meta.log_start = commit_log.start
@@ -93,8 +94,8 @@ class Checkpoint(Job):
         if self.is_saved:
             for save in self._queues:
                 save.index.finish_save(save, True)
-            for segment, row in zip(self._segments, self.saved.segments, strict=True):
-                segment.saved_ms = row[1], row[2]
+            for segment, captured in zip(self._segments, self._captured, strict=True):
+                segment.saved = captured
             log.debug("views_saved", position=self.position, queues=len(self._queues), offsets=len(self.saved.offsets))
             if self.error is not None:
                 self._views.dead_folders += self._dead_folders

@@ -158,6 +158,7 @@ class Upkeep:
             is_late = was_late and segment.end > began and segment.last_ms > until_ms
             segment.rejuvenate(self._late_since_ms, until_ms, step_ms)
             if is_late or segment in self._set_back_in or segment.start < began < segment.end:
+                segment.corrections += 1
                 segment.note_event(behind_ms)
                 for topic_id in segment.shares:
                     segment.note_batch(topic_id, behind_ms, 0)

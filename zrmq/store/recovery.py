@@ -408,7 +408,7 @@ def _restore_segments(saved: Saved, commit_log: CommitLog) -> None:
     for start, last_ms, scrubbed_ms, shares in saved.segments:
         segment = segments.get(start)
         if segment is not None:
-            segment.last_ms, segment.scrubbed_ms = segment.saved_ms = last_ms, scrubbed_ms
+            segment.last_ms, segment.scrubbed_ms, segment.saved = last_ms, scrubbed_ms, (0, scrubbed_ms)
             segment.shares = {topic_id: Share(*share) for topic_id, share in shares.items()}
 
 

@@ -82,7 +82,7 @@ class Share:
 class Segment:
     """One segment as the running store knows it."""
 
-    __slots__ = ("end", "file", "is_header_whole", "last_ms", "path", "saved_ms", "scrubbed_ms", "shares", "start")
+    __slots__ = ("corrections", "end", "file", "is_header_whole", "last_ms", "path", "saved", "scrubbed_ms", "shares", "start")
 
     def __init__(self, path: Path, start: int, end: int, is_header_whole: bool = True) -> None:
         self.path = path
@@ -92,8 +92,9 @@ class Segment:
         self.file: OpenFile | None = None  # while it is written to, and until that is flushed
         self.shares: dict[int, Share] = {}  # by topic id
         self.last_ms = 0  # store timestamp of the newest entry
+        self.corrections = 0  # of stamps, be they those of shares alone, since the log was opened
         self.scrubbed_ms = 0  # when its checksums were last looked at
-        self.saved_ms = (0, 0)  # what views.db has of the last two
+        self.saved = (0, 0)  # what views.db has of the last two; of the others it has all when it has the segment's end
 
     def note_batch(self, topic_id: int, store_timestamp_ms: int, size_bytes: int) -> None:
         """A batch was appended. On the hot path."""
@@ -111,9 +112,11 @@ class Segment:
         """What was stored from `first_ms` to `last_ms`, by a clock `late_ms` late, is younger than its stamps say."""
         if first_ms <= self.last_ms <= last_ms:
             self.last_ms += late_ms
+            self.corrections += 1
         for share in self.shares.values():
             if first_ms <= share.last_ms <= last_ms:
                 share.last_ms += late_ms
+                self.corrections += 1
 
     def note_event(self, store_timestamp_ms: int) -> None:
         """An event was appended."""

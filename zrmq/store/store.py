@@ -108,6 +108,7 @@ class Store:
         self._said_position = -1
         self._is_flush_unsaid = False  # nothing in the log said it yet when the last checkpoint was taken
         self._saved_ms = clock.monotonic_ms()
+        self._copied_ms = -1.0  # when the copy for the last save was taken
         self._is_disk_full = False
         self._looked_ms = 0.0
         self._is_closed = False
@@ -434,6 +435,7 @@ class Store:
                 return None
             if not force and not self._say_flushed():
                 return None
+            self._copied_ms = self._clock.monotonic_ms()
             self._checkpoint = Checkpoint(self._log, self._views, self._database, self._saved_position, self._finish_checkpoint)
         if self._log.flushed_position < self._checkpoint.position:
             self.needs_flush = True
@@ -448,12 +450,12 @@ class Store:
         if self._log.is_room_kept:
             return True
         unsaved_bytes = self._log.appended_position - self._saved_position
-        if unsaved_bytes >= self._config.checkpoint_bytes or self._upkeep.corrected_ms > self._saved_ms:
+        if unsaved_bytes >= self._config.checkpoint_bytes or self._upkeep.corrected_ms > self._copied_ms:
             return True  # stamps that a clock set forward has left too old are all that the next start would go by
         if waited_ms < self._config.checkpoint_ms:
             return False
         is_wanted = unsaved_bytes > 0 or self._is_flush_unsaid
-        return is_wanted or any(segment.last_ms != segment.saved_ms[0] for segment in self._log.segments)
+        return is_wanted or any(segment.corrections != segment.saved[0] for segment in self._log.segments)
 
     def _say_flushed(self) -> bool:
         """Let the log itself say how far it is flushed, by one more entry where none is about to follow. False when the
