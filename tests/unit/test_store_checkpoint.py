@@ -131,10 +131,19 @@ def test_without_room_to_say_it_the_views_are_saved_all_the_same(bench: StoreBen
     size = bench.store._log.limit - bench.store.appended_position - 110
     bench.append(queue, size=size)
     bench.flush()
+    position = bench.store.appended_position
     bench.files.capacity_bytes = bench.files.used_bytes
     bench.clock.advance(30_000)
     run(bench.store.begin_checkpoint())
-    assert bench.store.checkpoint_position == bench.store.appended_position
+    assert bench.store.checkpoint_position == position == bench.store.appended_position
+    for _ in range(20):
+        bench.clock.advance(30_000)
+        assert bench.store.begin_checkpoint() is None, "not the same once more"
+        assert not bench.store.needs_flush
+    bench.files.capacity_bytes = None
+    bench.clock.advance(30_000)
+    save_due(bench)
+    assert bench.store.checkpoint_position == bench.store.appended_position > position, "it is said when there is room"
 
 
 def test_it_waits_for_the_flush_of_what_it_saves(bench: StoreBench) -> None:

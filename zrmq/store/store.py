@@ -454,8 +454,12 @@ class Store:
             return True  # stamps that a clock set forward has left too old are all that the next start would go by
         if waited_ms < self._config.checkpoint_ms:
             return False
-        is_wanted = unsaved_bytes > 0 or self._is_flush_unsaid
-        return is_wanted or any(segment.corrections != segment.saved[0] for segment in self._log.segments)
+        return self._is_flush_unsaid or self._has_unsaved
+
+    @property
+    def _has_unsaved(self) -> bool:
+        is_longer = self._log.appended_position > self._saved_position
+        return is_longer or any(segment.corrections != segment.saved[0] for segment in self._log.segments)
 
     def _say_flushed(self) -> bool:
         """Let the log itself say how far it is flushed, by one more entry where none is about to follow. False when the
@@ -467,6 +471,9 @@ class Store:
                 self._said_position = self._log.appended_position  # behind it nothing has to be said again
             except DiskFullError:
                 self._is_flush_unsaid = True
+                if not (self._has_unsaved or self._log.is_room_kept):
+                    self._saved_ms = self._clock.monotonic_ms()  # it is tried again then, and not to save the same once more
+                    return False
             except StoreFailedError:
                 return False
         return True
