@@ -896,6 +896,15 @@ def test_a_segment_that_cannot_be_opened_for_a_while_is_searched_later() -> None
     assert len(bench.store.damage) == 1
 
 
+def test_a_segment_that_the_disk_does_not_give_is_damage() -> None:
+    bench = StoreBench()
+    (queue, _) = bench.topic()
+    bench.fill_segments(queue, 2)
+    bench.files.fail("open", errno.EUCLEAN, times=99, path=segment_name(0))
+    bench.maintain(3)
+    assert bench.store.damage == [(0, SEGMENT_BYTES)]
+
+
 def test_a_segment_that_cannot_be_opened_at_all_does_not_end_the_search() -> None:
     bench = StoreBench()
     (queue, _) = bench.topic()

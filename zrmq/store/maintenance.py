@@ -377,6 +377,9 @@ class Maintenance(Job):
                     self.scrubbed_to = found.end
                     break
         except OSError as error:
+            if error.errno in UNREADABLE:
+                self.damage.append((position, segment.end))
+                return
             if error.errno in NO_DESCRIPTOR:
                 self.scrubbed_to = position  # nothing was looked at; it passes
             raise
