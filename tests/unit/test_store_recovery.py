@@ -843,6 +843,30 @@ def test_entries_of_a_newer_format_are_not_written_over(bench: StoreBench, is_ba
     assert bench.store.recovery.damage == ([(position, end)] if is_followed else [])
 
 
+def test_nor_are_those_behind_one_that_has_rotted(bench: StoreBench) -> None:
+    (queue, _) = bench.topic()
+    bench.append(queue)
+    bench.flush()
+    position = bench.store.appended_position
+    middle = bench.append(queue).end_position
+    bench.flush()
+    end = bench.append(queue).end_position
+    bench.flush()
+    bench.files.kill()
+    path, at = bench.path_at(position)
+    data = read_file(bench.files, path)[at : at + end - position]
+    entries = [bytearray(data[: middle - position]), bytearray(data[middle - position :])]
+    for entry in entries:
+        entry[2] = 2
+    rotted, sound = (bytearray(seal(bytes(entry))) for entry in entries)
+    rotted[20] ^= 1
+    bench.files.replace(path, at, bytes(rotted + sound))
+    before = read_file(bench.files, path)
+    with pytest.raises(FolderUnusableError, match=f"an entry of format 2 at {middle} "):
+        bench.open()
+    assert read_file(bench.files, path) == before
+
+
 def test_entries_of_a_newer_version_are_not_skipped(bench: StoreBench) -> None:
     for kind, payload in ((9, b"?"), (KIND_EVENT, b"\x92\xcc\xfa\x01")):
         other = StoreBench()

@@ -149,9 +149,7 @@ class Replay:
             if found.is_whole:
                 self._fold(found)
                 continue
-            version = newer_version(self._log.read, found.position)
-            if version is not None:
-                raise _newer(f"an entry of format {version}", found.position)
+            self._refuse_newer(found)
             if found.end > self.flushed:
                 self._look_ahead(found)
             if found.position >= self.flushed:
@@ -180,9 +178,15 @@ class Replay:
         self._log.erase(end, self.valid_end)
         self._log.rewrite(min(self.flushed, end), end)
 
+    def _refuse_newer(self, found: Found) -> None:
+        version = None if found.is_whole else newer_version(self._log.read, found.position)
+        if version is not None:
+            raise _newer(f"an entry of format {version}", found.position)
+
     def _look_ahead(self, doubtful: Found) -> None:
         """Look for entries behind the doubtful stretch that know more of what was flushed."""
         for found in (doubtful, *self._log.scan(doubtful.end)):
+            self._refuse_newer(found)
             if found.header is not None:
                 self.flushed = max(self.flushed, found.header.flushed_position)
                 self.valid_end = max(self.valid_end, found.end)

@@ -210,16 +210,16 @@ class EntryReader:
         return Found(position, position + header.length, header, self._block, at, True)
 
     def gap(self, position: int) -> Found:
-        """The bytes from `position`, where there is no entry, to the next entry or the end of the segment."""
+        """The bytes from `position`, where there is no entry, to the next one, also of a newer version, or to the end."""
         after = position + 1
         while self._end - after >= ENTRY_HEADER_BYTES:
             block = self._read(after, min(SCAN_BYTES, self._end - after))
             for at in _marks(block):
-                if self._claims(block, after, at) and self.entry(after + at) is not None:
+                if self._claims(block, after, at) and (self.entry(after + at) or newer_version(self._read, after + at)):
                     return Found(position, after + at, None, b"", 0, False)
-            if len(block) < len(_MARK):
+            if len(block) < len(MAGIC):
                 break
-            after += len(block) - len(_MARK) + 1
+            after += len(block) - len(MAGIC) + 1
         return Found(position, self._end, None, b"", 0, False)
 
     def _claims(self, block: bytes, base: int, at: int) -> bool:
@@ -236,10 +236,10 @@ class EntryReader:
 
 
 def _marks(block: bytes) -> Iterator[int]:
-    at = block.find(_MARK)
+    at = block.find(MAGIC)
     while at >= 0:
         yield at
-        at = block.find(_MARK, at + 1)
+        at = block.find(MAGIC, at + 1)
 
 
 def peek_header(block: bytes, at: int) -> EntryHeader | BatchHeader | None:
