@@ -7,6 +7,7 @@ from random import Random
 from typing import Any
 
 import pytest
+import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -372,8 +373,21 @@ def test_no_session_for_ever_is_asked_about_ever_more_slowly(open_world: World, 
 def test_two_links_of_one_client_id_take_the_session_from_each_other_slowly(open_world: World, desk: Desk) -> None:
     other_loop = open_world.network.loop("other")
     Link(other_loop, ADDRESS, Identity("c1", "producer"), open_world, Random(2))
-    open_world.network.run_for(30_000)
+    with structlog.testing.capture_logs() as logs:
+        open_world.network.run_for(30_000)
     assert len(desk.hellos) < 40
+    told = [line for line in logs if line["event"] == "session_taken_over"]
+    assert [line["client_id"] for line in told] == ["c1"] * 2, "each of them is told, once"
+
+
+def test_a_server_that_gives_sessions_up_is_no_rival(open_world: World, desk: Desk) -> None:
+    with structlog.testing.capture_logs() as logs:
+        for _ in range(10):
+            open_world.network.break_connections("client", "server")
+            open_world.network.run_for(1_000)
+            desk.forget_sessions()
+            open_world.wait_answered(open_world.ask())
+    assert not [line for line in logs if line["event"] == "session_taken_over"]
 
 
 def test_hello_without_an_answer_is_said_again_and_only_the_last_counts(world: World, desk: Desk) -> None:

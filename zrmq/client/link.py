@@ -47,6 +47,7 @@ from zrmq.transport.sessions import HELLO_TIMEOUT_MS, PASSING_REFUSALS
 
 HELLO_PAUSE_MS_MIN = 100.0  # between two HELLOs, doubled with each that did not lead to a lasting session, or to a new server
 HELLO_PAUSE_MS_MAX = 5_000.0
+TAKEN_TOLD = 3  # so often a session is taken over by another client of the id before that is told
 STABLE_MS = 5_000.0  # a session that lived so long ends the pauses
 SILENCE_MS_MAX = 10_000.0  # until a WELCOME says otherwise
 FULL_PAUSE_MS = 5.0  # a full pipe is tried again after
@@ -115,6 +116,7 @@ class Link:
         self.welcome: Welcome | None = None
         self.last_heard_ms = -inf
         self.confirmed_ms = -inf
+        self._taken_count = 0  # of this connection, how often somebody else got the session, by all signs
         self.gap_count = 0
         self.ignored_count = 0
         self.undecodable_count = 0
@@ -211,6 +213,7 @@ class Link:
     def on_connected(self) -> None:
         """Of `ConnectionListener`: open a session."""
         self._is_connected = True
+        self._taken_count = 0
         self._connected_ms = self._now_ms()
         if not self._is_closed:
             self._greet()
@@ -355,8 +358,21 @@ class Link:
     def _handle_no_session(self) -> None:
         # Of everything that was on its way one NO_SESSION each comes back; the first one already started over.
         if self.is_open:
+            self._look_for_rival()
             self._lose("no session")
             self._greet()
+
+    def _look_for_rival(self) -> None:
+        """A server that has just heard of us, by a connection that holds, gives our session up for another client of our id."""
+        assert self.welcome is not None
+        if self._now_ms() - self.confirmed_ms > self.welcome.session_timeout_ms / 2:
+            return
+        self._taken_count += 1
+        if self._taken_count == TAKEN_TOLD:
+            log.warning(
+                "session_taken_over", address=self.address, client_id=self._identity.client_id, times=TAKEN_TOLD,
+                advice="Another client seems to use this client id; give each one of its own.",
+            )
 
     def _lose(self, reason: str) -> None:
         if not self.is_open:
