@@ -1381,6 +1381,15 @@ def test_a_queue_that_is_assigned_again_is_read_on_without_a_group_too(
     assert offsets_seen(member) == [0, 1, 2, 3]
 
 
+def test_who_has_no_group_commits_nothing(cluster: ReadingCluster) -> None:
+    member = assigned(cluster, "one", Q0, group="")
+    cluster.broker.store("meters", 0, 4)
+    cluster.run_for(100)
+    member.core.assign([Q1])
+    cluster.run_for(1_000)
+    assert (member.queues, cluster.broker.asked(CommitOffsets)) == ([Q1], [])
+
+
 def test_a_topic_made_anew_with_fewer_queues_is_read_by_those_it_has(cluster: ReadingCluster) -> None:
     cluster.broker.auto_create = False
     member = assigned(cluster, "one", Q0, Q1, group="")

@@ -327,7 +327,8 @@ class ConsumerCore:
             self._let_go(reading)
 
     def _let_go(self, reading: Reading) -> None:
-        self._committer.commit_last(reading)
+        if self._config.group:
+            self._committer.commit_last(reading)
         offset = self._inbox.commit_offset(reading.process_queue)
         self.reader.end(reading)
         # Said before it is done: whoever gets the queue next says so later than this, on any clock both can see.
