@@ -107,7 +107,7 @@ class Callers:
         for posting, handle in zip(postings, handles, strict=False):
             posting.handle = handle
             handle.add_done_callback(partial(producer.answered, posting))
-        for posting in reversed(postings[len(handles) :]):
+        for posting in postings[len(handles) :]:
             producer.withdraw(posting)
         for span in spans:
             span.batch.wait(None)

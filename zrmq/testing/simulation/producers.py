@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 BUFFER_BYTES = 64 * 1024
 PREPARE_MS = 3_000
-
 PROBE_BYTES = 32
 PROBE_TIMEOUT_MS = 60_000
 TAGS = (None, "a", "b", "c")
@@ -174,7 +173,6 @@ class VirtualProducer:
     def withdraw(self, posting: Posting) -> None:
         """There was no room for it."""
         del self._world.promises.postings[posting.body]
-        self._numbers[posting.sender] -= posting.number == self._numbers[posting.sender] - 1
         self.open_count -= 1
 
     def answered(self, posting: Posting, handle: SendHandle) -> None:
