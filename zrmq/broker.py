@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import ExitStack
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -63,34 +64,42 @@ class BrokerRole:
         return self._router.address
 
     def open(self, loop: Loop) -> None:
-        """Open the store, listen, register. Raises `FolderLockedError`, `FolderUnusableError`, `AddressInUseError`."""
-        config = self._config
+        """Listen, open the store, register. Raises `FolderLockedError`, `FolderUnusableError`, `AddressInUseError`.
+
+        What cannot listen leaves the folder untouched, to be given to a broker of another name. Nothing that comes in is handled
+        before this has returned.
+        """
         self._loop = loop
+        with ExitStack() as undoing:
+            self._router = loop.listen(self._where, lambda peer, frames: self.core.handle(peer, frames))
+            undoing.callback(self._stop_listening, self._router)
+            self._ingest = loop.listen_pull(self._ingest_where, lambda peer, frames: self.core.ingest(peer, frames))
+            undoing.callback(self._ingest.close)
+            self._open_store()
+            undoing.callback(self.store.close)
+            self._open_core(self._router)
+            undoing.pop_all()
+
+    def _stop_listening(self, router: Endpoint) -> None:
+        self._router = None
+        router.close()
+
+    def _open_store(self) -> None:
+        config = self._config
         luck = copy(self._rng)  # which goes on as if a folder had not been made: what a seed once found it still finds
         self.store = Store.open(
-            Path(config.data).absolute(), files=self._files, clock=loop.clock, config=config.store,
+            Path(config.data).absolute(), files=self._files, clock=self._loop.clock, config=config.store,
             broker_name=config.broker_name, cluster=config.cluster, new_store_id=f"{luck.getrandbits(64):016x}",
         )
-        try:
-            self._open_core(loop)
-        except BaseException:
-            self.store.close()
-            raise
 
-    def _open_core(self, loop: Loop) -> None:
-        config = self._config
+    def _open_core(self, router: Endpoint) -> None:
+        config, loop = self._config, self._loop
         serving = ServingConfig(
             config.broker_name, config.cluster, config.auto_create_topics, config.default_queue_count, config.session_timeout_ms,
             heartbeat_ms=min(1_000, config.session_timeout_ms // 4),
         )
-        self.core = BrokerCore(
-            self.store, loop.clock, serving, lambda peer, frames: self._send(peer, frames), lambda peer: self._has_room(peer),
-            self._topics_changed,
-        )
+        self.core = BrokerCore(self.store, loop.clock, serving, router.send, router.has_room, self._topics_changed)
         self.store.flush()  # what the core had to say before anybody is told anything
-        self._router = loop.listen(self._where, self.core.handle)
-        self._send, self._has_room = self._router.send, self._router.has_room
-        self._ingest = loop.listen_pull(self._ingest_where, self.core.ingest)
         self._flusher = self._make_flusher(INLINE_BELOW_MS)
         self._upkeep = self._make_flusher(NEVER_INLINE_MS)
         self._registration = Registration(loop, config.nameservers, self._info(), self._topics, self._rng)

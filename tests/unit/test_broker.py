@@ -94,13 +94,30 @@ def test_a_file_is_no_folder(tmp_path: Path, nameserver: str) -> None:
         make(tmp_path / "data", nameserver).start()
 
 
-def test_a_taken_port_is_named_and_the_folder_let_go(tmp_path: Path, nameserver: str) -> None:
+@pytest.mark.parametrize("taken", ["broker_port", "ingest_port"])
+def test_a_taken_port_is_named_and_the_folder_left_to_whom_it_is_given_next(
+    tmp_path: Path, nameserver: str, taken: str
+) -> None:
     with make(tmp_path / "one", nameserver) as broker:
         port = int(broker.address.rpartition(":")[2])
         with pytest.raises(AddressInUseError, match=str(port)):
-            make(tmp_path / "two", nameserver, broker_port=port, broker_name="broker-b").start()
+            make(tmp_path / "two", nameserver, **{taken: port}).start()
+    assert not (tmp_path / "two").exists()
     with make(tmp_path / "two", nameserver, broker_name="broker-b"):
         pass
+
+
+def test_a_refused_folder_leaves_the_ports_to_the_next_start(tmp_path: Path, nameserver: str) -> None:
+    with make(tmp_path / "one", nameserver) as broker:
+        port = int(broker.address.rpartition(":")[2])
+    (tmp_path / "file").write_text("not a folder")
+    refused = make(tmp_path / "file", nameserver, broker_port=port)
+    with pytest.raises(FolderUnusableError):
+        refused.start()
+    with pytest.raises(ClosedError, match="start it first"):
+        _ = refused.address
+    with make(tmp_path / "one", nameserver, broker_port=port) as broker:
+        assert broker.address.endswith(f":{port}")
 
 
 def fail() -> None:
