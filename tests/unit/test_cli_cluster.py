@@ -53,6 +53,7 @@ def test_create_show_list_update_delete(run: Run) -> None:
     facts = {
         "topic": "meters", "brokers": ["broker-a", "broker-b"], "queue_count": 4, "messages": 0, "flush_mode": "async",
         "permission": "rw", "retention_ms": 604_800_000, "retention_bytes": 1 << 30,
+        "retention_of": "topic",
     }
     assert facts in lines(run("topic list --json"))
     [shown] = lines(run("topic show meters --json"))
@@ -72,7 +73,13 @@ def test_create_show_list_update_delete(run: Run) -> None:
 
 def test_a_topic_without_bounds_of_its_own_may_be_asked_for(run: Run) -> None:
     [made] = lines(run("topic create unbound --retention none --retention-bytes none --json"))
-    assert (made["retention_ms"], made["retention_bytes"]) == (None, None)
+    assert (made["retention_ms"], made["retention_bytes"], made["retention_of"]) == (None, None, "broker")
+    assert run("topic create unbound").stdout.endswith(", retention as the broker's\n")
+    assert "retention_ms: as the broker's\n" in run("topic show unbound").stdout
+    run("topic update unbound --retention-bytes 1GiB")
+    shown = run("topic show unbound").stdout
+    assert "retention_bytes: 1073741824\n" in shown
+    assert "retention_ms" not in shown, "a topic with a bound of its own has no other"
 
 
 def test_no_permission_is_not_no_bound(run: Run) -> None:
@@ -91,8 +98,8 @@ def test_topics_as_text(run: Run) -> None:
     assert listed[0].split() == ["topic", "brokers", "queues", "messages", "flush", "permission"]
     assert ["alarms", "broker-a,broker-b", "2", "0", "sync", "w"] in [line.split() for line in listed]
     shown = run("topic show alarms").stdout.splitlines()
-    assert shown[:3] == ["topic: alarms", "flush_mode: sync", "permission: w"]
-    assert [line.split() for line in shown[4:]] == [["broker-a", "0", "0", "0"], ["broker-b", "0", "0", "0"]]
+    assert shown[:4] == ["topic: alarms", "flush_mode: sync", "permission: w", "retention_ms: as the broker's"]
+    assert [line.split() for line in shown[5:]] == [["broker-a", "0", "0", "0"], ["broker-b", "0", "0", "0"]]
 
 
 def test_a_topic_knows_how_much_it_holds(run: Run, nameservers: str) -> None:

@@ -27,8 +27,10 @@ BOUNDS = ("retention_ms", "retention_bytes")
 NO_BOUND = "none"
 BOUND_MAX = (1 << 62) - 1  # milliseconds or bytes; a broker takes no more
 FROM_THE_FRONT = "but none behind what another topic keeps longer: the broker's one log is deleted from its front"
-RETENTION_HELP = f"Older messages are deleted (72h), {FROM_THE_FRONT}. none takes the bound back."
-RETENTION_BYTES_HELP = f"Oldest messages beyond it are deleted (1GiB), {FROM_THE_FRONT}. none takes the bound back."
+TAKEN_BACK = "none takes the bound back; a topic without any has the broker's, --store-retention-ms"
+RETENTION_HELP = f"Older messages are deleted (72h), {FROM_THE_FRONT}. {TAKEN_BACK}."
+RETENTION_BYTES_HELP = f"Oldest messages beyond it are deleted (1GiB), {FROM_THE_FRONT}. {TAKEN_BACK}."
+AS_THE_BROKERS = "as the broker's"  # which no broker tells its clients
 
 
 def bound(parse: Callable[[str], int]) -> Callable[[str], int | str]:
@@ -101,7 +103,14 @@ def summary(name: str, brokers: dict[str, TopicInfo]) -> dict[str, Any]:
         "permission": PERMISSION_NAMES.get(first.permission, first.permission),
         "retention_ms": first.retention_ms,
         "retention_bytes": first.retention_bytes,
+        "retention_of": "broker" if first.retention_ms is None and first.retention_bytes is None else "topic",
     }
+
+
+def kept(facts: dict[str, Any]) -> list[str]:
+    """How long messages are kept, in words: by the topic's bounds, or, where it has none, by the age that its broker is told."""
+    bounds = [f"retention {facts[key]} {key[10:]}" for key in BOUNDS if facts[key] is not None]
+    return bounds or [f"retention {AS_THE_BROKERS}"]
 
 
 @topic.command(epilog=examples("zrmq topic show meters"))
@@ -119,9 +128,11 @@ def show(name: str, as_json: bool, **where: Any) -> None:
     if as_json:
         print_json({**facts, "queues": queues})
         return
-    for key in ("topic", "flush_mode", "permission", "retention_ms", "retention_bytes"):
+    for key in ("topic", "flush_mode", "permission", *BOUNDS):
         if facts[key] is not None:
             click.echo(f"{key}: {facts[key]}")
+    if facts["retention_of"] == "broker":
+        click.echo(f"retention_ms: {AS_THE_BROKERS}")
     print_table(("broker", "queue", "min offset", "max offset"), (list(queue.values()) for queue in queues))
 
 
@@ -185,6 +196,5 @@ def _print_done(what: str, name: str, brokers: dict[str, TopicInfo], as_json: bo
     if as_json:
         print_json(facts)
     else:
-        kept = [f"retention {facts[key]} {key[10:]}" for key in BOUNDS if facts[key] is not None]
-        settings = [f"flush {facts['flush_mode']}", f"permission {facts['permission']}", *kept]
+        settings = [f"flush {facts['flush_mode']}", f"permission {facts['permission']}", *kept(facts)]
         click.echo(f"{what} {name}: {facts['queue_count']} queues at {', '.join(facts['brokers'])}, {', '.join(settings)}")
