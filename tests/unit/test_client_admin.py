@@ -120,6 +120,15 @@ def test_a_broker_says_what_cannot_be(admin: Admin) -> None:
     assert raised.value.facts["broker_name"] == "broker-a"
 
 
+def test_what_one_broker_refuses_the_others_do(admin: Admin) -> None:
+    for broker_name, queue_count in (("broker-a", 3), ("broker-b", 1)):
+        admin._change(admin._ask(PutTopic, TopicConfig("uneven", queue_count), only=[broker_name]))
+    with pytest.raises(RequestRefusedError, match="cannot shrink to 2") as raised:
+        admin.update_topic("uneven", queue_count=2)
+    assert raised.value.facts["broker_name"] == "broker-a"
+    assert {name: info.config.queue_count for name, info in admin.topic("uneven").items()} == {"broker-a": 3, "broker-b": 2}
+
+
 def test_a_deleted_topic_is_gone(admin: Admin) -> None:
     admin.create_topic("deleted")
     admin.delete_topic("deleted")

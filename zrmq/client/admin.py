@@ -153,14 +153,15 @@ class Admin:
         self._wait(partial(self._begin_route, topic=name))
 
     def update_topic(self, name: str, **changes: Any) -> None:
-        """Change these settings of the topic at every broker that has it. Raises as `topic` and `create_topic`.
+        """Change these settings of the topic at every live master that has it. Raises as `topic` and `create_topic`; what one
+        broker refuses is raised when all have been asked.
 
         Each broker is sent the whole configuration, as it was read with these changes, and is sent it again when its answer is
         lost. So of two admins who change one topic at the same time, either may undo what the other has changed, and make a topic
         again that the other has deleted: look at `topic` afterwards.
         """
-        for broker_name, info in self.topic(name).items():
-            self._change(self._ask(PutTopic, _configure(info.config, changes), only=[broker_name]))
+        wanted = {broker_name: (_configure(info.config, changes),) for broker_name, info in self.topic(name).items()}
+        self._change(self._ask_each(PutTopic, wanted))
 
     def delete_topic(self, name: str) -> None:
         """Delete the topic with its messages and offsets at every broker. Raises `TopicNotFoundError` when none has it.
