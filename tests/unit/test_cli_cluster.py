@@ -67,8 +67,17 @@ def test_create_show_list_update_delete(run: Run) -> None:
     assert unbound == {**updated, "retention_ms": None}
     [unbound] = lines(run("topic update meters --retention 5m --retention-bytes none --json"))
     assert unbound == {**updated, "retention_ms": 300_000, "retention_bytes": None}
-    assert run("topic delete meters --yes").stdout == "deleted meters\n"
+    assert run("topic delete meters --yes").stdout == "deleted meters at broker-a, broker-b\n"
     assert run("topic show meters").exit_code == 1
+
+
+def test_a_deletion_says_where_it_was_done(run: Run) -> None:
+    """Not more: a broker that is away keeps the topic."""
+    run("topic create gone")
+    assert lines(run("topic delete gone --yes --json")) == [
+        {"topic": "gone", "deleted": True, "brokers": ["broker-a", "broker-b"]}
+    ]
+    assert "at every broker that is live" in " ".join(run("topic delete --help").stdout.split())
 
 
 def test_a_topic_without_bounds_of_its_own_may_be_asked_for(run: Run) -> None:

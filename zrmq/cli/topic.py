@@ -169,16 +169,19 @@ def update(name: str, nameservers: str | None, timeout_ms: int, as_json: bool, *
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @client_options
 def delete(name: str, yes: bool, as_json: bool, **where: Any) -> None:
-    """Delete a topic with its messages and all groups' offsets on it, at every broker."""
+    """Delete a topic with its messages and all groups' offsets on it, at every broker that is live.
+
+    A broker that is away keeps the topic, and brings it back when it starts: delete it again then.
+    """
     with open_admin(**where) as admin:
         facts = summary(name, admin.topic(name))
         if not yes and not confirm(f"Delete {name} with its {facts['messages']} messages?"):
             raise InvalidArgumentError(f"{name} was not deleted; say --yes to delete without being asked.", topic=name)
         admin.delete_topic(name)
     if as_json:
-        print_json({"topic": name, "deleted": True})
+        print_json({"topic": name, "deleted": True, "brokers": facts["brokers"]})
     else:
-        click.echo(f"deleted {name}")
+        click.echo(f"deleted {name} at {', '.join(facts['brokers'])}")
 
 
 def confirm(question: str) -> bool:

@@ -164,7 +164,10 @@ class Admin:
         self._change(self._ask_each(PutTopic, wanted))
 
     def delete_topic(self, name: str) -> None:
-        """Delete the topic with its messages and offsets at every broker. Raises `TopicNotFoundError` when none has it.
+        """Delete the topic with its messages and offsets at every live master. Raises `TopicNotFoundError` when none has it.
+
+        A broker that is away, and that the NameServer has forgotten, is not asked and cannot be named here: it keeps the topic
+        and brings it back when it starts. `cluster` shows those that are asked.
 
         Deletes what has the name at the time of the call. A topic that somebody makes under it meanwhile, as producers in use do,
         stays: it may have messages that were acknowledged.
