@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from zrmq.producer import Producer
     from zrmq.transport.host import Host
 
+LISTENING = {"host", "broker_port", "ingest_port", "advertise_host", "insecure"}  # options of who opens ports
+
 Client = TypeVar("Client", "Producer", "PushConsumer", "PullConsumer", "Admin")
 
 
@@ -139,6 +141,10 @@ def embedded(data: str | Path = "./data", **options: Any) -> Fabric:
 
     if "nameservers" in options:
         raise ConfigError("An embedded broker has a NameServer of its own; leave nameservers out, or start a Broker.")
+    if data is None:
+        raise ConfigError("data is None; give the folder of the messages, or leave it out for ./data.")
+    for unused in sorted(options.keys() & LISTENING):
+        raise ConfigError(f"An embedded broker opens no port; leave {unused} out, or start a Broker.", key=unused)
     name = f"{random.SystemRandom().getrandbits(64):016x}"
     nameserver = f"inproc://zrmq-{name}-nameserver"
     flags: Mapping[str, Any] = {"data": data, "nameservers": nameserver, **options}

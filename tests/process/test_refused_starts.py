@@ -76,6 +76,14 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_a_folder_may_be_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where no shell has seen to that: a file in its place is refused by its whole name."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "file").write_text("mine")
+    for arguments in (("broker", *FREE_PORTS), ("up", "--nameserver-port", "0", *FREE_PORTS[:4])):
+        assert str(tmp_path / "file") in refusal(*arguments, "--data=~/file")
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_has_to_be_writable(tmp_path: Path) -> None:
     locked = tmp_path / "locked"

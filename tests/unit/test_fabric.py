@@ -59,6 +59,24 @@ def test_what_is_no_path_makes_no_folder(data: Any, tmp_path: Path, monkeypatch:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("data", "options", "sentence"),
+    [
+        (None, {}, "data is None; give the folder"),
+        ("data", {"broker_port": 5}, "leave broker_port out"),
+        ("data", {"host": "127.0.0.1"}, "leave host out"),
+        ("data", {"nameservers": "box"}, "leave nameservers out"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(
+    data: Any, options: dict[str, Any], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=sentence):
+        zrmq.embedded(data, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_two_embedded_brokers_do_not_meet(tmp_path: Path) -> None:
     with zrmq.embedded(tmp_path / "one") as one, zrmq.embedded(tmp_path / "two") as two:
         one.producer().send("meters", b"1")

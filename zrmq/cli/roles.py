@@ -114,12 +114,19 @@ class Box:
 def _load(kind: type[Config], file: str | None, flags: dict[str, Any]) -> Config:
     """The role's options from file, environment and flags; and the process made ready to be a server."""
     texts = {name: _text(value) for name, value in flags.items()}
-    settings = load(kind, file=Path(file) if file else None, environ=os.environ, flags=texts)
+    settings = _at_home(load(kind, file=Path(file) if file else None, environ=os.environ, flags=texts))
     configure_logging(settings.log_format, settings.log_level)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     end_by_ctrl_c()  # what it means again when the role has taken the first: a second one is a kill, which costs nothing stored
     _raise_file_limit()
     return settings
+
+
+def _at_home(settings: Config) -> Config:
+    """With a folder's `~` spelled out: shells do so for `--data ~/x`, and not for `--data=~/x`, a variable or a file."""
+    if not isinstance(settings, BrokerConfig):
+        return settings
+    return msgspec.structs.replace(settings, data=os.path.expanduser(settings.data))
 
 
 def _those_of(kind: Any, flags: dict[str, Any]) -> dict[str, Any]:
