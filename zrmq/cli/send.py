@@ -8,7 +8,7 @@ import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
@@ -66,7 +66,9 @@ def send(topic: str, body: str, timeout_ms: int, nameservers: str | None, as_jso
     }
     with zrmq.Producer(GROUP, nameservers=nameservers, send_timeout_ms=timeout_ms) as producer:
         if body != "-":
-            print_receipt(producer.send(topic, body.encode(errors="surrogateescape"), **parts), as_json)
+            receipt = producer.send(topic, body.encode(errors="surrogateescape"), **parts)
+            with told_elsewhere(f"stored {receipt.message_id} in {topic}"):
+                print_receipt(receipt, as_json)
             return
         send_stdin(producer, topic, parts, as_json)
 
@@ -84,7 +86,9 @@ def send_stdin(producer: Producer, topic: str, parts: dict[str, Any], as_json: b
         raise
     finally:
         unknown = f"; not acknowledged, so perhaps stored: {sending.unacknowledged}" if sending.unacknowledged else ""
-        click.echo(f"stored {sending.stored} message{'s' if sending.stored != 1 else ''} in {topic}{unknown}", err=as_json)
+        count = f"stored {sending.stored} message{'s' if sending.stored != 1 else ''} in {topic}{unknown}"
+        with told_elsewhere(count):
+            click.echo(count, err=as_json)
 
 
 def read_lines(stream: BinaryIO, is_waiting: Callable[[], bool]) -> Iterator[bytes | None]:
@@ -202,6 +206,17 @@ class LineSending:
             raise failure
         if self._broken is not None:
             raise self._broken
+
+
+@contextmanager
+def told_elsewhere(stored: str) -> Iterator[None]:
+    """Say on stderr what is stored when stdout does not take it: the command fails then, and who repeats it stores it twice."""
+    try:
+        yield
+    except OSError:
+        with suppress(OSError):
+            click.echo(f"{stored}; stdout did not take that", err=True)
+        raise
 
 
 def ignore(receipt: SendReceipt) -> None:
