@@ -173,7 +173,12 @@ class Option(msgspec.Struct, frozen=True):
             return "a duration such as '10s', or a number of milliseconds" + _bounds(_inner(self.annotation))
         if self.unit == "bytes":
             return "a size such as '64MiB', or a number of bytes" + _bounds(_inner(self.annotation))
-        return _describe(_inner(self.annotation))
+        return describe(self.annotation)
+
+
+def describe(annotation: Any) -> str:
+    """What a value of a type has to be, in words; None, where it may be that, left out."""
+    return _describe(_inner(annotation))
 
 
 def options(kind: Any) -> tuple[Option, ...]:

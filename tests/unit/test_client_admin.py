@@ -181,6 +181,19 @@ def test_settings_that_cannot_be(admin: Admin, settings: dict[str, Any]) -> None
         admin.create_topic("wrong", **settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"retention_ms": "24h"}, r"retention_ms cannot be '24h'; give a whole number from 0 to \d+, or None\."),
+        ({"queue_count": "4"}, r"queue_count cannot be '4'; give a whole number from 0 to \d+\."),
+        ({"flush_mode": "fast"}, r"flush_mode cannot be 'fast'; give one of 'sync', 'async'\."),
+    ],
+)
+def test_what_a_setting_may_be_is_said_in_words(admin: Admin, settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=sentence):
+        admin.create_topic("wrong", **settings)
+
+
 @pytest.mark.parametrize("name", ["", "a b", "m" * 128])
 def test_names_that_cannot_be(admin: Admin, name: str) -> None:
     for call in (admin.topic, admin.create_topic, admin.delete_topic, admin.group):

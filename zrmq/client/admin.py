@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from random import Random
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar, get_args
 
 import msgspec
 
@@ -17,7 +17,7 @@ from zrmq.client.instance import ClientInstance
 from zrmq.client.link import Identity
 from zrmq.client.runtime import ClientThread
 from zrmq.client.waiting import no_broker
-from zrmq.config import find_nameservers
+from zrmq.config import describe, find_nameservers
 from zrmq.errors import (
     Code,
     ConsumerGroupNotFoundError,
@@ -345,10 +345,15 @@ def _configure(config: TopicConfig, settings: dict[str, Any]) -> TopicConfig:
         return msgspec.convert(msgspec.structs.astuple(msgspec.structs.replace(config, **settings)), TopicConfig)
     except msgspec.ValidationError as error:
         name = names[int(str(error).rpartition("$[")[2].rstrip("]`"))]  # msgspec ends with where: at `$[3]`
-        what = str(error).partition(" - at")[0].replace("Expected", "give", 1).partition(", got")[0]
         raise InvalidArgumentError(
-            f"{name} cannot be {settings[name]!r}; {what}.", topic=config.topic, setting=name
+            f"{name} cannot be {settings[name]!r}; give {_expected(name)}.", topic=config.topic, setting=name
         ) from error
+
+
+def _expected(setting: str) -> str:
+    """What a setting of a topic may be, in words."""
+    [annotation] = [field.type for field in msgspec.structs.fields(TopicConfig) if field.name == setting]
+    return describe(annotation) + (", or None" if type(None) in get_args(annotation) else "")
 
 
 def _check_alike(broker_name: str, config: TopicConfig, settings: dict[str, Any]) -> None:
