@@ -212,8 +212,8 @@ class Producer:
     ) -> SendHandle:
         """Hand one message over and go on; arguments as for `send`. The handle has the receipt, or the error, later.
 
-        Waits only at a topic's first message, while the buffer is full, and when it is bound to a queue and no broker of the
-        topic is there. Raises what `send` raises before anything is sent.
+        Waits only at a topic's first message, while the buffer is full, and, when it is bound to a queue, until a broker of the
+        topic is there and all that are making it have, at most a second. Raises what `send` raises before anything is sent.
         """
         # Hot path: a message that may go to any queue, like some before it. See `Accumulator.append`. Keyword-only parameters
         # would cost another 0.1 us, as Python looks each one's default up in a dict; `**options`, one they fill, 0.4.
@@ -342,23 +342,27 @@ class Producer:
         return target, data, size_bytes, extras, left_ms
 
     def _ready(self, topic: str, timeout_ms: int | None, is_bound: bool) -> int:
-        """How much of the time is left once the topic is known and, for a message bound to a queue, has queues."""
+        """How much of the time is left once the topic is known and, for a message bound to a queue, has queues and will not have
+        more in a moment."""
         if timeout_ms is None:
             timeout_ms = self._timeout_ms
         else:
             check_number("timeout_ms", timeout_ms, 1, SEND_TIMEOUT_MS_MAX)
-        if isinstance(topic, str) and topic in self._topics and not (is_bound and not self._core.queues(topic)):
+        if isinstance(topic, str) and topic in self._topics and (
+            not is_bound or (self._core.queues(topic) and not self._core.is_settling(topic))
+        ):
             return timeout_ms
-        return self._prepare(topic, timeout_ms)
+        return self._prepare(topic, timeout_ms, is_bound)
 
-    def _prepare(self, topic: str, timeout_ms: int) -> int:
-        """A topic's first message waits for its route; one that is bound to a queue, until there are some again."""
+    def _prepare(self, topic: str, timeout_ms: int, is_bound: bool) -> int:
+        """A topic's first message waits for its route; one that is bound to a queue, until there are some again, and all."""
         check_topic(topic)
         if self._is_closed:
             raise closed_error()
         if not self._accumulator.may_wait():
             raise InvalidArgumentError(
-                f"A message to topic {topic!r} waits for the topic's route, and a callback must not; send one elsewhere before.",
+                f"A message to topic {topic!r} waits for the topic's route, and a callback must not; send one like it elsewhere"
+                " before.",
                 topic=topic,
             )
         now_ms = self._accumulator.clock.monotonic_ms
@@ -370,7 +374,7 @@ class Producer:
             answers.append(error)
             done.release()
 
-        self._thread.call(lambda: self._core.prepare(topic, timeout_ms, answer))
+        self._thread.call(lambda: self._core.prepare(topic, timeout_ms, answer, is_bound))
         if not done.acquire(timeout=(timeout_ms + GRACE_MS) / 1000):
             raise RequestTimeoutError(f"Topic {topic!r} is not known after {timeout_ms} ms; try again.", topic=topic)
         if answers[0] is not None:

@@ -515,6 +515,52 @@ def test_a_broker_that_hangs_delays_nobody_who_has_another(cluster: Cluster) -> 
     cluster.network.run_until(lambda: ("a", 0) in client.queues("meters"), limit_ms=5_000)
 
 
+def test_a_topic_that_is_created_is_settled_when_all_that_were_asked_show_it(cluster: Cluster) -> None:
+    for name in "abc":
+        cluster.broker(name, queue_count=1)
+    cluster.broker("never", auto_create=False)
+    client = Client(cluster)
+    cluster.network.run_until(lambda: client.instance.route is not None)
+    cluster.network.loops["a"].pause()
+    started_ms = cluster.network.now_ms
+    assert client.wait(client.instance.ensure_topic, "meters") is None
+    assert ("a", 0) not in client.queues("meters")
+    assert client.instance.is_settling("meters")
+    cluster.network.loop("later").call_later(300, cluster.network.loops["a"].resume)
+    assert client.wait(lambda **kwargs: client.instance.ensure_topic("meters", everywhere=True, **kwargs)) is None
+    assert client.queues("meters") == [("a", 0), ("b", 0), ("c", 0)]
+    assert not client.instance.is_settling("meters")
+    assert 300 < cluster.network.now_ms - started_ms < 1_000
+
+
+def test_a_topic_settles_within_a_second_whoever_hangs(cluster: Cluster) -> None:
+    cluster.broker("a")
+    cluster.broker("b")
+    client = Client(cluster)
+    cluster.network.run_until(lambda: client.instance.route is not None)
+    cluster.network.loops["a"].pause()
+    error = client.wait(lambda **kwargs: client.instance.ensure_topic("meters", everywhere=True, **kwargs), timeout_ms=500)
+    assert isinstance(error, RequestTimeoutError)
+    assert error.facts["brokers"] == ["a"], "the one that is waited for"
+    started_ms = cluster.network.now_ms
+    assert client.wait(lambda **kwargs: client.instance.ensure_topic("meters", everywhere=True, **kwargs)) is None
+    assert cluster.network.now_ms - started_ms < 700
+    assert {name for name, _ in client.queues("meters")} == {"b"}
+
+
+def test_a_broker_that_refuses_late_is_not_waited_for(cluster: Cluster) -> None:
+    a = cluster.broker("a")
+    cluster.broker("b")
+    client = Client(cluster)
+    cluster.network.run_until(lambda: client.instance.route is not None)
+    cluster.network.loops["a"].pause()
+    assert client.wait(client.instance.ensure_topic, "meters") is None
+    assert client.instance.is_settling("meters")
+    cluster.network.loops["a"].resume()
+    a.refuse_with = Code.DISK_FULL
+    cluster.network.run_until(lambda: not client.instance.is_settling("meters"), limit_ms=500)
+
+
 def test_a_broker_that_hangs_alone_is_named_at_the_deadline(cluster: Cluster) -> None:
     cluster.broker("a")
     client = Client(cluster)

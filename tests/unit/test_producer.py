@@ -614,6 +614,30 @@ def test_a_message_group_waits_for_a_broker_that_was_ended_in_order(
                 assert bodies(producer, "meters") == [b"before", b"after"]
 
 
+@pytest.mark.parametrize("send", [Producer.send, Producer.send_async, send_batch_of_one])
+def test_a_message_group_waits_until_a_new_topic_has_all_its_queues(
+    tmp_path: Path, nameserver: str, send: Callable[..., Any]
+) -> None:
+    """Another broker's queues make the group's queue another one; what may go anywhere does not wait for them."""
+    options: dict[str, Any] = {"nameservers": nameserver, "broker_port": 0, "ingest_port": 0, "default_queue_count": 1}
+    moving = next(name for name in ("dev-1", "dev-2", "dev-3", "dev-4") if crc32(name.encode()) % 2)
+    let_go = threading.Event()
+    with (
+        zrmq.Broker(tmp_path / "a", broker_name="a", **options),
+        zrmq.Broker(tmp_path / "b", broker_name="b", **options) as late,
+        Producer(nameservers=nameserver) as producer,
+    ):
+        await_brokers(nameserver, 2)
+        late.reactor.call_soon_threadsafe(let_go.wait)
+        threading.Timer(0.2, let_go.set).start()
+        assert producer.send("meters", b"free").queue.broker_name == "a"
+        assert not let_go.is_set()
+        for _ in range(3):
+            send(producer, "meters", b"bound", message_group=moving)
+        producer.flush()
+        assert [message.queue.broker_name for message in read(producer, "meters") if message.body == b"bound"] == ["b"] * 3
+
+
 @pytest.mark.parametrize("group", [None, "dev-7"])
 def test_a_topic_that_takes_no_messages_says_so_at_once(fabric: Fabric, group: str | None) -> None:
     with fabric.producer(send_timeout_ms=60_000) as producer:

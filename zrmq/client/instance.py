@@ -8,7 +8,7 @@ from typing import Protocol
 
 from zrmq.client.link import Identity, Link
 from zrmq.client.route_watch import RouteWatch
-from zrmq.client.waiting import BrokerWait, OnDone, RouteWait, TopicCreation
+from zrmq.client.waiting import BrokerWait, OnDone, RouteWait, Settling, TopicCreation
 from zrmq.errors import ClosedError, InvalidArgumentError, ZrmqError
 from zrmq.logs import get_logger
 from zrmq.message import MessageQueue
@@ -115,6 +115,7 @@ class ClientInstance:
         self._names: dict[Link, str] = {}
         self._session_epochs: dict[str, int] = {}  # of brokers that left, as of then
         self._waits: list[RouteWait] = []
+        self._settling: dict[str, Settling] = {}
         self._is_closed = False
         self._on_closed: list[Callable[[], None]] | None = None  # while the servers are told
         self.nameservers = tuple(nameservers)
@@ -170,15 +171,27 @@ class ClientInstance:
         self._check_open()
         self._waits.append(BrokerWait(self, self._loop, None, on_done, timeout_ms))
 
-    def ensure_topic(self, topic: str, on_done: OnDone, timeout_ms: int) -> None:
-        """Create the topic by use at every live master, unless it exists; `on_done(None)` when the route shows it.
+    def ensure_topic(self, topic: str, on_done: OnDone, timeout_ms: int, everywhere: bool = False) -> None:
+        """Create the topic by use at every live master, unless it exists; `on_done(None)` when the route shows it, or shows it
+        at all that were asked, refusals and a second of patience aside.
 
         Called once and never inside this call; with `TopicNotFoundError` when no broker creates topics by use, else with the
         errors of `await_route`, of the brokers, or `RequestTimeoutError`. Raises `InvalidArgumentError` for a bad name.
         """
         self.want_topics([topic])
         self._check_open()
-        self._waits.append(TopicCreation(self, self._loop, topic, on_done, timeout_ms))
+        self._waits.append(TopicCreation(self, self._loop, topic, on_done, timeout_ms, everywhere))
+
+    def is_settling(self, topic: str) -> bool:
+        """Whether the topic is being created, and the route is about to show it at more brokers than now. Any thread."""
+        return topic in self._settling
+
+    def settling(self, topic: str) -> Settling:
+        """Whom the topic's creation waits for, to add to."""
+        found = self._settling.get(topic)
+        if found is None:
+            found = self._settling[topic] = Settling(self._loop, topic, self._settled)
+        return found
 
     def close(self, on_closed: Callable[[], None] | None = None) -> None:
         """End all sessions; what waits ends with `ClosedError`. `on_closed` is called when the servers have been told, or after
@@ -194,6 +207,8 @@ class ClientInstance:
         waits, self._waits = self._waits, []
         for wait in waits:
             wait.end(ClosedError("The client was closed before it was done."))
+        for settling in list(self._settling.values()):
+            settling.end()
         links = list(self._links.values())
         self._links.clear()
         self._names.clear()
@@ -223,6 +238,15 @@ class ClientInstance:
             self._drop_links(view)
             if self.listener is not None:
                 self.listener.on_route(view)
+            for settling in list(self._settling.values()):
+                settling.advance(view)
+        self._advance_waits()
+
+    def _settled(self, topic: str) -> None:
+        if self._settling.pop(topic, None) is not None:
+            self._advance_waits()
+
+    def _advance_waits(self) -> None:
         self._waits = [wait for wait in self._waits if not wait.is_over]
         for wait in self._waits[:]:
             wait.advance()

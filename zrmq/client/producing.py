@@ -33,6 +33,7 @@ from zrmq.client.faults import NOTICED_MS, FaultTable
 from zrmq.client.instance import ClientInstance, RouteView
 from zrmq.client.link import Link
 from zrmq.client.send_queue import WINDOW_MAX, SendQueue
+from zrmq.client.waiting import no_nameserver
 from zrmq.errors import (
     ClosedError,
     Code,
@@ -105,9 +106,10 @@ class _Topic:
 
 
 class ProducerCore:
-    """One producer's decisions. The door connects it to callers by the `Accumulator` and three published values:
+    """One producer's decisions. The door connects it to callers by the `Accumulator` and what is published:
 
-    `route`: the view that is current, None before the first; `reachable`: names of the brokers whose session is open; `faults`.
+    `route`: the view that is current, None before the first; `reachable`: names of the brokers whose session is open; `faults`;
+    `is_settling`, of the instance.
     """
 
     def __init__(
@@ -122,6 +124,7 @@ class ProducerCore:
         self.route: RouteView | None = None
         self.reachable: frozenset[str] = frozenset()
         self.faults = FaultTable()
+        self.is_settling = instance.is_settling
         self._links: dict[str, Link] = {}
         self._topics: dict[str, _Topic] = {}
         self._lines: dict[MessageQueue, _Line] = {}  # those that are not empty
@@ -140,22 +143,24 @@ class ProducerCore:
         """There is something new in the accumulator; it is looked at when this turn ends."""
         self._soon()
 
-    def prepare(self, topic: str, timeout_ms: int, on_done: Callable[[ZrmqError | None], None]) -> None:
-        """Make the topic usable: known, created where that is allowed, its brokers being connected to. `on_done(None)`, or the
-        error, once."""
+    def prepare(
+        self, topic: str, timeout_ms: int, on_done: Callable[[ZrmqError | None], None], is_bound: bool = False
+    ) -> None:
+        """Make the topic usable: known, created where that is allowed, its brokers being connected to; and settled, for a message
+        that is bound to one of all its queues. `on_done(None)`, or the error, once."""
 
         def done(error: ZrmqError | None) -> None:
             if error is None and topic not in self._topics:
                 self._topics[topic] = _Topic(topic, self._rng.randrange(1 << 16))
                 self._connect()
             is_unknown = isinstance(error, RequestTimeoutError) and self.route is None
-            on_done(self._no_nameserver_error(timeout_ms) if is_unknown else error)
+            on_done(no_nameserver(self._instance, timeout_ms) if is_unknown else error)
 
         self._instance.want_topics([topic])
-        if self.route is not None and self.route.queues(topic):
+        if self.queues(topic) and not (is_bound and self.is_settling(topic)):
             done(None)
         else:
-            self._instance.ensure_topic(topic, done, timeout_ms)
+            self._instance.ensure_topic(topic, done, timeout_ms, is_bound)
 
     def usable_queues(self, topic: str) -> list[MessageQueue]:
         """Queues a message may go to now: writable, the broker's session open and, if possible, not to be avoided. Any thread."""
@@ -634,13 +639,6 @@ class ProducerCore:
         if batch.may_be_stored or (batch.sent_ms and batch.refusal is None):
             return unknown_error(batch.topic, batch.timeout_ms, batch.refusal)
         return batch.refusal or self._unreachable_error(batch)
-
-    def _no_nameserver_error(self, timeout_ms: int) -> UnreachableError:
-        names = ", ".join(self._instance.nameservers)
-        return UnreachableError(
-            f"No NameServer answered within {timeout_ms} ms at {names}; start one (zrmq up), or give the right addresses.",
-            nameservers=self._instance.nameservers, timeout_ms=timeout_ms,
-        )
 
     def _unreachable_error(self, batch: Batch) -> ZrmqError:
         brokers = {} if self.route is None else {

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 from zrmq.errors import ClosedError, Code, RequestTimeoutError, TopicNotFoundError, UnreachableError, ZrmqError
 from zrmq.protocol.events import TopicConfig
 from zrmq.protocol.requests import AnyReply, PutTopic
-from zrmq.transport.interface import Loop
+from zrmq.transport.interface import Loop, Timer
 
 if TYPE_CHECKING:
     from zrmq.client.instance import ClientInstance, RouteView
+
+SETTLE_MS = 1_000  # for brokers that are to create a topic while another one shows it
 
 OnDone = Callable[[ZrmqError | None], None]
 
@@ -22,6 +24,15 @@ def no_broker(instance: ClientInstance) -> UnreachableError:
     return UnreachableError(
         "The NameServer knows no broker; start one (zrmq up, zrmq broker) and let it register there.",
         nameservers=instance.nameservers,
+    )
+
+
+def no_nameserver(instance: ClientInstance, timeout_ms: int) -> UnreachableError:
+    """What whoever needs a route is told when there was never an answer."""
+    names = ", ".join(instance.nameservers)
+    return UnreachableError(
+        f"No NameServer answered within {timeout_ms} ms at {names}; start one (zrmq up), or give the right addresses.",
+        nameservers=instance.nameservers, timeout_ms=timeout_ms,
     )
 
 
@@ -85,15 +96,54 @@ class BrokerWait(RouteWait):
         return no_broker(self._instance) if is_answered else super()._reason()
 
 
+class Settling:
+    """The brokers that are to create a topic and have neither refused nor show it: the number of its queues is about to change.
+
+    Over when there are none, or `SETTLE_MS` after the first broker shows it. Loop thread only.
+    """
+
+    def __init__(self, loop: Loop, topic: str, on_over: Callable[[str], None]) -> None:
+        self.awaited: set[str] = set()
+        self._loop = loop
+        self._topic = topic
+        self._on_over = on_over
+        self._timer: Timer | None = None
+
+    def advance(self, route: RouteView) -> None:
+        """Look who shows it by now, and who is gone."""
+        shown = {queue.broker_name for queue in route.queues(self._topic)}
+        self.awaited &= route.brokers.keys() - shown
+        if not self.awaited:
+            self.end()
+        elif shown and self._timer is None:
+            self._timer = self._loop.call_later(SETTLE_MS, self.end)
+
+    def refuse(self, broker_name: str) -> None:
+        """This one will not create it, as far as one knows."""
+        self.awaited.discard(broker_name)
+        if not self.awaited:
+            self.end()
+
+    def end(self) -> None:
+        """Wait for nobody any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._on_over(self._topic)
+
+
 class TopicCreation(RouteWait):
     """Asks each live master to create the topic, unless the route shows it; ends well when the route does.
 
-    One broker that creates it is enough. The others go on trying as long as there is time, so that the topic is everywhere.
+    One broker that creates it is enough, unless it is to be `everywhere`: then it must have settled too. The others go on trying
+    as long as there is time, so that the topic is everywhere.
     """
 
-    def __init__(self, instance: ClientInstance, loop: Loop, topic: str, on_done: OnDone, timeout_ms: int) -> None:
+    def __init__(
+        self, instance: ClientInstance, loop: Loop, topic: str, on_done: OnDone, timeout_ms: int, everywhere: bool
+    ) -> None:
         super().__init__(instance, loop, topic, on_done, timeout_ms)
         self._config = TopicConfig(topic)
+        self._everywhere = everywhere
         self._now_ms = loop.clock.monotonic_ms
         self._deadline_ms = self._now_ms() + timeout_ms
         self._asked: set[str] = set()
@@ -103,12 +153,14 @@ class TopicCreation(RouteWait):
         """Look whether the topic is there; if it is not, ask the brokers that were not asked yet."""
         super().advance()
         route = self._instance.route
-        if self.is_over or route is None or not self._instance.covers(self._config.topic):
+        topic = self._config.topic
+        if self.is_over or route is None or not self._instance.covers(topic) or route.queues(topic):
             return
         for name in sorted(route.brokers.keys() - self._asked):
             link = self._instance.link(name)
             if link is not None:
                 self._asked.add(name)
+                self._instance.settling(topic).awaited.add(name)
                 link.request(
                     PutTopic, self._config, True, True,
                     timeout_ms=max(1, round(self._deadline_ms - self._now_ms())), on_reply=partial(self._handle_reply, name),
@@ -121,6 +173,10 @@ class TopicCreation(RouteWait):
             self._refusals[name] = reply
             if self._refusals.keys() == self._asked:
                 self.end(self._refusal())
+            self._instance.settling(self._config.topic).refuse(name)
+
+    def _is_shown_by(self, route: RouteView) -> bool:
+        return super()._is_shown_by(route) and not (self._everywhere and self._instance.is_settling(self._config.topic))
 
     def _refusal(self) -> ZrmqError:
         others = [error for error in self._refusals.values() if error.code != Code.TOPIC_NOT_FOUND]
@@ -138,9 +194,10 @@ class TopicCreation(RouteWait):
             return super()._reason()
         if not route.brokers:
             return no_broker(self._instance)
-        names = ", ".join(sorted(route.brokers))
+        topic = self._config.topic
+        brokers = sorted(self._instance.settling(topic).awaited if route.queues(topic) else route.brokers)
         return RequestTimeoutError(
-            f"Topic {self._config.topic!r} could not be created within {self._timeout_ms} ms at {names}; check that they can be "
+            f"Topic {topic!r} could not be created within {self._timeout_ms} ms at {', '.join(brokers)}; check that they can be "
             "reached.",
-            topic=self._config.topic, brokers=sorted(route.brokers), timeout_ms=self._timeout_ms,
+            topic=topic, brokers=brokers, timeout_ms=self._timeout_ms,
         )
