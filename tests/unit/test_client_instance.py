@@ -255,6 +255,70 @@ def test_a_nameserver_that_stands_still_is_left() -> None:
     assert client.nameserver == cluster.nameservers[1 - frozen]
 
 
+def connected(cluster: Cluster, count: int) -> list[Client]:
+    """Clients that watch `meters` and have a session with each broker."""
+    clients = [Client(cluster, f"client{seed}", seed) for seed in range(count)]
+    for client in clients:
+        client.instance.want_topics(["meters"])
+        cluster.network.run_until(lambda client=client: bool(client.queues("meters")))  # type: ignore[misc]
+        for name in client.instance.route.brokers if client.instance.route is not None else ():
+            client.instance.link(name)
+    cluster.network.run_for(100)
+    return clients
+
+
+def test_a_nameserver_that_is_cut_off_from_the_brokers_takes_no_client_with_it() -> None:
+    cluster = Cluster(2)
+    brokers = [cluster.broker(name, meters=1) for name in "ab"]
+    clients = connected(cluster, 6)
+    for broker in brokers:
+        cluster.network.cut("n0", broker.name)
+    cluster.network.run_for(60_000)
+    assert {client.nameserver for client in clients} == {cluster.nameservers[1]}
+    late = [Client(cluster, f"late{seed}", seed) for seed in range(6)]
+    assert cluster.nameservers[0] in {client.nameserver for client in late}
+    for client in [*clients, *late]:
+        client.instance.want_topics(["meters"])
+        cluster.network.run_until(lambda client=client: len(client.queues("meters")) == 2, limit_ms=1_000)  # type: ignore[misc]
+    assert [sorted(client.events) for client in clients] == [[("open", "a"), ("open", "b")]] * 6
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("leaves_one_nameserver", [False, True])
+def test_that_all_brokers_are_gone_is_noticed_and_that_one_comes_back_too(count: int, leaves_one_nameserver: bool) -> None:
+    cluster = Cluster(count)
+    brokers = [cluster.broker(name, meters=1) for name in "ab"]
+    clients = connected(cluster, 4)
+    for number in range(1, count if leaves_one_nameserver else 0):
+        cluster.kill_nameserver(number)
+    for broker in brokers:
+        broker.kill()
+    cluster.network.run_until(lambda: not any(client.queues("meters") for client in clients), limit_ms=25_000)
+    cluster.network.run_for(60_000)
+    for client in clients:
+        assert client.instance._links == {}
+        outcome: list[Any] = []
+        client.instance.await_broker(outcome.append, 1)
+        cluster.network.run_until(lambda outcome=outcome: bool(outcome))  # type: ignore[misc]
+        assert isinstance(outcome[0], UnreachableError)
+    cluster.broker("c", meters=3)
+    cluster.network.run_until(lambda: all(len(client.queues("meters")) == 3 for client in clients), limit_ms=12_000)
+
+
+def test_brokers_that_we_talk_to_are_kept_while_nobody_else_can_be_asked() -> None:
+    cluster = Cluster(2)
+    a = cluster.broker("a", meters=1)
+    clients = connected(cluster, 4)
+    cluster.kill_nameserver(1)
+    cluster.network.cut("n0", "a")
+    cluster.network.run_for(60_000)
+    assert [client.events for client in clients] == [[("open", "a")]] * 4
+    assert all(isinstance(client.instance.trouble, UnreachableError) for client in clients)
+    a.kill()
+    cluster.network.run_until(lambda: not any(client.queues("meters") for client in clients), limit_ms=25_000)
+    assert all(client.instance.trouble is None for client in clients)
+
+
 def test_while_all_nameservers_are_down_the_last_route_stays_and_one_line_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     cluster = Cluster(2)
     cluster.broker("a", meters=1)

@@ -119,7 +119,7 @@ class ClientInstance:
         self._is_closed = False
         self._on_closed: list[Callable[[], None]] | None = None  # while the servers are told
         self.nameservers = tuple(nameservers)
-        self._watch = RouteWatch(loop, nameservers, identity, rng, self._take_route)
+        self._watch = RouteWatch(loop, nameservers, identity, rng, self._take_route, self._is_connected)
 
     # --- for the owner ------------------------------------------------------------------------------------------------
 
@@ -231,6 +231,9 @@ class ClientInstance:
             raise ClosedError("The client is closed; make a new one.")
 
     # --- the route ----------------------------------------------------------------------------------------------------
+
+    def _is_connected(self) -> bool:
+        return any(link.is_open for link in self._links.values())
 
     def _take_route(self, route: Route, is_new: bool) -> None:
         if is_new:

@@ -4,6 +4,9 @@ The first NameServer is drawn, so that clients spread. It is kept until the sess
 answer is overdue; then the next one in the list is asked. When all have failed in turn, there is a pause that grows, and one line
 in the log. What was known last stays good until there is an answer again.
 
+A NameServer that knows no broker at all may be the one that is cut off from them. It is believed when the others know none
+either, or cannot be asked and we have no session with a broker ourselves. Then all are asked in turn, as long as it is so.
+
 When the topics are others than before, the question brings the version `ROUTE_OF_OTHERS` instead of none: a NameServer that has
 just started answers a first question with the little that it knows, but lets one who has a route wait until it knows more.
 """
@@ -24,6 +27,7 @@ from zrmq.transport.interface import Loop, Timer
 
 QUERY_TIMEOUT_MS = 3_000
 WATCH_TIMEOUT_MS = 30_000
+EMPTY_WATCH_MS = 10_000  # of a route without brokers, when there are other NameServers that may know some
 OPEN_MS_MIN = 500.0  # how long a NameServer gets to open a session, doubled after each round in which all failed
 OPEN_MS_MAX = 5_000.0
 PAUSE_MS_MIN = 100.0  # after a round in which all failed, doubled each time
@@ -48,8 +52,12 @@ class RouteWatch:
         identity: Identity,
         rng: Random,
         on_answer: Callable[[Route, bool], None],
+        is_connected: Callable[[], bool],
     ) -> None:
-        """Begins to connect. Raises `InvalidArgumentError` if one of the addresses cannot be one."""
+        """Begins to connect. Raises `InvalidArgumentError` if one of the addresses cannot be one.
+
+        `is_connected`: whether a session with a broker is open.
+        """
         for address in nameservers:  # all, not only the one that is drawn: the others' turn comes when nobody looks
             parse_connect_address(address)
         self.trouble: ZrmqError | None = None
@@ -58,11 +66,14 @@ class RouteWatch:
         self._identity = identity
         self._rng = rng
         self._on_answer = on_answer
+        self._is_connected = is_connected
         self._wanted: set[str] = set()
         self._answered: frozenset[str] | None = None  # the topics of the last answer
         self._version = 0
         self._number = 0  # of the question that is out, 0 for none
+        self._is_empty = False  # the last answer: it had no broker
         self._failures = 0  # since the last answer
+        self._empty_handed: set[int] = set()  # which NameServers knew no broker since then
         self._is_reported = False
         self._timer: Timer | None = None  # what comes next: moving on or asking
         self._turn = rng.randrange(len(self._nameservers))
@@ -99,6 +110,8 @@ class RouteWatch:
         topics = frozenset(self._wanted) if len(self._wanted) <= QUERY_TOPICS_MAX else frozenset("*")
         version = self._version if topics == self._answered or not self._version else ROUTE_OF_OTHERS
         timeout_ms = WATCH_TIMEOUT_MS if version else QUERY_TIMEOUT_MS
+        if version and self._is_empty and len(self._nameservers) > 1:
+            timeout_ms = EMPTY_WATCH_MS
         if not self._link.is_open:
             timeout_ms = round(self._growing(OPEN_MS_MIN, OPEN_MS_MAX))
         self._number = self._link.request(
@@ -107,7 +120,9 @@ class RouteWatch:
 
     def _handle_reply(self, topics: frozenset[str], reply: AnyReply | ZrmqError, frames: list[bytes]) -> None:
         self._number = 0
-        if isinstance(reply, Route):
+        if isinstance(reply, Route) and not reply.brokers and self._is_doubtful():
+            self._fail(UnreachableError(f"The NameServer at {self.address} knows no broker.", addresses=self._nameservers))
+        elif isinstance(reply, Route):
             self._handle_route(topics, reply)
         elif isinstance(reply, NotReadyError):
             self.trouble = reply
@@ -119,10 +134,20 @@ class RouteWatch:
         else:
             self._fail(InvalidFrameError(f"{self.address} answered QueryRoute with {type(reply).__name__}; is it a NameServer?"))
 
+    def _is_doubtful(self) -> bool:
+        """Whether that this NameServer knows no broker is not to be believed yet."""
+        self._empty_handed.add(self._turn % len(self._nameservers))
+        if len(self._empty_handed) == len(self._nameservers):
+            return False
+        is_everybody_asked = self._failures + 1 >= len(self._nameservers)
+        return not is_everybody_asked or self._is_connected()
+
     def _handle_route(self, topics: frozenset[str], route: Route) -> None:
         if self._is_reported:
             log.info("nameserver_reached", address=self.address)
         self._failures = 0
+        self._empty_handed.clear()
+        self._is_empty = not route.brokers
         self._is_reported = False
         self.trouble = None
         is_new = route.version != self._version or topics != self._answered
@@ -158,7 +183,7 @@ class RouteWatch:
         self.trouble = error
         self._failures += 1
         is_round_over = self._failures % len(self._nameservers) == 0
-        if is_round_over and not self._is_reported:
+        if is_round_over and not self._is_reported and (not self._empty_handed or self._is_connected()):
             self._is_reported = True
             log.warning("nameservers_failed", addresses=list(self._nameservers), reason=error.message)
         pause_ms = self._growing(PAUSE_MS_MIN, PAUSE_MS_MAX) if is_round_over else 0.0
