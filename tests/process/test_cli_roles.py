@@ -81,6 +81,17 @@ def test_what_was_stored_survives_a_kill(tmp_path: Path, folder: Path) -> None:
         assert (row["topic"], row["messages"]) == ("meters", 1_000)
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_up_registers_whatever_it_advertises(tmp_path: Path, folder: Path, host: str) -> None:
+    """Its machine need not reach itself by the address that others reach it by."""
+    options = ("--host", host, "--insecure", "--advertise-host", "nowhere.invalid")
+    with Child("up", "zrmq", [*UP, *options, "--data", str(folder)], tmp_path / "up.log") as box:
+        port = box.wait_address().rpartition(":")[2]
+        await_brokers(f"127.0.0.1:{port}", 1)
+        [row] = rows(zrmq("cluster", "--json", nameservers=f"127.0.0.1:{port}"))
+        assert row["address"].startswith("tcp://nowhere.invalid:")
+
+
 def test_ready_is_told_as_json_too(tmp_path: Path, folder: Path) -> None:
     with Child("up", "zrmq", [*UP, "--data", str(folder), "--json"], tmp_path / "up.log") as box:
         line = box.wait_line(re.compile(rb"^\{.*\}$", re.MULTILINE))[0]

@@ -86,6 +86,17 @@ def test_a_restarted_nameserver_gets_the_table_again_and_the_other_does_not(worl
     assert world.listed == 3
 
 
+def test_a_nameserver_that_is_not_there_is_named_once(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    world.network.loops[ADDRESSES[1]].close()
+    second = world.register("tcp://127.0.0.1:10911", store_id="one")
+    world.network.run_for(4_900)
+    assert "nameserver_unreached" not in capsys.readouterr().err
+    world.network.run_for(60_000)
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "nameserver_unreached" in line]
+    assert ADDRESSES[1] in line
+    assert second.registered_count == 1
+
+
 def test_closing_unregisters_at_once(world: World) -> None:
     world.network.run_for(4_000)  # the NameServers' start-up grace
     world.registration.close()

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 SWITCH_INTERVAL_S = 0.0005  # the reactor shares the process with threads that flush and save: it must not wait 5 ms for its turn
 DECIDED_BY_UP = ("nameservers", "start_grace_ms")  # its broker registers in the same moment: there is nothing to wait for
+LOOPBACK_OF = {"*": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1", "[::]": "::1"}  # where who listens everywhere is reached
 FUTURE_PORTS = ("proxy_port", "console_port")  # roles of `up` that this version does not have
 
 Config = TypeVar("Config", NameServerConfig, BrokerConfig[StoreConfig])
@@ -90,16 +91,18 @@ class Box:
         from zrmq.nameserver import NameServerRole
 
         self._for_broker = for_broker
+        self._nameserver_host = LOOPBACK_OF.get(for_nameserver.host, for_nameserver.host)
         self._make_broker = BrokerRole
         self.nameserver = NameServerRole(for_nameserver)
         self.broker = BrokerRole(for_broker)
 
     def open(self, loop: Loop) -> None:
-        """The NameServer first: only then its port is known."""
+        """The NameServer first: only then its port is known. The broker registers where that one listens: by what is advertised
+        others reach this machine, but perhaps not it itself."""
         self.nameserver.open(loop)
         port = int(self.nameserver.address.rpartition(":")[2])
-        host = self._for_broker.advertise_host or self._for_broker.host
-        self.broker = self._make_broker(msgspec.structs.replace(self._for_broker, nameservers=(tcp_address(host, port),)))
+        address = tcp_address(self._nameserver_host, port)
+        self.broker = self._make_broker(msgspec.structs.replace(self._for_broker, nameservers=(address,)))
         self.broker.open(loop)
 
     def stop(self, on_stopped: Callable[[], None]) -> None:

@@ -16,6 +16,7 @@ log = get_logger("broker")
 
 HEARTBEAT_MS = 1_000.0
 REQUEST_TIMEOUT_MS = 3_000
+UNREACHED_MS = 5_000.0  # after a start: which NameServer has opened no session by then is named
 
 Topics = tuple[int, Callable[[], list[TopicRoute]]]  # version, and how to list them
 
@@ -40,6 +41,7 @@ class Registration:
         self._reported: set[Link] = set()
         self._displaced: set[Link] = set()  # to NameServers where another broker has our name: leaving would sign that one off
         self._timer = loop.call_later(HEARTBEAT_MS, self._beat)
+        self._unreached_timer = loop.call_later(UNREACHED_MS, self._report_unreached)
         for link in self._links:
             self._register(link)
 
@@ -57,6 +59,7 @@ class Registration:
     def close(self) -> None:
         """Leave every NameServer that is there, without waiting for its answer."""
         self._timer.cancel()
+        self._unreached_timer.cancel()
         broker = self._broker
         for link in self._links:
             if link.is_open and link not in self._displaced:
@@ -75,6 +78,15 @@ class Registration:
 
     def on_notice(self, link: Link, notice: object) -> None:
         """NameServers have nothing to tell brokers."""
+
+    def _report_unreached(self) -> None:
+        """Say once which NameServers were never there; of one that is lost later that is said at once."""
+        for link in self._links:
+            if link.welcome is None:
+                log.warning(
+                    "nameserver_unreached", address=link.address, broker_name=self._broker.broker_name,
+                    reason="Clients that ask it do not find this broker; start it, or give the right addresses by nameservers.",
+                )
 
     def _beat(self) -> None:
         self._timer = self._loop.call_later(HEARTBEAT_MS, self._beat)
