@@ -12,10 +12,13 @@ from zrmq.errors import Code
 from zrmq.protocol.limits import FRAME_COUNT_MAX
 from zrmq.protocol.requests import (
     DescribeBroker,
+    DescribeGroups,
+    DescribeTopics,
     Failed,
     Heartbeat,
     Hello,
     Pull,
+    QueryOffsets,
     QueryRoute,
     Send,
     Welcome,
@@ -58,6 +61,19 @@ def test_another_protocol_version_is_refused() -> None:
 def test_a_request_for_a_nameserver_is_told_where_to_go() -> None:
     reply = BrokerDesk().client("c").ask(QueryRoute, ["t"])
     assert reply.code == Code.UNSUPPORTED and "NameServer" in reply.message
+
+
+def test_what_is_named_again_and_again_is_answered_once() -> None:
+    """A small request must not cost the broker more than what exists."""
+    desk = BrokerDesk()
+    desk.topic("meters", queue_count=2)
+    desk.topic("alarms", queue_count=2)
+    client = desk.client("c", "consumer", "readers")
+    client.join("meters")
+    topics = client.ask(DescribeTopics, ["meters", "alarms", "meters"]).topics
+    assert [info.config.topic for info in topics] == ["meters", "alarms"]
+    assert [info.group for info in client.ask(DescribeGroups, ["readers"] * 3).groups] == ["readers"]
+    assert client.ask(QueryOffsets, "meters", [1, 0, 1]).offsets == [(1, 0), (0, 0)]
 
 
 @given(frames=st.lists(st.binary(max_size=200), min_size=1, max_size=4))

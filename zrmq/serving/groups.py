@@ -145,9 +145,9 @@ class GroupDesk:
             self.drop(old)
 
     def describe(self, session: Session, request: DescribeGroups, frames: list[bytes]) -> None:
-        """Tell who is there, what they hold and how far they are."""
+        """Tell who is there, what they hold and how far they are: the groups named, each once, or all."""
         known = self._context.store.tables.groups
-        names = request.groups or sorted(known.keys() | self._live.keys())
+        names = dict.fromkeys(request.groups) or sorted(known.keys() | self._live.keys())
         for name in names:
             if name not in known and name not in self._live:
                 raise ConsumerGroupNotFoundError(

@@ -80,9 +80,9 @@ class OffsetDesk:
         self._context.outbox.after_flush(self._context.placed_position, session.peer, reply)
 
     def query_offsets(self, session: Session, request: QueryOffsets, frames: list[bytes]) -> None:
-        """Tell which offsets belong to a time, or the first and the next."""
+        """Tell which offsets belong to a time, or the first and the next: of the queues named, each once, or of all."""
         topic = self._context.topic(request.topic)
-        queue_ids = request.queue_ids or range(len(topic.queues))
+        queue_ids = dict.fromkeys(request.queue_ids) or range(len(topic.queues))
         queues = [self._context.queue(request.topic, queue_id) for queue_id in queue_ids]
         offsets = [(queue.queue_id, self._find(queue, request.timestamp_ms)) for queue in queues]
         flushed_offsets = [queue.flushed_offset for queue in queues]

@@ -65,8 +65,8 @@ class TopicDesk:
         self._context.reply_when_safe(session, Done(request.number))
 
     def describe(self, session: Session, request: DescribeTopics, frames: list[bytes]) -> None:
-        """Tell the settings and the queues of the topics named, or of all."""
-        names = request.topics or sorted(self._context.store.tables.topics)
+        """Tell the settings and the queues of the topics named, each once, or of all."""
+        names = dict.fromkeys(request.topics) or sorted(self._context.store.tables.topics)
         topics = [describe(self._context.topic(name)) for name in names]
         self._context.outbox.now(session.peer, Topics(request.number, topics))
 
