@@ -349,6 +349,20 @@ def test_a_group_is_described_with_members_leases_and_offsets(desk: BrokerDesk) 
     assert info.subscriptions == [Subscription("meters")]
 
 
+def test_instances_are_described_with_their_own_topics_only(desk: BrokerDesk) -> None:
+    """All of them times all topics would be more than what is remembered, and is bounded."""
+    desk.topic("alarms", queue_count=1)
+    a, b = member(desk, "a"), member(desk, "b")
+    a.join("meters", model=MessageModel.BROADCASTING)
+    a.ask(LeaveGroup)
+    b.join("alarms", model=MessageModel.BROADCASTING)
+    b.ask(CommitOffsets, [QueueOffset("meters", 1, 0)])
+    info = desk.client("admin").ask(DescribeGroups, ["readers"]).groups[0]
+    assert info.offsets == [
+        ("a", "meters", 0, 0, 0), ("a", "meters", 1, 0, 0), ("b", "alarms", 0, 0, 0), ("b", "meters", 1, 0, 0)
+    ]
+
+
 def test_what_groups_make_a_broker_remember_is_bounded(desk: BrokerDesk, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client with new topics, or new names for itself, each time it comes; what is remembered already goes on."""
     desk.topic("gone", queue_count=2)

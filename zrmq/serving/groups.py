@@ -274,19 +274,26 @@ class GroupDesk:
         ]
 
     def _offsets(self, name: str) -> list[tuple[str, str, int, int, int]]:
-        """Every queue of every subscribed topic, with where the group stands; and each broadcasting instance's own."""
+        """Where the group, or each broadcasting instance, stands: in all queues of the topics that this one subscribed to, and in
+        others where it has committed. Each is one of the places that are bounded; all instances times all topics are not."""
         tables = self._context.store.tables
         group = tables.groups.get(name)
         if group is None:
             return []
-        instances = sorted({instance for instance, _, _ in group.offsets} | group.subscriptions.keys())
-        topics = [tables.topics[topic] for topic in sorted(group.topics) if topic in tables.topics]
+        places = {
+            (instance, topic, queue.queue_id): subscribed.starts.get(queue.queue_id, 0)
+            for instance, each in group.subscriptions.items()
+            for topic, subscribed in each.items()
+            if topic in tables.topics
+            for queue in tables.topics[topic].queues
+        }
+        for (instance, topic_id, queue_id), offset in group.offsets.items():
+            committed = tables.topics_by_id.get(topic_id)
+            if committed is not None and queue_id < len(committed.queues):
+                places[instance, committed.config.topic, queue_id] = offset
         return [
-            (instance, topic.config.topic, queue.queue_id, committed if committed is not None else -1, queue.next_offset)
-            for instance in instances
-            for topic in topics
-            for queue in topic.queues
-            for committed in (group.start_offset(topic, queue.queue_id, instance),)
+            (instance, topic, queue_id, offset, tables.topics[topic].queues[queue_id].next_offset)
+            for (instance, topic, queue_id), offset in sorted(places.items())
         ]
 
 
