@@ -5,6 +5,9 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
+# Goes on while the machine is suspended, as the leases do that others count. What `time.monotonic` reads stands still then.
+STEADY_CLOCK: int = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
 
 class Clock(Protocol):
     """Two times: one to show and store, one to measure with."""
@@ -13,7 +16,7 @@ class Clock(Protocol):
         """Wall clock, milliseconds since 1970-01-01 UTC; it may step. For timestamps only."""
 
     def monotonic_ms(self) -> float:
-        """Milliseconds since some fixed moment; never goes back. For deadlines and intervals only."""
+        """Milliseconds since some fixed moment, suspends included; never goes back. For deadlines and intervals only."""
 
 
 class SystemClock:
@@ -23,4 +26,4 @@ class SystemClock:
         return time.time_ns() // 1_000_000
 
     def monotonic_ms(self) -> float:
-        return time.monotonic() * 1000.0
+        return time.clock_gettime(STEADY_CLOCK) * 1000.0
