@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from zrmq.errors import AddressInUseError, ClosedError
 from zrmq.protocol.limits import MESSAGE_BYTES_MAX, UNREAD_BYTES_MAX
 from zrmq.transport.circuit import KEEPALIVE_INTERVAL_MS, PIPE_MESSAGES_MAX, UNANSWERED_MS_MAX
-from zrmq.transport.memory import START_TIME_MS, MemoryEndpoint, MemoryNetwork
+from zrmq.transport.memory import RECONNECT_MS_MAX, START_TIME_MS, MemoryEndpoint, MemoryNetwork
+from zrmq.transport.options import RECONNECT_BACKOFF_MS_MAX
 
 ADDRESS = "tcp://server:1"
 GIVE_UP_MS = UNANSWERED_MS_MAX + KEEPALIVE_INTERVAL_MS
@@ -271,8 +272,12 @@ def test_an_attempt_to_connect_slows_down_without_a_server() -> None:
     network.run_for(120_000)
     spans = [later - earlier for earlier, later in itertools.pairwise(looks)]
     assert spans[0] < 200
-    assert max(spans) <= 10_000
-    assert len(looks) < 40
+    assert max(spans) <= RECONNECT_MS_MAX
+    assert len(looks) < 200
+
+
+def test_attempts_come_as_seldom_as_those_of_zeromq() -> None:
+    assert RECONNECT_MS_MAX == RECONNECT_BACKOFF_MS_MAX
 
 
 def test_a_dealer_does_not_connect_to_a_pull(pair: Pair) -> None:

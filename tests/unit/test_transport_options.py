@@ -52,13 +52,13 @@ def test_every_socket_has_the_settings(context: Context, kind: int) -> None:
             for option in (
                 zmq.SNDHWM, zmq.RCVHWM, zmq.MAXMSGSIZE, zmq.HEARTBEAT_IVL, zmq.TCP_MAXRT,
                 zmq.HANDSHAKE_IVL, zmq.TCP_KEEPALIVE, zmq.TCP_KEEPALIVE_IDLE, zmq.TCP_KEEPALIVE_INTVL, zmq.TCP_KEEPALIVE_CNT,
-                zmq.RECONNECT_IVL_MAX, zmq.BACKLOG, zmq.IPV6,
+                zmq.CONNECT_TIMEOUT, zmq.RECONNECT_IVL_MAX, zmq.BACKLOG, zmq.IPV6,
             )
         } == {
             zmq.SNDHWM: hwm_messages, zmq.RCVHWM: unread_max, zmq.MAXMSGSIZE: MESSAGE_BYTES_MAX, zmq.HEARTBEAT_IVL: 0,
             zmq.TCP_MAXRT: 9_000, zmq.HANDSHAKE_IVL: 5_000, zmq.TCP_KEEPALIVE: 1,
-            zmq.TCP_KEEPALIVE_IDLE: 3, zmq.TCP_KEEPALIVE_INTVL: 3, zmq.TCP_KEEPALIVE_CNT: 2, zmq.RECONNECT_IVL_MAX: 10_000,
-            zmq.BACKLOG: 1_024, zmq.IPV6: 1,
+            zmq.TCP_KEEPALIVE_IDLE: 3, zmq.TCP_KEEPALIVE_INTVL: 3, zmq.TCP_KEEPALIVE_CNT: 2,
+            zmq.CONNECT_TIMEOUT: 3_000, zmq.RECONNECT_IVL_MAX: 1_000, zmq.BACKLOG: 1_024, zmq.IPV6: 1,
         }
         assert 100 <= socket.get(zmq.RECONNECT_IVL) <= 300
         assert socket.get(zmq.LINGER) == {zmq.ROUTER: 250, zmq.PUSH: 1_000}.get(kind, 0)

@@ -41,7 +41,7 @@ from zrmq.transport.interface import ConnectionListener, Frames, RequestHandler
 
 START_TIME_MS = 1_700_000_000_000  # of every wall clock when the network is made
 RECONNECT_MS = 200.0
-RECONNECT_MS_MAX = 10_000.0
+RECONNECT_MS_MAX = 1_000.0
 FREE_PORT_MIN = 49_152
 
 Callback = Callable[[], None]

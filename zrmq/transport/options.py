@@ -28,8 +28,9 @@ KEEPALIVE_INTERVAL_S = 3
 KEEPALIVE_PROBES = 2
 UNANSWERED_MS_MAX = 9_000
 HANDSHAKE_TIMEOUT_MS = 5_000
+CONNECT_TIMEOUT_MS = 3_000  # else the next try waits for the kernel, which repeats a lost SYN after 1, 2, 4, ... 64 s
 RECONNECT_MS_MIN, RECONNECT_MS_MAX = 100, 300  # drawn for each client, so that a fleet does not come back in step
-RECONNECT_BACKOFF_MS_MAX = 10_000
+RECONNECT_BACKOFF_MS_MAX = 1_000  # brokers have to be back within a NameServer's start-up grace
 BACKLOG = 1_024
 SOCKETS_MAX = 8_192  # of a context; a client's connection takes three
 TERM_TIMEOUT_MS = 3_000
@@ -91,6 +92,7 @@ def open_socket(context: Context, kind: int) -> Socket:
         zmq.SNDHWM: hwm_messages,
         zmq.RCVHWM: UNREAD_REQUESTS_MAX if kind == zmq.ROUTER else hwm_messages,
         zmq.MAXMSGSIZE: MESSAGE_BYTES_MAX,
+        zmq.CONNECT_TIMEOUT: CONNECT_TIMEOUT_MS,
         zmq.HANDSHAKE_IVL: HANDSHAKE_TIMEOUT_MS,
         zmq.TCP_KEEPALIVE: 1,
         zmq.TCP_KEEPALIVE_IDLE: KEEPALIVE_INTERVAL_S,
