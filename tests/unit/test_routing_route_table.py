@@ -309,10 +309,19 @@ def test_a_broker_that_cannot_be_is_refused(table: RouteTable, broker: BrokerInf
         [TopicRoute(f"t{number}", "a", 1, 6) for number in range(TOPICS_MAX + 1)],
     ],
 )
-def test_topics_that_cannot_be_are_refused_and_no_heartbeat_either(table: RouteTable, listed: list[TopicRoute]) -> None:
+def test_topics_that_cannot_be_are_refused_and_the_broker_lives_with_the_former(
+    table: RouteTable, listed: list[TopicRoute]
+) -> None:
     with pytest.raises(InvalidArgumentError):
         table.register(RegisterBroker(1, 0, info("a"), 1, listed), 0.0)
     assert len(table) == 0
+    register(table, info("a"), meters=4)
+    for second in range(12):
+        run_to(table, second * 1_000.0, second * 1_000.0 + 1_000.0)
+        with pytest.raises(InvalidArgumentError):
+            table.register(RegisterBroker(1, 0, info("a"), 2, listed), second * 1_000.0 + 1_000.0)
+    found = table.answer(ALL_TOPICS)
+    assert (found.brokers, found.topics) == ([info("a")], topics("a", meters=4))
 
 
 def test_a_broker_without_an_ingest_port_or_topics_is_fine(table: RouteTable) -> None:
@@ -337,11 +346,28 @@ def test_topics_of_all_brokers_together_are_bounded(table: RouteTable, monkeypat
     with pytest.raises(RequestRefusedError) as caught:
         register(table, info("b"), t1=1, t2=1)
     assert caught.value.code is Code.TOO_MANY_REQUESTS
-    assert len(table) == 1
+    assert table.answer(ALL_TOPICS).topics == [*topics("a", t1=1), *topics("b", t1=1), *topics("a", t2=1)]
     register(table, info("a"), version=2, t1=1)
     register(table, info("b"), t1=1, t2=1)
     table.unregister("b", 0, 1)
     register(table, info("a"), version=3, t1=1, t2=1, t3=1)
+
+
+def test_one_topic_too_many_costs_a_broker_that_one_only(table: RouteTable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(route_table, "TOPIC_ROUTES_MAX", 3)
+    register(table, info("a"), t1=1)
+    register(table, info("b"), t2=1, t3=1)
+    for second in range(1, 13):
+        run_to(table, second * 1_000.0 - 1_000.0, second * 1_000.0)
+        register(table, info("a"), now_ms=second * 1_000.0)
+        with pytest.raises(RequestRefusedError, match="1 of broker b have no route"):
+            register(table, info("b", epoch=second), second * 1_000.0, 2, t0=1, t2=5, t3=1)
+    found = table.answer(ALL_TOPICS)
+    assert found.topics == [*topics("a", t1=1), *topics("b", t2=5, t3=1)], "those that had a route have it still, as they are now"
+    assert found.brokers == [info("a"), info("b", epoch=12)]
+    table.unregister("a", 0, 1)
+    assert not register(table, info("b", epoch=12), version=2, t0=1, t2=5, t3=1)
+    assert len(table.answer(ALL_TOPICS).topics) == 3
 
 
 # --- any sequence ---------------------------------------------------------------------------------------------------

@@ -180,9 +180,11 @@ class NameServerCore:
     def _register(self, session: Session, request: RegisterBroker) -> None:
         _check_is_broker(session)
         count = len(self._table)
-        wants_topics = self._table.register(request, self._loop.clock.monotonic_ms())
-        if len(self._table) != count:
-            log.info("broker_registered", **_facts(request.broker))
+        try:
+            wants_topics = self._table.register(request, self._loop.clock.monotonic_ms())
+        finally:  # also when not all of its topics are taken
+            if len(self._table) != count:
+                log.info("broker_registered", **_facts(request.broker))
         self._send(session.peer, Registered(request.number, wants_topics))
 
     def _unregister(self, session: Session, request: UnregisterBroker) -> None:

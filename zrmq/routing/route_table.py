@@ -64,17 +64,18 @@ class RouteTable:
     def register(self, request: RegisterBroker, now_ms: float) -> bool:
         """Take a registration or heartbeat; returns whether the table of topics is wanted.
 
-        Raises, with nothing changed: `InvalidArgumentError` for fields that cannot be; `RequestRefusedError` with FORBIDDEN (a
-        newer registration has the name and id) or TOO_MANY_REQUESTS (the NameServer's bounds are reached).
+        Raises `InvalidArgumentError` for fields that cannot be; `RequestRefusedError` with FORBIDDEN (a newer registration has
+        the name and id) or TOO_MANY_REQUESTS (the NameServer's bounds are reached). A broker whose topics are refused lives on
+        with the former ones; of more than there is room for, with those that fit.
         """
         check_broker(request.broker)
         info = msgspec.structs.replace(request.broker, suspect=False)
         key = (info.broker_name, info.broker_id)
         known = self._registrations.get(key)
         self._check_place(info, known)
+        if known is not None:
+            known.last_heard_ms = now_ms
         topics = None if request.topics is None else check_topics(info.broker_name, request.topics)
-        if topics is not None:
-            self._check_room(topics, known)
         if known is None:
             known = self._registrations[key] = _Registration(info, {}, None, now_ms)
             self.changes += 1
@@ -83,7 +84,6 @@ class RouteTable:
                 known.topics_version = None
             known.info = info
             self.changes += 1
-        known.last_heard_ms = now_ms
         if topics is not None:
             self._put_topics(known, topics, request.topics_version)
         return known.topics_version != request.topics_version
@@ -125,21 +125,24 @@ class RouteTable:
                 {"broker_name": info.broker_name, "broker_id": info.broker_id, "address": known.info.address},
             )
 
-    def _check_room(self, topics: dict[str, TopicRoute], known: _Registration | None) -> None:
-        count = self._topic_route_count - (len(known.topics) if known else 0) + len(topics)
-        if count > TOPIC_ROUTES_MAX:
+    def _put_topics(self, known: _Registration, topics: dict[str, TopicRoute], version: int) -> None:
+        room = TOPIC_ROUTES_MAX - self._topic_route_count + len(known.topics)
+        fitting = topics
+        if len(topics) > room:  # what has a route keeps it
+            ordered = sorted(topics.values(), key=lambda route: route.topic not in known.topics)
+            fitting = {route.topic: route for route in ordered[:room]}
+        known.topics_version = version if fitting is topics else None
+        if fitting != known.topics:
+            self._topic_route_count += len(fitting) - len(known.topics)
+            known.topics = fitting
+            self.changes += 1
+        if fitting is not topics:
             raise refused(
                 Code.TOO_MANY_REQUESTS,
-                f"The brokers have more than {TOPIC_ROUTES_MAX} topics together, the NameServer's limit; delete unused ones.",
+                f"The brokers have more than {TOPIC_ROUTES_MAX} topics together, the NameServer's limit, so that"
+                f" {len(topics) - len(fitting)} of broker {known.info.broker_name} have no route; delete unused ones.",
                 {"topic_routes_max": TOPIC_ROUTES_MAX},
             )
-
-    def _put_topics(self, known: _Registration, topics: dict[str, TopicRoute], version: int) -> None:
-        known.topics_version = version
-        if topics != known.topics:
-            self._topic_route_count += len(topics) - len(known.topics)
-            known.topics = topics
-            self.changes += 1
 
     def _remove(self, known: _Registration) -> None:
         del self._registrations[known.info.broker_name, known.info.broker_id]
