@@ -210,12 +210,14 @@ def test_headers_have_a_limit() -> None:
 
 
 def test_a_registration_of_all_topics_fits() -> None:
-    broker = requests.BrokerInfo("c", "b" * 60, 0, "MASTER", 1, "tcp://127.0.0.1:1", "tcp://127.0.0.1:2")
+    """Be all names as long as they may be."""
+    longest, broker_name = "x" * limits.NAME_CHARS_MAX, "b" * limits.GROUP_CHARS_MAX
+    broker = requests.BrokerInfo(broker_name, broker_name, 0, "MASTER", (1 << 63) - 1, longest, longest, True, longest)
     name = "t" * (limits.TOPIC_CHARS_MAX - 5)
     topics = [requests.TopicRoute(f"{name}{number:05}", broker.broker_name, 1024, 6) for number in range(limits.TOPICS_MAX)]
-    request = RegisterBroker(1, 0, broker, 1, topics)
+    request = RegisterBroker((1 << 63) - 1, limits.TIMEOUT_MS_MAX, broker, (1 << 63) - 1, topics)
     assert decode_request(encode(request)) == request
-    reply = requests.Route(1, 1, [broker] * 4, topics * 4)
+    reply = requests.Route((1 << 63) - 1, (1 << 63) - 1, [broker] * 3, topics * 3)
     assert decode_reply(encode(reply)) == reply
 
 
