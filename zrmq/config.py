@@ -47,6 +47,7 @@ _SIZE_UNITS = {
 }
 _QUANTITY = re.compile(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([A-Za-z]*)\s*\Z", re.ASCII)
 _HOST_PORT = re.compile(r"(?:tcp://)?(?P<host>[^\s,/:\[\]]+|\[[^\s,/\[\]]+\])(?::(?P<port>[0-9]{1,5}))?\Z")
+_HOST = re.compile(r"[A-Za-z0-9._-]{1,240}\Z")  # with the port it fits into what an address may have
 _WILDCARDS = ("*", "0.0.0.0", "::", "[::]")
 
 
@@ -115,6 +116,12 @@ class BrokerConfig(RoleConfig, Generic[Section], frozen=True, kw_only=True):
                 f"host is {self.host!r}, which no client can connect to; set advertise_host (--advertise-host) to this "
                 "machine's name or address as clients see it.",
                 host=self.host,
+            )
+        if self.advertise_host and not is_host(self.advertise_host):
+            raise ConfigError(
+                f"advertise_host is {self.advertise_host[:80]!r}, which no client can connect to; give this machine's name or"
+                " address as clients see it, without a scheme and a port.",
+                host=self.advertise_host,
             )
         if "\0" in self.data:
             raise ConfigError(f"data is {self.data!r}, and no folder's name may have a NUL in it; give another one.")
@@ -442,6 +449,18 @@ def find_nameservers(argument: str | Iterable[str] | None, environ: Mapping[str,
         return parse_nameservers(argument)
     variable = (os.environ if environ is None else environ).get(VARIABLE_PREFIX + "NAMESERVERS")
     return parse_nameservers(variable) if variable else DEFAULT_NAMESERVERS
+
+
+def is_host(text: str) -> bool:
+    """Whether it can be the name or address of one machine: IPv6 with its brackets or without, no wildcard."""
+    if text in _WILDCARDS:
+        return False
+    if _HOST.match(text):
+        return True
+    try:
+        return ipaddress.ip_address(text[1:-1] if text[:1] + text[-1:] == "[]" else text).version == 6
+    except ValueError:
+        return False
 
 
 def is_loopback(host: str) -> bool:

@@ -232,6 +232,20 @@ def test_a_broker_on_all_addresses_says_which_one_clients_use() -> None:
     assert Broker(store=Section(), host="0.0.0.0", insecure=True, advertise_host="box").advertise_host == "box"
 
 
+@pytest.mark.parametrize("host", ["box", "box.lan", "my_box-7", "10.0.0.7", "fe80::1", "[fe80::1]", "x" * 240])
+def test_a_broker_advertises_a_host(host: str) -> None:
+    assert Broker(store=Section(), advertise_host=host).advertise_host == host
+
+
+@pytest.mark.parametrize(
+    "host", ["my box", "tcp://box", "a;b", "a/b", "box:10911", "[box]", "[10.0.0.7]", "box\0", "0.0.0.0", "*", "x" * 300]
+)
+def test_what_no_client_can_connect_to_is_not_advertised(host: str) -> None:
+    with pytest.raises(ConfigError, match="advertise_host is .*, which no client can connect to; give") as caught:
+        Broker(store=Section(), advertise_host=host)
+    assert len(caught.value.message) < 300
+
+
 def test_a_broker_has_two_ports() -> None:
     with pytest.raises(ConfigError, match="broker_port and ingest_port are both 10912; give each a port of its own"):
         Broker(store=Section(), broker_port=10_912)
