@@ -13,6 +13,7 @@ from zrmq.errors import DiskFullError
 from zrmq.protocol.events import OffsetsCommitted, TopicDeleted
 from zrmq.protocol.requests import PullStatus
 from zrmq.store import maintenance
+from zrmq.store.config import StoreConfig
 from zrmq.store.job import Job
 from zrmq.store.maintenance import TRIMS_MAX
 from zrmq.store.relocation import Relocation
@@ -493,6 +494,103 @@ def test_nothing_is_recycled_while_a_full_disk_lets_go_of_nothing() -> None:
     bench.maintain()
     assert bench.segments() == [5 * SEGMENT_BYTES]
     assert spares(bench) == []
+
+
+def with_spare(segments: int, **config: Any) -> StoreBench:
+    """So many segments, all saved, the newest one half full, and a spare for the next one."""
+    bench = old_bench(segments, retention_ms=HOUR_MS * 99, free_refuse_bytes=0, free_warn_bytes=0, **config)
+    half_fill(bench)
+    bench.checkpoint()
+    bench.maintain(2)
+    assert len(spares(bench)) == 1
+    return bench
+
+
+def half_fill(bench: StoreBench) -> None:
+    while bench.store._log.limit - bench.store.appended_position > SEGMENT_BYTES // 2 - 100:
+        bench.append(bench.queue(), size=500)
+    bench.flush()
+
+
+def test_a_disk_that_is_low_takes_the_spare_before_any_message() -> None:
+    bench = with_spare(4, free_delete_bytes=10 * SEGMENT_BYTES)
+    bench.files.capacity_bytes = bench.files.used_bytes + int(9.5 * SEGMENT_BYTES)
+    bench.maintain(9)
+    assert bench.segments()[0] == 0, "that was enough"
+    assert spares(bench) == [], "none is made only to go again"
+    bench.files.capacity_bytes -= SEGMENT_BYTES
+    bench.maintain(3)
+    assert bench.segments()[0] == SEGMENT_BYTES
+
+
+def test_a_low_disk_takes_more_than_the_spare_where_that_is_not_enough() -> None:
+    bench = with_spare(4, free_delete_bytes=10 * SEGMENT_BYTES)
+    bench.files.capacity_bytes = bench.files.used_bytes + int(8.5 * SEGMENT_BYTES)
+    bench.maintain(9)
+    assert spares(bench) == []
+    assert bench.segments()[0] == SEGMENT_BYTES, "no more than is needed"
+
+
+def test_a_spare_that_a_low_disk_does_not_let_go_of_is_tried_again() -> None:
+    bench = with_spare(4, free_delete_bytes=10 * SEGMENT_BYTES)
+    bench.files.capacity_bytes = bench.files.used_bytes + int(9.5 * SEGMENT_BYTES)
+    bench.files.fail("unlink", times=99, path="spare")
+    bench.maintain(5)
+    assert (bench.segments()[0], len(spares(bench))) == (0, 1)
+    bench.files.heal()
+    bench.maintain(2)
+    assert (bench.segments()[0], len(spares(bench))) == (0, 0)
+
+
+def test_a_file_that_was_to_become_a_spare_does_not_when_the_disk_is_low_by_then() -> None:
+    bench = old_bench(6, free_delete_bytes=10 * SEGMENT_BYTES, free_refuse_bytes=0, free_warn_bytes=0)
+    bench.files.fail("rename", times=99, path="commitlog")
+    bench.maintain()
+    bench.files.capacity_bytes = bench.files.used_bytes + int(8.5 * SEGMENT_BYTES)
+    bench.maintain()
+    bench.files.heal()
+    bench.maintain()
+    assert bench.segments() == [5 * SEGMENT_BYTES]
+    assert spares(bench) == []
+
+
+def test_no_spare_is_made_that_a_bounded_store_has_no_room_for() -> None:
+    bench = StoreBench(store_bytes_max=4 * SEGMENT_BYTES)
+    (queue, _) = bench.topic()
+    bench.fill_segments(queue, 3)
+    half_fill(bench)
+    bench.checkpoint()
+    bench.maintain(3)
+    assert bench.segments()[0] == 0
+    assert len(bench.segments()) + len(spares(bench)) == 4
+    bench.fill_segments(queue, 1)
+    bench.maintain(3)
+    assert bench.segments()[0] == SEGMENT_BYTES, "it goes for messages"
+
+
+def test_a_spare_goes_before_a_segment_when_the_store_is_to_be_smaller() -> None:
+    bench = with_spare(4, free_delete_bytes=0, store_bytes_max=5 * SEGMENT_BYTES)
+    bench.store._upkeep._config = StoreConfig(segment_bytes=SEGMENT_BYTES, store_bytes_max=4 * SEGMENT_BYTES)
+    bench.maintain(3)
+    assert (bench.segments()[0], len(spares(bench))) == (0, 0)
+
+
+@pytest.mark.parametrize("config", [{"free_delete_bytes": 10 * SEGMENT_BYTES}, {"store_bytes_max": 4 * SEGMENT_BYTES}])
+def test_a_quota_costs_the_oldest_segment_too_where_no_spare_is_made_ahead(config: dict[str, int]) -> None:
+    bench = under_quota(4, **{"free_refuse_bytes": 0, "free_delete_bytes": SEGMENT_BYTES, **config})
+    bench.files.free_bytes = lambda folder: int(10.5 * SEGMENT_BYTES)  # type: ignore[method-assign]
+    refused = 0
+    for _ in range(200):
+        try:
+            bench.append(bench.queue(), size=500)
+        except DiskFullError:
+            refused += 1
+        bench.flush()
+        bench.checkpoint()
+        bench.maintain()
+    assert 0 < refused < 20
+    assert bench.store.appended_position > 7 * SEGMENT_BYTES
+    assert 3 <= len(bench.segments()) <= 4, "no more than are needed go"
 
 
 def test_queue_files_go_with_the_log() -> None:

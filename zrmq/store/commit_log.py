@@ -67,6 +67,7 @@ class CommitLog:
         self.segments: list[Segment] = []
         self.unreadable: list[tuple[int, int]] = []  # stretches that the disk has not given to `load` and `scan`
         self.spares: list[Path] = []
+        self.is_refused = False  # the disk had no room for the next segment, whatever it said before
         self.is_room_kept = False  # a segment went so that the views can be saved: the next one is not to take its room
         self.appended_position = 0
         self.written_position = 0
@@ -269,6 +270,7 @@ class CommitLog:
                 raise
         except OSError as error:
             if error.errno in FULL:
+                self.is_refused = True
                 raise self._full(0, reserve_bytes) from error
             if error.errno in NO_DESCRIPTOR:
                 raise NoDescriptorError(
@@ -278,6 +280,7 @@ class CommitLog:
                 ) from error
             raise
         self.spares.pop()
+        self.is_refused = False
         segment = Segment(path, start, start + self.segment_bytes)
         segment.file = file
         return segment

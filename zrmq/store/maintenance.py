@@ -37,6 +37,16 @@ STEP_MS = 60_000  # what the wall clock gains or loses on the steady one between
 Damage = tuple[int, int]  # stretch of the log: position, end
 
 
+class Leaving:
+    """A file that is to go: of a segment that is out of the log already, or a spare that was given up."""
+
+    __slots__ = ("path", "spare")
+
+    def __init__(self, path: Path, spare: Path | None = None) -> None:
+        self.path = path
+        self.spare = spare  # what it becomes; None: it is unlinked
+
+
 class Upkeep:
     """Decides what is to be done. Loop thread only."""
 
@@ -57,7 +67,7 @@ class Upkeep:
         self._on_free_bytes = on_free_bytes
         self._damaged_queues: dict[Queue, None] = {}
         self._running: Maintenance | None = None
-        self._unremoved: list[tuple[Segment, Path | None]] = []  # out of the log, and the disk refused to let go of the files
+        self._unremoved: list[Leaving] = []  # the disk refused to let go of them
         self._late_since_ms = clock.time_ms()  # what was stored before is by a clock that nothing is known of
         self._set_back_in: dict[Segment, int] = {}  # written to when the clock was set back, and how far that one still is ahead
         self._seen_ms = clock.time_ms(), clock.monotonic_ms()
@@ -91,13 +101,15 @@ class Upkeep:
         if now_ms < self._next_ms:
             return None
         self._notice_step(now_ms)
-        excess_bytes = self._excess_bytes()
+        spares = self._excess_spares()
+        excess_bytes = self._excess_bytes(spares)
         count = self._expired_count(saved_position, excess_bytes)
         if self._is_relocating(count):
             return None
         self._next_ms = now_ms + INTERVAL_MS
         job = Maintenance(self._log, self._finish)
-        job.removed = self._unremoved + self._take(count, is_forced=excess_bytes > 0)
+        job.removed = self._unremoved + self._give_up(spares)
+        job.removed += self._take(count, job.removed, is_forced=excess_bytes > 0)
         job.new_spare = self._wanted_spare(job)
         job.scrub = self._next_scrub()
         if may_reindex and self._damaged_queues:
@@ -168,11 +180,20 @@ class Upkeep:
     def _is_disk_low(self) -> bool:
         return self.free_bytes is not None and self.free_bytes < self._config.free_delete_bytes
 
-    def _excess_bytes(self) -> int:
-        """How much has to go, expired or not."""
+    def _excess_spares(self) -> int:
+        """How many spares have to go: empty files, before any with messages."""
         bytes_max = self._config.store_bytes_max
-        excess_bytes = max(self._log.size_bytes - bytes_max, 0) if bytes_max else 0
-        is_wanting = self._is_disk_low or self._is_spare_refused
+        excess_bytes = self._log.size_bytes - bytes_max if bytes_max else 0
+        if self.free_bytes is not None:
+            excess_bytes = max(excess_bytes, self._config.free_delete_bytes - self.free_bytes)
+        return min(max(-(-excess_bytes // self._log.segment_bytes), 0), len(self._log.spares))
+
+    def _excess_bytes(self, spares: int) -> int:
+        """How much has to go, expired or not, beside so many spares."""
+        bytes_max = self._config.store_bytes_max
+        size_bytes = self._log.size_bytes - spares * self._log.segment_bytes
+        excess_bytes = max(size_bytes - bytes_max, 0) if bytes_max else 0
+        is_wanting = (self._is_disk_low and not spares) or self._is_spare_refused  # spares may be enough; it is looked at again
         if is_wanting and not self._unremoved:  # else more would leave the log, and nothing would be free for it
             return max(excess_bytes, 1)  # one segment; then the disk is looked at again
         return excess_bytes
@@ -191,16 +212,26 @@ class Upkeep:
         free_bytes = None if self.free_bytes is None else max(self.free_bytes - self._config.free_delete_bytes, 0)
         return self._relocation.go_on(start, free_bytes)
 
-    def _take(self, count: int, is_forced: bool) -> list[tuple[Segment, Path | None]]:
+    def _give_up(self, count: int) -> list[Leaving]:
+        """So many spares; and nothing becomes one that the disk has not let go of until it was low."""
+        if self._is_disk_low:
+            for leaving in self._unremoved:
+                leaving.spare = None
+        given_up = [self._log.spares.pop() for _ in range(min(count, len(self._log.spares)))]
+        if given_up:
+            log.info("spares_given_up", count=len(given_up), free_bytes=self.free_bytes)
+        return [Leaving(path) for path in given_up]
+
+    def _take(self, count: int, leaving: list[Leaving], is_forced: bool) -> list[Leaving]:
         config = self._config
-        removed: list[tuple[Segment, Path | None]] = []
+        removed: list[Leaving] = []
         for _ in range(count):
             segment = self._log.take_front()
             may_recycle = not self.is_save_failing if self._is_spare_refused else not (is_forced or self._is_disk_low)
-            spares = len(self._log.spares) + sum(spare is not None for _, spare in self._unremoved + removed)
+            spares = len(self._log.spares) + sum(each.spare is not None for each in leaving + removed)
             is_whole = segment.end - segment.start == self._log.segment_bytes
             is_kept = may_recycle and is_whole and spares < config.spare_segments_max
-            removed.append((segment, self._log.next_spare() if is_kept else None))
+            removed.append(Leaving(segment.path, self._log.next_spare() if is_kept else None))
             log.info("segment_deleted", position=segment.start, forced=is_forced, recycled=is_kept)
         if removed:
             self._is_trimming = True
@@ -210,14 +241,24 @@ class Upkeep:
 
     def _wanted_spare(self, job: Maintenance) -> Path | None:
         """A spare is made when half of the segment is used up, and there is room for it beside what has to stay free."""
-        if self._log.spares or any(spare for _, spare in job.removed):
+        if self._log.spares or any(leaving.spare for leaving in job.removed):
             return None
         if self._log.is_room_kept or self._clock.monotonic_ms() < self._next_spare_ms:
             return None
         half_bytes = self._log.segment_bytes // 2
         is_half_full = self._log.limit - self._log.appended_position < half_bytes
-        room_bytes = (self.free_bytes or 0) - self._config.free_refuse_bytes
-        return self._log.next_spare() if is_half_full and room_bytes >= self._log.segment_bytes else None
+        return self._log.next_spare() if is_half_full and self._has_room_for_spare() else None
+
+    def _has_room_for_spare(self) -> bool:
+        """None is made that would have to go again at the next look. But where the disk has refused a segment a spare shows
+        whether it does so for a quota, so that the oldest one is to go."""
+        config, segment_bytes = self._config, self._log.segment_bytes
+        kept_bytes = max(config.free_refuse_bytes, config.free_delete_bytes)
+        is_within = not config.store_bytes_max or self._log.size_bytes + segment_bytes <= config.store_bytes_max
+        if self._log.is_refused:
+            self._log.is_refused = False
+            kept_bytes, is_within = config.free_refuse_bytes, True
+        return is_within and (self.free_bytes or 0) - kept_bytes >= segment_bytes
 
     # --- damage -------------------------------------------------------------------------------------------------------
 
@@ -289,7 +330,7 @@ class Maintenance(Job):
     """One round of upkeep. What is to be done is in its attributes before, what came of it after."""
 
     def __init__(self, commit_log: CommitLog, on_finished: Callable[[Maintenance], None]) -> None:
-        self.removed: list[tuple[Segment, Path | None]] = []  # out of the log, and the spare each becomes; none after the work
+        self.removed: list[Leaving] = []  # none after the work
         self.new_spare: Path | None = None
         self.scrub: tuple[Segment, int] | None = None
         self.reindex: list[tuple[ConsumeQueue, int]] = []  # up to which entry's number
@@ -325,17 +366,18 @@ class Maintenance(Job):
 
     def _remove(self) -> None:
         while self.removed:
-            segment, spare = self.removed[0]
+            leaving = self.removed[0]
+            spare = leaving.spare
             try:
                 if spare is None:
-                    self._files.unlink(segment.path)
-                elif segment.path != spare:
-                    self._files.rename(segment.path, spare)
-                    segment.path = spare  # if the folder cannot be synced, only that is tried again
+                    self._files.unlink(leaving.path)
+                elif leaving.path != spare:
+                    self._files.rename(leaving.path, spare)
+                    leaving.path = spare  # if the folder cannot be synced, only that is tried again
             except OSError as error:
-                if error.errno not in UNREADABLE or not self._is_ill(segment.path):
+                if error.errno not in UNREADABLE or not self._is_ill(leaving.path):
                     raise
-                log.warning("segment_not_deleted", path=str(segment.path), reason=str(error))
+                log.warning("segment_not_deleted", path=str(leaving.path), reason=str(error))
                 del self.removed[0]  # the next start tries again; those behind are not to wait for it
                 continue
             self._files.fsync_dir(self._folder)  # one by one: a power cut brings back none but the last: no gap
