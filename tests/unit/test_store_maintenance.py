@@ -523,6 +523,44 @@ def test_a_disk_that_is_low_takes_the_spare_before_any_message() -> None:
     assert bench.segments()[0] == SEGMENT_BYTES
 
 
+def test_what_goes_before_it_has_expired_is_told_once_a_round(capsys: pytest.CaptureFixture[str]) -> None:
+    bench = old_bench(6, retention_ms=HOUR_MS * 99, free_delete_bytes=10 * SEGMENT_BYTES, free_refuse_bytes=0, free_warn_bytes=0)
+    newest_ms = [segment.shares[bench.queue().topic.topic_id].last_ms for segment in bench.store._log.segments[:2]]
+    bench.files.capacity_bytes = bench.files.used_bytes + int(8.5 * SEGMENT_BYTES)
+    capsys.readouterr()
+    bench.maintain(5)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "unexpired_messages_deleted" in line]
+    assert len(bench.segments()) == 4
+    assert len(lines) == 2
+    for line, last_ms in zip(lines, newest_ms, strict=True):
+        assert "warning" in line
+        assert f"stored_until_ms={last_ms}" in line
+        assert "free_delete_bytes" in line
+
+
+def test_what_goes_for_a_bound_and_has_not_expired_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    bench = StoreBench(store_bytes_max=4 * SEGMENT_BYTES)
+    (queue, _) = bench.topic()
+    bench.fill_segments(queue, 5)
+    bench.checkpoint()
+    shares = [segment.shares[queue.topic.topic_id].size_bytes for segment in bench.store._log.segments]
+    capsys.readouterr()
+    bench.maintain()
+    taken = len(shares) - len(bench.segments())
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "unexpired_messages_deleted" in line]
+    assert taken > 1
+    assert f"bytes={sum(shares[:taken])}" in line
+    assert "store_bytes_max" in line
+
+
+def test_what_has_expired_goes_without_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    bench = old_bench(6, free_delete_bytes=10 * SEGMENT_BYTES, free_refuse_bytes=0, free_warn_bytes=0)
+    bench.files.capacity_bytes = bench.files.used_bytes + int(4.5 * SEGMENT_BYTES)
+    bench.maintain(3)
+    assert bench.segments() == [5 * SEGMENT_BYTES]
+    assert "unexpired_messages_deleted" not in capsys.readouterr().err
+
+
 def test_a_low_disk_takes_more_than_the_spare_where_that_is_not_enough() -> None:
     bench = with_spare(4, free_delete_bytes=10 * SEGMENT_BYTES)
     bench.files.capacity_bytes = bench.files.used_bytes + int(8.5 * SEGMENT_BYTES)

@@ -20,7 +20,7 @@ from zrmq.store.config import StoreConfig
 from zrmq.store.consume_queue import ConsumeQueue
 from zrmq.store.job import Job
 from zrmq.store.relocation import Relocation
-from zrmq.store.retention import expired_count
+from zrmq.store.retention import expired_count, unexpired
 from zrmq.store.segment import SEGMENT_HEADER_BYTES, UNREADABLE, Segment
 from zrmq.store.tables import Queue
 from zrmq.store.views import Views, index_anew
@@ -107,6 +107,8 @@ class Upkeep:
         if self._is_relocating(count):
             return None
         self._next_ms = now_ms + INTERVAL_MS
+        if excess_bytes > 0:
+            self._tell_loss(count)
         job = Maintenance(self._log, self._finish)
         job.removed = self._unremoved + self._give_up(spares)
         job.removed += self._take(count, job.removed, is_forced=excess_bytes > 0)
@@ -203,6 +205,21 @@ class Upkeep:
             self._log.segments, self._views.tables.topics_by_id, now_ms=self._clock.time_ms(), began_ms=self._late_since_ms,
             retention_ms=self._config.retention_ms, saved_position=saved_position, excess_bytes=excess_bytes,
         )
+
+    def _tell_loss(self, count: int) -> None:
+        """Somebody may still want what goes with so many segments, and is to know why it is gone."""
+        size_bytes, last_ms = unexpired(
+            self._log.segments, count, self._views.tables.topics_by_id, now_ms=self._clock.time_ms(),
+            began_ms=self._late_since_ms, retention_ms=self._config.retention_ms,
+        )
+        if size_bytes == 0:
+            return
+        reason = "the disk gives the log no more room"
+        if self._is_disk_low:
+            reason = f"the disk has less than free_delete_bytes ({self._config.free_delete_bytes}) left"
+        elif not self._is_spare_refused:
+            reason = f"the log is longer than store_bytes_max ({self._config.store_bytes_max})"
+        log.warning("unexpired_messages_deleted", bytes=size_bytes, stored_until_ms=last_ms, reason=reason)
 
     def _is_relocating(self, count: int) -> bool:
         """Whether so many segments stay until what they said was said again, which goes on with each call."""

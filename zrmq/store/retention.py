@@ -42,6 +42,22 @@ def expired_count(
     return count
 
 
+def unexpired(
+    segments: Sequence[Segment], count: int, topics: Mapping[int, Topic], *, now_ms: int, began_ms: int, retention_ms: int
+) -> tuple[int, int]:
+    """What goes with so many segments at the front although it is not expired: how many bytes, and when the newest of it was
+    stored."""
+    now = _Now(now_ms, began_ms)
+    size_bytes = last_ms = 0
+    for index in range(count):
+        for topic_id, share in segments[index].shares.items():
+            topic = topics.get(topic_id)
+            if topic is not None and not _is_share_expired(segments, index, topic, share, now, retention_ms):
+                size_bytes += share.size_bytes
+                last_ms = max(last_ms, share.last_ms)
+    return size_bytes, last_ms
+
+
 def _is_expired(
     segments: Sequence[Segment], index: int, topics: Mapping[int, Topic], now: _Now, retention_ms: int
 ) -> bool:
