@@ -160,14 +160,19 @@ class BrokerRole:
             self._loop.call_later(TICK_MS, self._tick)
             self.core.tick()
             self._is_flush_due = True  # what topics with async flush wrote since the last tick
+            if self.store.is_upkeep_urgent:
+                self._do_upkeep()
 
     def _keep_up(self) -> None:
         if not self._is_closed:
             self._loop.call_later(UPKEEP_MS, self._keep_up)
-            if not self._upkeep.is_busy:
-                job = self.store.begin_checkpoint() or self.store.begin_maintenance()
-                if job is not None:
-                    self._upkeep.start(job, self.core.after_commit)
+            self._do_upkeep()
+
+    def _do_upkeep(self) -> None:
+        if not self._upkeep.is_busy:
+            job = self.store.begin_checkpoint() or self.store.begin_maintenance()
+            if job is not None:
+                self._upkeep.start(job, self.core.after_commit)
 
     # --- what the NameServers are told --------------------------------------------------------------------------------
 

@@ -26,6 +26,18 @@ def make(folder: Path, nameserver: str, **options: Any) -> zrmq.Broker:
     return zrmq.Broker(folder, nameservers=nameserver, **{"broker_port": 0, "ingest_port": 0, **options})
 
 
+def test_the_oldest_segment_does_not_wait_for_the_time_of_upkeep_when_the_log_is_too_long(
+    tmp_path: Path, nameserver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zrmq.broker.UPKEEP_MS", 600_000.0)
+    bound = {"store_segment_bytes": "8MiB", "store_store_bytes_max": "24MiB"}
+    with make(tmp_path, nameserver, **bound), zrmq.Producer(nameservers=nameserver) as producer:
+        await_brokers(nameserver, 1)
+        for _ in range(12):
+            producer.send_batch("meters", [bytes(1_000_000)] * 3)
+        wait_until(lambda: not (tmp_path / "commitlog" / f"{0:020}.log").exists())
+
+
 def test_what_was_acknowledged_is_there_after_a_restart(tmp_path: Path, nameserver: str) -> None:
     with make(tmp_path / "data", nameserver) as broker:
         await_brokers(nameserver, 1)

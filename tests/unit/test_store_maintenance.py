@@ -373,6 +373,74 @@ def test_nothing_goes_that_is_not_saved() -> None:
     assert bench.store.start_position > 0
 
 
+def keep_up(bench: StoreBench, seconds: int) -> None:
+    """What a broker's loop does meanwhile."""
+    for _ in range(2 * seconds):
+        bench.clock.advance(500)
+        run(bench.store.begin_checkpoint() or bench.store.begin_maintenance())
+        if bench.store.needs_flush:
+            bench.flush()
+
+
+@pytest.mark.parametrize("is_bounded", [True, False])
+def test_what_is_to_make_room_is_saved_at_once(is_bounded: bool) -> None:
+    bound = {"store_bytes_max": 4 * SEGMENT_BYTES} if is_bounded else {"free_delete_bytes": 10 * SEGMENT_BYTES}
+    bench = StoreBench(free_refuse_bytes=0, free_warn_bytes=0, **bound)
+    (queue, _) = bench.topic()
+    bench.fill_segments(queue, 5)
+    if not is_bounded:
+        bench.files.capacity_bytes = bench.files.used_bytes + int(9.5 * SEGMENT_BYTES)
+    keep_up(bench, 4)
+    assert bench.segments()[0] == (2 if is_bounded else 1) * SEGMENT_BYTES
+    assert bench.store.damage == []
+    bench.crash()
+    assert bench.queue().next_offset == queue.next_offset
+
+
+def test_a_save_that_makes_room_is_one_save_for_the_whole_log() -> None:
+    bench = StoreBench(store_bytes_max=4 * SEGMENT_BYTES, checkpoint_ms=HOUR_MS, checkpoint_bytes=1 << 30)
+    (queue, _) = bench.topic()
+    saved = set()
+    for _ in range(400):
+        bench.append(queue, size=500)
+        bench.flush()
+        keep_up(bench, 1)
+        saved.add(bench.store.checkpoint_position)
+    assert len(bench.segments()) <= 5
+    assert bench.store.appended_position > 12 * SEGMENT_BYTES
+    assert 3 < len(saved) < 8
+
+
+def test_upkeep_is_urgent_until_the_segment_is_gone_that_was_to_make_room() -> None:
+    bench = StoreBench(store_bytes_max=4 * SEGMENT_BYTES)
+    (queue, _) = bench.topic()
+    run(bench.store.begin_maintenance())
+    bench.fill_segments(queue, 5)
+    for _ in range(9):
+        assert bench.store.is_upkeep_urgent
+        run(bench.store.begin_checkpoint() or bench.store.begin_maintenance())
+        bench.flush()
+        if len(bench.segments()) <= 4:
+            break
+    assert len(bench.segments()) <= 4, "without any wait"
+    assert not bench.store.is_upkeep_urgent
+
+
+def test_a_save_that_is_to_make_room_and_fails_is_not_tried_at_each_look() -> None:
+    bench = StoreBench(store_bytes_max=4 * SEGMENT_BYTES)
+    (queue, _) = bench.topic()
+    bench.fill_segments(queue, 5)
+    bench.files.fail("commit", times=10**6)
+    tried = bench.files.counts["commit"]
+    keep_up(bench, 60)
+    assert not bench.store.is_upkeep_urgent
+    assert bench.segments()[0] == 0
+    assert 5 < bench.files.counts["commit"] - tried < 40
+    bench.files.heal()
+    keep_up(bench, 5)
+    assert len(bench.segments()) <= 4
+
+
 def test_a_failing_save_keeps_the_log() -> None:
     bench = StoreBench(retention_ms=HOUR_MS)
     (queue, _) = bench.topic()

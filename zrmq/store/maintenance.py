@@ -57,6 +57,7 @@ class Upkeep:
         self.free_bytes: int | None = None  # of the file system, as last seen
         self.reindexing: list[Queue] = []  # whose entries are being made anew
         self.is_save_failing = False  # of the views, at the last try
+        self.is_save_wanted = False  # a segment is to make room, and the views are not saved as far as that
         self.corrected_ms = -1.0  # when stamps were last made younger, by the steady clock
         self._clock = clock
         self._config = config
@@ -72,6 +73,7 @@ class Upkeep:
         self._set_back_in: dict[Segment, int] = {}  # written to when the clock was set back, and how far that one still is ahead
         self._seen_ms = clock.time_ms(), clock.monotonic_ms()
         self._next_ms = -1.0
+        self._is_look_due = False  # at the segments, before its time
         self._next_warning_ms = -1.0
         self._is_trimming = True
         self._is_spare_refused = False  # the disk has room, but not for us (a quota): the oldest segment is to go for the next
@@ -84,11 +86,22 @@ class Upkeep:
             log.error("queue_files_damaged", topic=queue.topic.config.topic, queue_id=queue.queue_id)
             self._damaged_queues[queue] = None
 
+    @property
+    def is_urgent(self) -> bool:
+        """Whether somebody may be refused until upkeep has gone on."""
+        return self._is_look_due or (self.is_save_wanted and not self.is_save_failing)
+
+    def segment_begun(self) -> None:
+        """The log has gone on in a new segment, for which the oldest may have to go."""
+        bytes_max = self._config.store_bytes_max
+        self._is_look_due = self._is_look_due or 0 < bytes_max < self._log.size_bytes
+
     def save_finished(self, is_saved: bool) -> None:
         """The views were saved, or could not be. Then what goes for a quota leaves its room to the next save: a log that took it
         would go round until nothing in it is saved, and nothing may go any more."""
         if is_saved:
             self._next_spare_ms = -1.0
+            self._is_look_due, self.is_save_wanted = self._is_look_due or self.is_save_wanted, False
         self.is_save_failing, self._log.is_room_kept = not is_saved, False
 
     def begin(self, saved_position: int, may_reindex: bool) -> Maintenance | None:
@@ -98,13 +111,16 @@ class Upkeep:
         if self._is_trimming:
             self._is_trimming = self._trim()
         now_ms = self._clock.monotonic_ms()
-        if now_ms < self._next_ms:
+        if now_ms < self._next_ms and not self._is_look_due:
             return None
+        self._is_look_due = False
         self._notice_step(now_ms)
         spares = self._excess_spares()
         excess_bytes = self._excess_bytes(spares)
         count = self._expired_count(saved_position, excess_bytes)
+        self.is_save_wanted = excess_bytes > 0 and self._expired_count(self._log.appended_position, excess_bytes) > count
         if self._is_relocating(count):
+            self._is_look_due = excess_bytes > 0
             return None
         self._next_ms = now_ms + INTERVAL_MS
         if excess_bytes > 0:

@@ -360,6 +360,7 @@ class Store:
         except OSError as error:
             raise self._fail("go on in a new segment", error) from error
         self._batch_limit = 0
+        self._upkeep.segment_begun()
 
     def _look_again(self) -> None:
         """Raise unless the disk has room again; asks the system now and then only."""
@@ -423,6 +424,12 @@ class Store:
 
     # --- upkeep -------------------------------------------------------------------------------------------------------
 
+    @property
+    def is_upkeep_urgent(self) -> bool:
+        """Whether room is waited for, so that the next steps of upkeep are not to wait for their time."""
+        is_stopped = self.failure is not None or self._is_closed or not self._may_checkpoint
+        return self._upkeep.is_urgent and not is_stopped and not self._upkeep.reindexing
+
     def begin_checkpoint(self, force: bool = False) -> Job | None:
         """The job that saves the views, when it is due and everything it saves is flushed; None otherwise.
 
@@ -447,7 +454,7 @@ class Store:
         waited_ms = self._clock.monotonic_ms() - self._saved_ms
         if self._upkeep.is_save_failing and waited_ms < SAVE_AGAIN_MS:
             return False
-        if self._log.is_room_kept:
+        if self._log.is_room_kept or self._upkeep.is_save_wanted:
             return True
         unsaved_bytes = self._log.appended_position - self._saved_position
         if unsaved_bytes >= self._config.checkpoint_bytes or self._upkeep.corrected_ms > self._copied_ms:
