@@ -11,7 +11,7 @@ import pytest
 
 from tests.fuzz.mutation import seal
 from tests.unit.store_bench import FOLDER, LOG, QUEUES, SEGMENT_BYTES, StoreBench, batch, describe, fold, log_entries, run
-from zrmq.errors import DamageError, FolderUnusableError
+from zrmq.errors import DamageError, FolderUnusableError, StoreFailedError
 from zrmq.files import DiskFiles, read_file, remove_tree, replace_file
 from zrmq.protocol.batch import BATCH_HEADER_BYTES, KIND_EVENT, BatchHeader, encode_entry
 from zrmq.protocol.events import (
@@ -1136,3 +1136,25 @@ def test_a_job_that_was_begun_before_a_crash_harms_nobody(bench: StoreBench) -> 
     run(job)
     assert bench.store.failure is None
     assert bench.store.boot == before + 1
+
+
+def test_a_segment_keeps_its_length_whose_first_flush_failed() -> None:
+    for seed in range(20):
+        bench = StoreBench(seed)
+        (queue, _) = bench.topic()
+        bench.fill_segments(queue, 1)
+        while len(bench.segments()) == 2:
+            bench.append(queue, size=500)
+            if len(bench.segments()) == 2:
+                bench.flush()
+        bench.store.write()
+        bench.files.fail("fdatasync", path=segment_name(2 * SEGMENT_BYTES))
+        with suppress(StoreFailedError):
+            bench.store.flush()
+        bench.kill()
+        bench.fill_segments(bench.queue(), 2)
+        total = bench.queue().next_offset
+        bench.crash()
+        assert bench.store.recovery.damage == []
+        assert bench.queue().next_offset == total
+        assert [segment.end - segment.start for segment in bench.store._log.segments[:-1]] == [SEGMENT_BYTES] * 4

@@ -169,7 +169,8 @@ class CommitLog:
             file.close()
 
     def rewrite(self, position: int, end: int) -> None:
-        """Write once more what can be read, and sync it: a flush that failed may have left it in the page cache only."""
+        """Write once more what can be read, and sync it: a flush that failed may have left it in the page cache only. So with the
+        length of the file: once the log goes on behind a file that is shorter, what that one lacks counts as missing."""
         for segment in self.segments:
             start, stop = max(position, segment.start), min(end, segment.end)
             if start >= stop:
@@ -179,6 +180,8 @@ class CommitLog:
                 for at in range(start, stop, 1 << 20):
                     part = read_fully(file, min(1 << 20, stop - at), at - segment.start)
                     write_fully(file, [part], at - segment.start)
+                if stop < segment.end:
+                    write_fully(file, [b"\0"], segment.end - segment.start - 1)
                 file.fdatasync()
             finally:
                 file.close()
