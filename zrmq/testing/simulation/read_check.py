@@ -100,6 +100,8 @@ class ReadCheck:
         if queue not in self._next:
             raise BrokenPromise("filter", f"{self._who} got {offset} of {spell(queue)}, which it has not named.")
         topic_id, earliest, owed = self._next[queue]
+        if self._is_former(message, topic_id):
+            return
         if offset < earliest and not self._world.promises.may_be_reset(queue):
             raise BrokenPromise("order", f"{self._who} got {offset} of {spell(queue)} again, or after {earliest - 1}.")
         self._check_gap("missed", Gap(queue, topic_id, owed, offset))
@@ -179,6 +181,14 @@ class ReadCheck:
             if placed.store_timestamp_ms >= from_ms and not self._world.promises.is_damaged(placed.body)
         )
         return min(later, default=found.visible_offset)
+
+    def _is_former(self, message: Message, topic_id: int) -> bool:
+        """Whether it was read before its broker lost it with its power, which the reader has not heard of yet."""
+        queue = message.queue
+        if self._find(queue, topic_id) is None or not self._world.promises.may_have_lost(queue.broker_name, message.body):
+            return False
+        placed = self._world.brokers[queue.broker_name].contents(queue).get(message.queue_offset)
+        return placed is None or placed.body != message.body
 
     def _check_gap(self, kind: str, gap: Gap) -> None:
         """It passes over what lies between: nothing but what was deleted or damaged."""
