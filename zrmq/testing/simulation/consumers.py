@@ -159,9 +159,10 @@ class VirtualConsumer:
         return reading.topic_id if reading is not None and reading.process_queue is queue else 0
 
     def note_told(self) -> None:
-        """What it knows to be committed does not come again."""
+        """What it knows to be committed does not come again. Not where its lease is over, as while it stands still: another
+        member may have sought since."""
         for queue, reading in self.core.reader.readings.items():
-            if reading.committed_offset > 0 and not reading.goes_back:
+            if reading.committed_offset > 0 and not reading.goes_back and self.holds(queue):
                 place = (self.group.name, self.instance_name, queue)
                 self._world.promises.told(place, self.topic_id(reading.process_queue), reading.committed_offset)
 
