@@ -869,6 +869,16 @@ def test_a_commit_of_what_a_broker_lost_is_not_sent_again(cluster: ReadingCluste
     assert cluster.broker.committed("reports", "meters", 0) is None
 
 
+def taken(cluster: ReadingCluster, messages_max: int = 3) -> tuple[Member, Cursor, Unit]:
+    """A member that commits by itself, and a unit that it has got."""
+    member = cluster.started("one", auto_commit=False)
+    cluster.broker.store("meters", 0, 3)
+    wait_for_messages(cluster, member)
+    unit = member.take(messages_max)
+    assert unit is not None
+    return member, Cursor(member.inbox), unit
+
+
 def commit_given(cluster: ReadingCluster, member: Member, cursor: Cursor) -> ZrmqError | None:
     """As `PullConsumer.commit` does."""
     answers: list[ZrmqError | None] = []
@@ -881,13 +891,7 @@ def commit_given(cluster: ReadingCluster, member: Member, cursor: Cursor) -> Zrm
 
 @pytest.mark.parametrize("iterates", [False, True], ids=["polled", "iterated"])
 def test_a_commit_of_what_was_given_of_a_lost_queue_says_so_once(cluster: ReadingCluster, iterates: bool) -> None:
-    member = cluster.started("one", auto_commit=False)
-    cluster.broker.store("meters", 0, 3)
-    cluster.broker.store("meters", 1, 2)
-    wait_for_messages(cluster, member)
-    cursor = Cursor(member.inbox)
-    unit = member.take(2)
-    assert unit is not None
+    member, cursor, unit = taken(cluster, 2)
     if iterates:
         cursor.enter_unit(unit)
         cursor.index, _ = next(cursor.rest)
@@ -902,12 +906,7 @@ def test_a_commit_of_what_was_given_of_a_lost_queue_says_so_once(cluster: Readin
 
 
 def test_a_commit_whose_queue_is_lost_at_that_moment_says_so(cluster: ReadingCluster) -> None:
-    member = cluster.started("one", auto_commit=False)
-    cluster.broker.store("meters", 0, 3)
-    wait_for_messages(cluster, member)
-    cursor = Cursor(member.inbox)
-    unit = member.take()
-    assert unit is not None
+    member, cursor, unit = taken(cluster)
     cursor.give([unit])
     given = cursor.unfinished()
     cursor.finish_given()
@@ -919,12 +918,7 @@ def test_a_commit_whose_queue_is_lost_at_that_moment_says_so(cluster: ReadingClu
 
 
 def test_what_was_committed_before_its_queue_was_lost_is_no_loss(cluster: ReadingCluster) -> None:
-    member = cluster.started("one", auto_commit=False)
-    cluster.broker.store("meters", 0, 3)
-    wait_for_messages(cluster, member)
-    cursor = Cursor(member.inbox)
-    unit = member.take()
-    assert unit is not None
+    member, cursor, unit = taken(cluster)
     cursor.enter_unit(unit)
     assert [message.queue_offset for cursor.index, message in cursor.rest] == [0, 1, 2]
     assert commit_given(cluster, member, cursor) is None
