@@ -50,17 +50,17 @@ def test_it_is_there_whole_or_not_at_all() -> None:
             claim(files, FOLDER, "broker-b", "cluster", "id-1")
 
 
-@pytest.mark.parametrize("content", [b"", b"format_version = 2\n", b"format_version = 'x'\n", b"broker_name = 'broker-a'\n"])
-def test_other_formats_are_refused(content: bytes) -> None:
+def test_a_newer_format_is_refused() -> None:
     files = disk()
-    replace_file(files, FILE, content)
+    replace_file(files, FILE, b"format_version = 2\n")
     with pytest.raises(FolderUnusableError, match="reads up to 1. Upgrade"):
         claim(files, FOLDER, "broker-a", "cluster", "id-1")
 
 
 @pytest.mark.parametrize("content", [
-    b"\xff\xfe", b"= = =", b"broker_name = 'a", b"format_version = 1" + b"0" * 5_000, b"broker_name = " + b"[" * 5_000,
-], ids=["not UTF-8", "not TOML", "cut off", "a number of 5,000 digits", "5,000 brackets"])
+    b"", b"broker_name = 'broker-a'\n", b"format_version = 'x'\n", b"\xff\xfe", b"= = =", b"broker_name = 'a",
+    b"format_version = 1" + b"0" * 5_000, b"broker_name = " + b"[" * 5_000,
+], ids=["empty", "no format", "no number", "not UTF-8", "not TOML", "cut off", "a number of 5,000 digits", "5,000 brackets"])
 def test_a_spoiled_file_is_not_overwritten(content: bytes) -> None:
     files = disk()
     replace_file(files, FILE, content)

@@ -25,12 +25,11 @@ def claim(files: Files, folder: Path, broker_name: str, cluster: str, new_store_
         replace_file(files, path, _text(broker_name, cluster, new_store_id).encode())
         return new_store_id
     except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, or such as Python refuses to read
-        raise FolderUnusableError(
-            f"{path} cannot be read: {error}. It says whose data this is: bring it back, or delete it if you know.",
-            path=str(path),
-        ) from error
+        raise _spoiled(path, str(error)) from error
     version = said.get("format_version")
-    if not isinstance(version, int) or version > FOLDER_FORMAT_VERSION:
+    if not isinstance(version, int):
+        raise _spoiled(path, "it has no format_version")
+    if version > FOLDER_FORMAT_VERSION:
         raise FolderUnusableError(
             f"{folder} has format {version}; this zrmq reads up to {FOLDER_FORMAT_VERSION}. Upgrade.",
             folder=str(folder), format_version=version,
@@ -43,6 +42,12 @@ def claim(files: Files, folder: Path, broker_name: str, cluster: str, new_store_
             folder=str(folder), broker_name=owner, cluster=its_cluster,
         )
     return str(said.get("store_id", ""))
+
+
+def _spoiled(path: Path, what: str) -> FolderUnusableError:
+    return FolderUnusableError(
+        f"{path} cannot be read: {what}. It says whose data this is: bring it back, or delete it if you know.", path=str(path)
+    )
 
 
 def _text(broker_name: str, cluster: str, store_id: str) -> str:
