@@ -1188,6 +1188,7 @@ def test_what_is_subscribed_wrongly_is_refused_at_once() -> None:
     ("allocation", "averagely", "allocation='averagely' is no strategy; give one such as AllocateAveragely"),
     ("consume_from", ConsumeFrom.TIMESTAMP, "names no time; give the time itself"),
     ("consume_from", -5, "-5 is no time"),
+    ("consume_from", 1_795_000_000, "1795000000 would be a time in the seventies; give milliseconds"),
     ("consume_from", 10**30, "is no time"),
     ("consume_from", "earliest?", "is 'earliest\\?'; use 'earliest', 'latest', or a time"),
     ("instance_name", "", "instance name must be text and not blank"),

@@ -45,6 +45,7 @@ COMMIT_INTERVAL_MS_MIN = 10
 START_MS = 5_000  # how long a start waits for brokers before it goes on trying in the background
 CLOSE_MS = 10_000
 ASK_MS = 5_000
+LIKE_SECONDS = 10**8, 10**11  # times of 1973 and later if they are seconds, of before if they are milliseconds
 ANSWER_MARGIN_MS = 1_000  # a request's own deadline comes first
 
 T = TypeVar("T")
@@ -269,11 +270,14 @@ class Consumer:
 
 
 def time_ms(given: When) -> int:
-    """Milliseconds since 1970 UTC, or `InvalidArgumentError`. A datetime without a zone is local time."""
+    """Milliseconds since 1970 UTC, or `InvalidArgumentError`, also for what can only be seconds. A datetime without a zone is
+    local time."""
     try:
         at_ms = round(given.timestamp() * 1000) if isinstance(given, datetime) else given
     except (OSError, OverflowError, ValueError):  # local time has its own bounds, by the platform
         at_ms = -1
+    if isinstance(given, int) and LIKE_SECONDS[0] <= given < LIKE_SECONDS[1]:
+        raise InvalidArgumentError(f"{given} would be a time in the seventies; give milliseconds, or a datetime.")
     if isinstance(at_ms, int) and not isinstance(at_ms, bool) and 0 <= at_ms <= OFFSET_MAX:
         return at_ms
     raise InvalidArgumentError(f"{given!r} is no time; give a datetime or milliseconds, not before 1970-01-01 UTC.")
