@@ -70,6 +70,7 @@ WORK_FAILURES: dict[int, tuple[str, WorkPlan]] = {  # with the work that was giv
     )),
 }
 ASKED_TOO_MUCH_NOW = {  # by the checks, of what is drawn now
+    100105837: "a topic is deleted, and made again when the time of a message that is bound to its queue is over",
     100000498: "a member stands still that knows what is committed, and the one that has its queue seeks back",
 }
 ASKED_TOO_MUCH = {  # by the checks, of what was drawn before `calls`

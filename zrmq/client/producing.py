@@ -645,15 +645,17 @@ class ProducerCore:
             queue.broker_name: self.route.brokers[queue.broker_name].address
             for queue in self.route.queues(batch.topic) if queue.broker_name in self.route.brokers
         }
+        absent = "none is registered"
         if isinstance(batch.target, MessageQueue):
             brokers = {name: address for name, address in brokers.items() if name == batch.target.broker_name}
+            absent = f"{batch.target.broker_name} has no such queue"
         if any(name in self.reachable for name in brokers):
             return UnreachableError(
                 f"The message waited {batch.timeout_ms} ms for its turn and was not sent; the brokers of topic {batch.topic!r}"
                 " are slower than this producer. Send slower, or give it a longer timeout_ms.",
                 topic=batch.topic, timeout_ms=batch.timeout_ms,
             )
-        names = ", ".join(f"{name} ({address})" for name, address in sorted(brokers.items())) or "none is registered"
+        names = ", ".join(f"{name} ({address})" for name, address in sorted(brokers.items())) or absent
         return UnreachableError(
             f"No broker of topic {batch.topic!r} could be reached within {batch.timeout_ms} ms: {names}. Start one, or check the"
             " network; the message was not stored.",

@@ -26,10 +26,11 @@ from zrmq.testing.simulation.trace import BrokenPromise, Trace, spell
 from zrmq.transport.memory import MemoryTimer
 
 ADMIN = frozenset({"admin"})
+GONE = frozenset({"gone"})  # the queue that a message is bound to, with its topic, until that is made again
 HINDERING = FAULTS.keys() - OF_CLIENTS - {"nameserver_crash"}  # nobody who has a route minds that one
 MAY_END_A_SEND = {  # what a producer may be told, and after which faults, or with an administrator who changes topics
     Code.DISK_FULL: {"full_disk"}, Code.STORE_FAILED: {"failing_disk"}, Code.STOPPING: {"broker_restart", "lost_views"},
-    Code.REQUEST_TIMEOUT: HINDERING, Code.UNREACHABLE: HINDERING,
+    Code.REQUEST_TIMEOUT: HINDERING, Code.UNREACHABLE: HINDERING | GONE,
     Code.FORBIDDEN: ADMIN, Code.TOPIC_NOT_FOUND: ADMIN, Code.BAD_REQUEST: ADMIN,
 }
 
@@ -193,6 +194,8 @@ class World:
 
     def _check_error(self, posting: Posting, error: ZrmqError) -> None:
         causes = self.plan.faults.keys() | (ADMIN if self.admin is not None else set())
+        if self.plan.work.remake_topics_every_ms and posting.queue is not None:
+            causes |= GONE
         if not causes & MAY_END_A_SEND.get(error.code, set()):
             raise BrokenPromise("answer", f"{posting} failed, and nothing has happened that would explain it: {error}")
 
