@@ -44,7 +44,7 @@ from zrmq.client.consumer_engine import Engine
 from zrmq.client.cursor import Cursor
 from zrmq.client.listening import Failure, Listener, Pace, run_unit
 from zrmq.client.process_queue import ProcessQueue, Unit
-from zrmq.errors import ClosedError, InvalidArgumentError, UnreachableError
+from zrmq.errors import ClosedError, FencedError, InvalidArgumentError, UnreachableError
 from zrmq.logs import get_logger
 from zrmq.message import ConsumeFrom, Message, MessageModel, MessageQueue
 from zrmq.protocol.limits import (
@@ -357,6 +357,7 @@ class PullConsumer(Consumer):
             in_order=False, context=context,
         )
         self._cursor: Cursor | None = None
+        self._uncommitted: list[ProcessQueue] = []  # of which a commit finished something and has failed
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
@@ -501,9 +502,14 @@ class PullConsumer(Consumer):
         check_timeout(timeout_ms)
         engine, cursor = self._ready()
         self._check_group("has nowhere to commit to")
-        given = cursor.unfinished()
+        given = self._uncommitted = [*self._uncommitted, *cursor.unfinished()]
         cursor.finish_given()
-        self._wait(lambda give: engine.core.commit(give, timeout_ms, given), "a commit", timeout_ms)
+        try:
+            self._wait(lambda give: engine.core.commit(give, timeout_ms, given), "a commit", timeout_ms)
+        except FencedError:
+            self._uncommitted = [queue for queue in given if not queue.is_lost]  # of the others it is told once
+            raise
+        self._uncommitted = []
 
     # --- places -------------------------------------------------------------------------------------------------------
 
@@ -533,7 +539,7 @@ class PullConsumer(Consumer):
 
     def seek_to_earliest(self, *queues: MessageQueue) -> None:
         """Go on from the first message of these queues, or of all `assigned()`. Raises as `seek`, and `UnreachableError`
-        for all while the consumer could not start."""
+        for all while no broker of its queues is there."""
         self._seek_all(queues, OFFSET_EARLIEST)
 
     def seek_to_latest(self, *queues: MessageQueue) -> None:
@@ -623,8 +629,8 @@ class PullConsumer(Consumer):
         given = check_queues(queues)
         core = self._ready()[0].core
         chosen = given or self.assigned()
-        if not chosen and not self._call(lambda: core.is_started):
-            raise UnreachableError("No broker has let this consumer in yet, so no queue is assigned to it; try again later.")
+        if not chosen and self._call(lambda: core.is_cut_off):
+            raise UnreachableError("No broker of this consumer's queues is there, so none is assigned to it; try again later.")
         self._call(lambda: [core.reading(queue) for queue in chosen])
         for queue, offset in self._offsets_at(chosen, where).items():
             self._call(partial(core.seek, queue, offset))

@@ -461,7 +461,7 @@ def test_who_could_not_start_is_told_so_when_it_seeks(
     consumer = consumers(zrmq.PullConsumer, name, nameservers="tcp://127.0.0.1:1")
     consumer.subscribe(name)
     for seek in (consumer.seek_to_earliest, consumer.seek_to_latest, partial(consumer.seek_to_timestamp, 1)):
-        with pytest.raises(UnreachableError, match="No broker has let this consumer in yet"):
+        with pytest.raises(UnreachableError, match="No broker of this consumer's queues is there"):
             seek()
 
 
@@ -892,6 +892,34 @@ def test_a_poll_is_interrupted_by_close(consumers: Callable[..., Any], name: str
     with pytest.raises(ClosedError, match=r"closed during poll\(\)"):
         consumer.poll(timeout_ms=30_000)
     closer.join()
+
+
+def test_a_commit_that_is_repeated_knows_what_the_first_one_was_to_commit(
+    consumers: Callable[..., Any], producer: zrmq.Producer, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    consumer = pull_consumer(consumers, name, auto_commit=False)
+    producer.send(name, b"reading")
+    assert bodies(consumer.poll()) == [b"reading"]
+    core = consumer._engine.core
+    with monkeypatch.context() as patch:
+        patch.setattr(core._committer, "commit", lambda readings, on_done, timeout_ms: on_done(UnreachableError("Commit again.")))
+        with pytest.raises(UnreachableError):
+            consumer.commit()
+    consumer._call(lambda: [core._lose(reading, UnreachableError("It is gone.")) for reading in [*core.reader.readings.values()]])
+    with pytest.raises(FencedError, match="was lost before the commit"):
+        consumer.commit()
+    consumer.commit()  # that it is told once
+
+
+def test_who_has_lost_all_queues_is_told_so_when_it_seeks(
+    consumers: Callable[..., Any], producer: zrmq.Producer, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    consumer = pull_consumer(consumers, name)
+    core = consumer._engine.core
+    monkeypatch.setattr(core, "_rebalance", lambda: None)  # as while its broker is away
+    consumer._call(lambda: [core._lose(reading, UnreachableError("It is gone.")) for reading in [*core.reader.readings.values()]])
+    with pytest.raises(UnreachableError, match="No broker of this consumer's queues is there"):
+        consumer.seek_to_earliest()
 
 
 def test_commits_by_hand(consumers: Callable[..., Any], producer: zrmq.Producer, name: str) -> None:

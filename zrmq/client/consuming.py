@@ -428,9 +428,12 @@ class ConsumerCore:
         self._committer.commit(list(self.reader.readings.values()), lambda error: on_done(error or lost), timeout_ms)
 
     @property
-    def is_started(self) -> bool:
-        """Whether the start, or the last `assign`, is over."""
-        return self._is_started
+    def is_cut_off(self) -> bool:
+        """Whether it reads nothing although it should: it has not started, or no broker of its queues is there."""
+        route = self._instance.route
+        has_queues = route is not None and any(route.queues(topic) for topic in self._config.filters)
+        is_idle = self._is_started and not self._wanted and (has_queues or self._config.is_assigned)  # others have the queues
+        return not self.reader.readings and not is_idle
 
     def seek(self, queue: MessageQueue, offset: int) -> None:
         """Go on from another offset. Raises `InvalidArgumentError` for a queue that is not read here."""
