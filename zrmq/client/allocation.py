@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
+from hashlib import blake2b
 
 from zrmq.errors import InvalidArgumentError
 from zrmq.message import MessageQueue
-from zrmq.protocol.digest import digest
 from zrmq.protocol.limits import check_number, check_queues
 
 Strategy = Callable[[str, str, Sequence[MessageQueue], Sequence[str]], Iterable[MessageQueue]]
@@ -137,4 +137,4 @@ class AllocateMachineRoomNearby:
 
 def _hash(text: str) -> int:
     """The same in every process and on every machine, unlike Python's own."""
-    return digest(text.encode())
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big")

@@ -11,11 +11,11 @@ given the same name by mistake, is refused.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from hashlib import blake2b
 
 import msgspec
 
 from zrmq.errors import Code, InvalidArgumentError, ZrmqError, refused
-from zrmq.protocol.digest import digest
 from zrmq.protocol.limits import QUEUES_PER_TOPIC_MAX, TOPICS_MAX, check_group, check_topic
 from zrmq.protocol.requests import MASTER_ID, BrokerInfo, RegisterBroker, Route, TopicRoute
 from zrmq.transport.address import parse_connect_address
@@ -208,7 +208,7 @@ class RouteTable:
 def version_of(brokers: list[BrokerInfo], topics: list[TopicRoute]) -> int:
     """The digest of an answer's content: 63 bits, never 0, the same at every NameServer."""
     content = msgspec.msgpack.encode((brokers, topics))
-    return digest(content) >> 1 or 1
+    return int.from_bytes(blake2b(content, digest_size=8).digest(), "big") >> 1 or 1
 
 
 def check_broker(info: BrokerInfo) -> None:
