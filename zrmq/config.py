@@ -48,7 +48,7 @@ _SIZE_UNITS = {
 _QUANTITY = re.compile(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([A-Za-z]*)\s*\Z", re.ASCII)
 _HOST_PORT = re.compile(r"(?:tcp://)?(?P<host>[^\s,/:\[\]]+|\[[^\s,/\[\]]+\])(?::(?P<port>[0-9]{1,5}))?\Z")
 _HOST = re.compile(r"[A-Za-z0-9._-]{1,240}\Z")  # with the port it fits into what an address may have
-_WILDCARDS = ("*", "0.0.0.0", "::", "[::]")
+LOOPBACK_OF = {"*": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1", "[::]": "::1"}  # where who listens everywhere is reached
 
 
 def meta(description: str, **bounds: Any) -> msgspec.Meta:
@@ -111,7 +111,7 @@ class BrokerConfig(RoleConfig, Generic[Section], frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.host in _WILDCARDS and not self.advertise_host:
+        if self.host in LOOPBACK_OF and not self.advertise_host:
             raise ConfigError(
                 f"host is {self.host!r}, which no client can connect to; set advertise_host (--advertise-host) to this "
                 "machine's name or address as clients see it.",
@@ -453,7 +453,7 @@ def find_nameservers(argument: str | Iterable[str] | None, environ: Mapping[str,
 
 def is_host(text: str) -> bool:
     """Whether it can be the name or address of one machine: IPv6 with its brackets or without, no wildcard."""
-    if text in _WILDCARDS:
+    if text in LOOPBACK_OF:
         return False
     if _HOST.match(text):
         return True

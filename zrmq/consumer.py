@@ -502,7 +502,7 @@ class PullConsumer(Consumer):
         check_timeout(timeout_ms)
         engine, cursor = self._ready()
         self._check_group("has nowhere to commit to")
-        given = self._uncommitted = [*self._uncommitted, *cursor.unfinished()]
+        given = self._uncommitted = list(dict.fromkeys([*self._uncommitted, *cursor.unfinished()]))
         cursor.finish_given()
         try:
             self._wait(lambda give: engine.core.commit(give, timeout_ms, given), "a commit", timeout_ms)

@@ -898,13 +898,15 @@ def test_a_commit_that_is_repeated_knows_what_the_first_one_was_to_commit(
     consumers: Callable[..., Any], producer: zrmq.Producer, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     consumer = pull_consumer(consumers, name, auto_commit=False)
-    producer.send(name, b"reading")
-    assert bodies(consumer.poll()) == [b"reading"]
     core = consumer._engine.core
     with monkeypatch.context() as patch:
         patch.setattr(core._committer, "commit", lambda readings, on_done, timeout_ms: on_done(UnreachableError("Commit again.")))
-        with pytest.raises(UnreachableError):
-            consumer.commit()
+        for reading in (b"first", b"second"):
+            producer.send(name, reading, queue=MessageQueue(name, "broker-a", 0))
+            assert bodies(consumer.poll()) == [reading]
+            with pytest.raises(UnreachableError):
+                consumer.commit()
+    assert len(consumer._uncommitted) == 1, "however often it fails"
     consumer._call(lambda: [core._lose(reading, UnreachableError("It is gone.")) for reading in [*core.reader.readings.values()]])
     with pytest.raises(FencedError, match="was lost before the commit"):
         consumer.commit()

@@ -19,7 +19,7 @@ import msgspec
 from zrmq.cli.entry import end_by_ctrl_c
 from zrmq.cli.options import examples, role_options
 from zrmq.cli.printing import print_json
-from zrmq.config import BrokerConfig, NameServerConfig, load, options, tcp_address
+from zrmq.config import LOOPBACK_OF, BrokerConfig, NameServerConfig, load, options, tcp_address
 from zrmq.logs import configure_logging
 from zrmq.store.config import StoreConfig
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 SWITCH_INTERVAL_S = 0.0005  # the reactor shares the process with threads that flush and save: it must not wait 5 ms for its turn
 DECIDED_BY_UP = ("nameservers", "start_grace_ms")  # its broker registers in the same moment: there is nothing to wait for
-LOOPBACK_OF = {"*": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1", "[::]": "::1"}  # where who listens everywhere is reached
 FUTURE_PORTS = ("proxy_port", "console_port")  # roles of `up` that this version does not have
 
 Config = TypeVar("Config", NameServerConfig, BrokerConfig[StoreConfig])
